@@ -7,9 +7,9 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'ARMS', 'settings', 'benchmark', 'data_description', 'base_models', 'injection',
-           'unlearning', 'supervision', 'base', 'inject', 'unlearn', 'supervise']
+           'unlearning', 'supervision', 'provenance', 'base', 'inject', 'unlearn', 'supervise']
 
-# %% ../nbs/12_experiment.ipynb #55f44a44
+# %% ../nbs/12_experiment.ipynb #df54e394
 import json
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from .facts import Benchmark, author_world, tofu
-from .runs import Run, run_id
+from .runs import Run, public, run_id
 
 # %% ../nbs/12_experiment.ipynb #d7b8d1b3
 _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
@@ -64,14 +64,14 @@ def data_description(
     found = settings(data['name'], data) | ({'_source': str(Path(source).resolve()) if Path(source).exists() else source} if source else {})
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
 
-# %% ../nbs/12_experiment.ipynb #76f59bba
+# %% ../nbs/12_experiment.ipynb #ac24a41b
 def base_models(
     data:dict, # from data_description
     arch:str, # 'llama' or 'olmo2'
     model:dict, pretrain:dict, retain:dict, # groups of settings
     seed:int=0,
     device:str='cpu',
-    threads:int=1, # of the CPU
+    threads:int=1, # of the CPU, for this run; the runs built on it take one each
 )->dict:
     "Describe the training of a pretrained and a retained model"
     if arch not in ('llama', 'olmo2'): raise ValueError(f"unknown architecture {arch!r}; known: llama, olmo2")
@@ -106,12 +106,23 @@ def supervision(injected:dict, arm:str, supervise:dict, draw:int=0)->dict: # sup
     "Describe a direct-supervision run"
     return _child('supervise', injected, arm, draw, {'recipe': settings('supervise', supervise)})
 
-# %% ../nbs/12_experiment.ipynb #ecd3771c
+# %% ../nbs/12_experiment.ipynb #50462f96
+def provenance(
+    profile:str, # name of the profile
+    bases:dict[str, dict], # architecture: description of its base models
+    **more, # caption, seeds, conventions and whatever else must be said
+)->dict:
+    "Say where numbers come from"
+    first = next(iter(bases.values()))
+    return {'profile': profile, 'data': public(first['data']), 'models': {arch: base['model'] for arch, base in bases.items()},
+        'pretrain': first['pretrain'], 'retain': first['retain'], 'device': first['device']} | more
+
+# %% ../nbs/12_experiment.ipynb #08fab555
 def _root(description): return _root(description['parent']) if 'parent' in description else description
 
-def _prepare(base):
+def _prepare(base, threads=1):
     import torch, transformers
-    torch.set_num_threads(base['threads'])
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(base['device'] == 'cpu')
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -133,10 +144,10 @@ def _load(description, run, model='retained'):
 
 def _probe(examples, n): return examples['retain'][::max(1, len(examples['retain']) // n)][:n] # n retain facts, evenly spread over the authors
 
-# %% ../nbs/12_experiment.ipynb #d0ae09bf
+# %% ../nbs/12_experiment.ipynb #eb347ec2
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model"
-    _prepare(description)
+    _prepare(description, description['threads'])
     from unloc.models import tiny_model
     from unloc.tokens import train_tokenizer
     from unloc.training import Checkpoint, finetune
