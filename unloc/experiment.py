@@ -144,7 +144,7 @@ def _load(description, run, model='retained'):
 
 def _probe(examples, n): return examples['retain'][::max(1, len(examples['retain']) // n)][:n] # n retain facts, evenly spread over the authors
 
-# %% ../nbs/12_experiment.ipynb #eb347ec2
+# %% ../nbs/12_experiment.ipynb #946fdac1
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model"
     _prepare(description, description['threads'])
@@ -166,7 +166,7 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
         finetune(model, taught, **description[key], seed=description['seed'], checkpoint=checkpoint,
             after_epoch=lambda epoch, loss: progress((sum(work[:i]) + epoch * len(taught)) / sum(work)))
         model.save_pretrained(folder / name)
-    for file in folder.glob('*.checkpoint'): file.unlink()
+    for file in (*folder.glob('*.checkpoint'), *folder.glob('*.partial')): file.unlink() # the latter of a run killed while it wrote one
     _save_json(folder, {name: _knowledge(folder / name, description, examples) for name, _, _ in stages})
 
 # %% ../nbs/12_experiment.ipynb #1de71516

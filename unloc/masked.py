@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .models import output_projections, region_shape
 from .regions import Region
 
-# %% ../nbs/05_masked.ipynb #6614d67d
+# %% ../nbs/05_masked.ipynb #766bb073
 class _Projection(torch.autograd.Function):
     "An output projection of which some columns are parameters"
     @staticmethod
@@ -36,16 +36,17 @@ class _Projection(torch.autograd.Function):
             raise RuntimeError("the columns changed between forward and backward; call backward before optimizer.step() and outside columns.reference()")
         chosen, = ctx.saved_tensors
         to_input = grad @ unlocked.weight if ctx.needs_input_grad[0] else None
-        return to_input, (chosen.flatten(0, -2).T @ grad.flatten(0, -2)).float(), None
+        return to_input, (chosen.flatten(0, -2).T @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
 
-# %% ../nbs/05_masked.ipynb #5ac8eb48
+# %% ../nbs/05_masked.ipynb #3fb45294
 class _Unlocked:
     "One output projection whose chosen columns are parameters"
     def __init__(self, projection:nn.Linear, index:Tensor):
         self.projection, self.index, self.at_start = projection, index.to(projection.weight.device), False
         self.weight, self.bias = projection.weight.detach(), projection.bias # detached: same memory, no graph
         self.start = self.weight[:, self.index].T.contiguous() # [k, d_model], the weight's dtype
-        self.columns = nn.Parameter(self.start.float().clone(memory_format=torch.contiguous_format))
+        wide = torch.promote_types(self.start.dtype, torch.float32)
+        self.columns = nn.Parameter(self.start.to(wide, copy=True))
         projection.forward = self.forward
 
     def write(self):
@@ -61,21 +62,21 @@ class _Unlocked:
         self.write()
         del self.projection.forward
 
-# %% ../nbs/05_masked.ipynb #8ca1262f
+# %% ../nbs/05_masked.ipynb #9a4367d5
 class Columns:
     "The trainable columns of an unlocked model"
     def __init__(self, unlocked:dict[int, _Unlocked]): self._unlocked = unlocked # by layer; layers without a chosen column are absent
-    def parameters(self)->list[nn.Parameter]: return [u.columns for u in self._unlocked.values()] # per layer with any: [k_l, d_model] float32, row i is value vector index[i]
+    def parameters(self)->list[nn.Parameter]: return [u.columns for u in self._unlocked.values()] # per layer with any: [k_l, d_model] float32 (float64 for a float64 model), row i is value vector index[i]
     def live_fraction(self)->float:
         "Give the share of the region's columns that hold a nonzero gradient"
         live = sum(int((p.grad != 0).any(1).sum()) for p in self.parameters() if p.grad is not None)
         return live / sum(len(p) for p in self.parameters())
     def values(self)->dict[int, tuple[Tensor, Tensor]]:
-        "Give, per layer, the index [k_l] int64 of the columns and the columns themselves, [k_l, d_model] float32"
+        "Give, per layer, the index [k_l] int64 of the columns and the columns themselves, [k_l, d_model]"
         return {layer: (u.index, u.columns.detach().clone()) for layer, u in self._unlocked.items()}
     def delta(self)->dict[int, tuple[Tensor, Tensor]]:
-        "Give, per layer, the index [k_l] int64 of the columns and their change [k_l, d_model] float32"
-        return {layer: (u.index, u.columns.detach() - u.start.float()) for layer, u in self._unlocked.items()}
+        "Give, per layer, the index [k_l] int64 of the columns and their change [k_l, d_model]"
+        return {layer: (u.index, u.columns.detach() - u.start) for layer, u in self._unlocked.items()}
     @contextmanager
     def reference(self):
         "Run the block with the model as it was when it was unlocked; no gradient inside"
@@ -118,10 +119,10 @@ def locked_digest(
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/05_masked.ipynb #0c9adabf
+# %% ../nbs/05_masked.ipynb #fdfcdac9
 def put_columns(
     model:nn.Module,
-    values:dict[int, tuple[Tensor, Tensor]], # per layer: index [k_l] int64 and columns [k_l, d_model] float32, as from Columns.values
+    values:dict[int, tuple[Tensor, Tensor]], # per layer: index [k_l] int64 and columns [k_l, d_model], as from Columns.values
 )->None:
     "Set value vectors of a model, in place"
     projections = output_projections(model)

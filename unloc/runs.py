@@ -43,7 +43,7 @@ def run_id(description:dict)->str: # 16 hexadecimal digits
     whole = [public(description), code_fingerprint(), {name: version(name) for name in LIBRARIES}]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
-# %% ../nbs/11_runs.ipynb #a6c3b138
+# %% ../nbs/11_runs.ipynb #2bfc42fc
 class DamagedRun(RuntimeError): "A run folder that does not match its manifest"
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def _digest(path:Path)->str: return hashlib.sha256(path.read_bytes()).hexdigest(
 def check_run(path:Path)->None:
     "Compare a run's files with its manifest"
     again = f"delete the folder {path} and start again to compute it anew"
-    try: files = json.loads((path / 'manifest.json').read_text())['files']
-    except (OSError, ValueError, KeyError, TypeError) as error: raise DamagedRun(f"run {path.name} has no readable manifest.json ({error}); {again}") from None
+    try: files = {name: (size, digest) for name, (size, digest) in json.loads((path / 'manifest.json').read_text())['files'].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: raise DamagedRun(f"run {path.name} has no readable manifest.json ({error}); {again}") from None
     for name, (size, digest) in files.items():
         file = path / name
         if not file.exists(): raise DamagedRun(f"run {path.name} lacks {name}, {size} bytes expected; {again}")
@@ -119,7 +119,7 @@ def report(**event)->None:
         _reported[event['run']] = time.monotonic()
     with open(path, 'a') as file: file.write(json.dumps(event) + '\n')
 
-# %% ../nbs/11_runs.ipynb #9fec3fe7
+# %% ../nbs/11_runs.ipynb #0bc1a29d
 def stages(descriptions:Iterable[dict])->list[list[dict]]:
     "Order descriptions and their ancestors: parents before children, none twice"
     depth, found = {}, {}
@@ -143,12 +143,11 @@ def sweep(
 )->list[Run]: # in the order of the descriptions
     "Do the runs that are missing, in parallel, and give all"
     descriptions = list(descriptions)
-    for stage in stages(descriptions):
-        missing = [d for d in stage if d not in store]
-        if not missing: continue
+    for stage in stages(descriptions): # of a finished run, too: what it builds on may have been deleted
+        if not (missing := [d for d in stage if d not in store]): continue
         report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
         from joblib import Parallel, delayed
         from tqdm.std import tqdm
-        work = Parallel(n_jobs=min(jobs, len(missing)), return_as='generator_unordered')(delayed(_work)(store, d, compute) for d in missing)
+        work = Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute) for d in missing)
         for _ in tqdm(work, total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
     return [store[d] for d in descriptions]

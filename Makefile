@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make reproduce` and `make test`. Both set up .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: reproduce test lab export
+reproduce: .venv/installed
+	$(BIN)/unloc reproduce $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: .venv/lab
+	JUPYTERLAB_SETTINGS_DIR=.venv/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate nbs
+
+# After editing notebooks: write unloc/*.py and clean what is not content.
+export: .venv/installed
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'unloc needs Python 3.11 or later; name one with: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/lab: .venv/installed requirements-lab.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lab.txt
+	touch $@

@@ -1,0 +1,21 @@
+"Every test runs offline, on one thread, without a display; a socket to another machine is an error in this process and, with GUARD on its path, in a subprocess."
+import importlib.util, os, sys
+from pathlib import Path
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+GUARD = Path(__file__).parent / "guard"
+_spec = importlib.util.spec_from_file_location("unloc_test_guard", GUARD / "sitecustomize.py")
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(): # never imports torch: a file that does not need it stays fast
+    if torch := sys.modules.get("torch"): torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory): # environment of a subprocess whose attempts to leave the machine land in the file UNLOC_TEST_SOCKETS
+    attempts = tmp_path_factory.mktemp("guard") / "sockets.txt"
+    attempts.touch()
+    return os.environ | {"PYTHONPATH": str(GUARD), "UNLOC_TEST_SOCKETS": str(attempts)}

@@ -1,0 +1,301 @@
+"Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns move exactly as the plain way would move them."
+import copy
+from collections import Counter
+import pytest, torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from unloc.masked import locked_digest, put_columns, unlock
+from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.regions import Region
+
+IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+REGION = Region.sample((2, 24), .3, seed=0)
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=.5),
+    "sgd": lambda p: torch.optim.SGD(p, lr=.1, momentum=.9, weight_decay=.1),
+    "adam foreach": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=.5, fused=True)}
+
+
+def small(arch="llama", dtype=torch.float32, bias=False):
+    model = tiny_model(arch, vocab_size=60, d_model=16, d_ff=24, n_layers=2, n_heads=2).to(dtype)
+    if dtype == torch.float64: # made of float32 numbers, it would hide a loss of precision
+        with torch.no_grad():
+            for p in model.parameters(): p *= 1 + 1e-9 * torch.rand(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    if bias:
+        for p in output_projections(model): p.bias = nn.Parameter(torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    return model
+
+def loss(model): return model(input_ids=IDS, labels=IDS).loss.double()
+def logits(model): return model(input_ids=IDS).logits
+def state(model): return {name: t.clone() for name, t in model.state_dict().items()}
+def bits(t): return t.contiguous().flatten().view(torch.uint8)
+def same(a, b): return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
+def clean(model): return not any("forward" in vars(m) for m in model.modules())
+
+def train(model, columns, steps=3, optimizer=OPTIMIZERS["adamw"], norm=.1):
+    opt = optimizer(columns.parameters())
+    for _ in range(steps):
+        loss(model).backward()
+        nn.utils.clip_grad_norm_(columns.parameters(), norm)
+        opt.step(); opt.zero_grad()
+
+# --- nothing else moves
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_locked_weights_keep_their_bits(arch, dtype, name):
+    model = small(arch, dtype)
+    before, digest = state(model), locked_digest(model, REGION)
+    with unlock(model, REGION) as columns: train(model, columns, optimizer=OPTIMIZERS[name])
+    after, projections = model.state_dict(), {f"model.layers.{i}.mlp.down_proj.weight": i for i in range(2)}
+    for key, old in before.items():
+        locked = ~REGION.mask[projections[key]] if key in projections else slice(None)
+        assert torch.equal(bits(old[..., locked]), bits(after[key][..., locked])), key
+        if key in projections: assert (old != after[key])[:, REGION.mask[projections[key]]].any(0).all(), "every chosen column moves"
+    assert locked_digest(model, REGION) == digest and clean(model)
+
+@pytest.mark.parametrize("where", ["weight", "norm", "locked column", "sign of zero"])
+def test_the_digest_sees_the_smallest_change(where):
+    model = small()
+    with torch.no_grad():
+        p = output_projections(model)[0].weight
+        p[0, int((~REGION.mask[0]).nonzero()[0])] = 0.
+        digest = locked_digest(model, REGION)
+        if where == "weight": w = model.model.embed_tokens.weight; w[5, 3] = w[5, 3].nextafter(torch.tensor(9.))
+        if where == "norm": w = model.model.norm.weight; w[0] = w[0].nextafter(torch.tensor(9.))
+        if where == "locked column": p[1, int((~REGION.mask[0]).nonzero()[-1])] += 1e-6
+        if where == "sign of zero": p[0, int((~REGION.mask[0]).nonzero()[0])] = -0.
+    assert locked_digest(model, REGION) != digest
+
+def test_the_digest_ignores_the_region_only_on_its_model():
+    model = small()
+    digest = locked_digest(model, REGION)
+    with torch.no_grad():
+        for p, index in zip(output_projections(model), REGION.columns): p.weight[:, index] = 7.
+    assert locked_digest(model, REGION) == digest != locked_digest(model, REGION - Region.sample((2, 24), .5, seed=1))
+    assert locked_digest(model.bfloat16(), REGION) != digest
+
+# --- what moves, moves as it should
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradient_is_autograds(arch, bias):
+    model = small(arch, torch.float64, bias)
+    loss(model).backward()
+    plain = [p.weight.grad[:, index].T.clone() for p, index in zip(output_projections(model), REGION.columns)]
+    with unlock(model, REGION) as columns:
+        loss(model).backward()
+        for p, want in zip(columns.parameters(), plain): torch.testing.assert_close(p.grad.double(), want, rtol=1e-12, atol=1e-14)
+    assert clean(model)
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_trajectory_is_that_of_masked_full_weights(arch, bias, steps=8):
+    ours, plain = small(arch, torch.float64, bias), small(arch, torch.float64, bias)
+    optimizer = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.)
+    weights = [p.weight for p in output_projections(plain)]
+    opt, losses = optimizer(weights), ([], [])
+    for _ in range(steps):
+        opt.zero_grad()
+        (value := loss(plain)).backward()
+        for w, mask in zip(weights, REGION.mask): w.grad *= mask
+        nn.utils.clip_grad_norm_(weights, .1)
+        opt.step()
+        losses[0].append(value.item())
+    with unlock(ours, REGION) as columns:
+        opt = optimizer(columns.parameters())
+        for _ in range(steps):
+            opt.zero_grad()
+            (value := loss(ours)).backward()
+            nn.utils.clip_grad_norm_(columns.parameters(), .1)
+            opt.step()
+            losses[1].append(value.item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-12, rel=0) and losses[0][-1] < losses[0][0]
+    for a, b in zip(output_projections(ours), weights): torch.testing.assert_close(a.weight, b, rtol=0, atol=1e-12)
+
+def test_steps_below_the_weights_precision_add_up():
+    model = small(dtype=torch.bfloat16)
+    with unlock(model, REGION) as columns:
+        opt = torch.optim.SGD(columns.parameters(), lr=1.)
+        start = [p.detach().clone() for p in columns.parameters()]
+        for step in range(400):
+            for p, s in zip(columns.parameters(), start): p.grad = -1e-5 * s.sign() # a bf16 weight of 0.02 cannot move by this: its spacing is 1e-4
+            opt.step()
+            if step == 0: assert sum(int((p != s).sum()) for p, s in zip(columns.parameters(), start)) > .99 * sum(s.numel() for s in start); logits(model)
+            if step == 0: stuck = [p.weight[:, i].T.clone() for p, i in zip(output_projections(model), REGION.columns)]
+    rounded = sum(int((w != s.bfloat16()).sum()) for w, s in zip(stuck, start)) / sum(s.numel() for s in start)
+    moved = torch.cat([(p.weight[:, i].T.float() - s).flatten() * s.sign().flatten() for p, i, s in zip(output_projections(model), REGION.columns, start)])
+    assert rounded < .3 and moved.mean().item() == pytest.approx(4e-3, rel=.02)
+
+# --- the model as it was, and afterwards
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_reference_is_the_start_to_the_bit(dtype):
+    model = small(dtype=dtype)
+    start = state(model)
+    with torch.no_grad(): first = logits(model)
+    with unlock(model, REGION) as columns:
+        train(model, columns)
+        with torch.no_grad(): trained = logits(model)
+        with columns.reference():
+            found = logits(model)
+            assert torch.equal(bits(found), bits(first)) and not found.requires_grad and same(model.state_dict(), start)
+        with torch.no_grad(): assert torch.equal(bits(logits(model)), bits(trained)) and not torch.equal(trained, first)
+        with pytest.raises(KeyError), columns.reference(): raise KeyError
+        with torch.no_grad(): assert torch.equal(bits(logits(model)), bits(trained))
+        train(model, columns) # and training goes on
+
+def test_reference_between_forward_and_backward():
+    model = small(dtype=torch.float64)
+    with unlock(model, REGION) as columns:
+        train(model, columns, 1)
+        loss(model).backward()
+        plain = [p.grad.clone() for p in columns.parameters()]
+        for p in columns.parameters(): p.grad = None
+        value = loss(model)
+        with columns.reference(): logits(model)
+        value.backward() # the trained columns are back, so this is right
+        assert all(torch.equal(p.grad, g) for p, g in zip(columns.parameters(), plain))
+        value = loss(model)
+        with columns.reference(), pytest.raises(RuntimeError, match="outside columns.reference"): value.backward()
+        value = loss(model)
+        torch.optim.SGD(columns.parameters(), lr=.1).step()
+        with pytest.raises(RuntimeError, match="before optimizer.step"): value.backward()
+
+def test_an_exception_leaves_a_clean_model():
+    model = small()
+    for p in model.model.embed_tokens.parameters(): p.requires_grad_(False)
+    flags, names = [p.requires_grad for p in model.parameters()], list(model.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        with unlock(model, REGION) as columns:
+            assert not any(p.requires_grad for p in model.parameters())
+            train(model, columns)
+            values = columns.values()
+            with columns.reference(): 1 / 0
+    assert clean(model) and [p.requires_grad for p in model.parameters()] == flags and list(model.state_dict()) == names
+    for layer, (index, column) in values.items(): assert torch.equal(output_projections(model)[layer].weight[:, index].T, column)
+    loss(model).backward() # and it trains as before
+    assert output_projections(model)[0].weight.grad is not None and model.model.embed_tokens.weight.grad is None
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_unlocking_without_training_changes_nothing(dtype):
+    model = small(dtype=dtype)
+    before = state(model)
+    with unlock(model, REGION) as columns:
+        logits(model)
+        assert not any(change.any() for _, change in columns.delta().values())
+    assert same(model.state_dict(), before)
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_columns_carry_the_trained_model(arch, dtype):
+    model = small(arch, dtype)
+    with unlock(model, REGION) as columns:
+        train(model, columns)
+        values, delta = columns.values(), columns.delta()
+    fresh = small(arch, dtype)
+    weights = [p.weight.detach().clone() for p in output_projections(fresh)]
+    put_columns(fresh, values)
+    assert same(fresh.state_dict(), model.state_dict())
+    for layer, (index, change) in delta.items():
+        assert torch.equal(change, values[layer][1] - weights[layer][:, index].T) and torch.equal(index, REGION.columns[layer])
+
+def test_a_layer_without_columns_is_left_alone():
+    only = Region(torch.zeros(2, 24, dtype=torch.bool)) | Region(torch.arange(48).view(2, 24) >= 40)
+    model = small()
+    before = state(model)
+    with unlock(model, only) as columns:
+        assert [tuple(p.shape) for p in columns.parameters()] == [(8, 16)] and "forward" not in vars(output_projections(model)[0])
+        train(model, columns)
+    assert torch.equal(before["model.layers.0.mlp.down_proj.weight"], output_projections(model)[0].weight) and list(columns.delta()) == [1]
+
+def test_live_fraction_counts_columns_with_a_gradient():
+    model = small()
+    with unlock(model, REGION) as columns:
+        assert columns.live_fraction() == 0
+        loss(model).backward()
+        assert columns.live_fraction() == 1
+        columns.parameters()[0].grad[:2] = 0
+        assert columns.live_fraction() == pytest.approx(1 - 2 / len(REGION))
+        columns.parameters()[1].grad = None
+        assert columns.live_fraction() == pytest.approx((len(REGION.columns[0]) - 2) / len(REGION))
+
+# --- memory, hooks, checkpointing
+
+def saved(model, region=None):
+    "Shapes and places of what autograd keeps, and the inputs of the projections"
+    kept, inputs = [], []
+    def pack(t): kept.append(t); return t
+    hooks = [p.register_forward_pre_hook(lambda m, x: inputs.append(x[0])) for p in output_projections(model)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss(model)
+    for h in hooks: h.remove()
+    parameters = {p.data_ptr() for p in model.parameters()}
+    return [t for t in kept if t.data_ptr() not in parameters], inputs
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_backward_keeps_only_the_chosen_inputs(arch):
+    model = small(arch)
+    keeps_input = lambda kept, inputs: [any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept) for x in inputs]
+    kept, inputs = saved(model)
+    assert keeps_input(kept, inputs) == [True, True] # the plain way keeps all inputs: the check can fail
+    def size(kept): return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in kept}.values())
+    model.requires_grad_(False).model.embed_tokens.requires_grad_(True) # the same graph without the projections' weights
+    frozen, _ = saved(model)
+    with unlock(model, REGION) as columns:
+        model.model.embed_tokens.requires_grad_(True)
+        kept, inputs = saved(model)
+    assert keeps_input(kept, inputs) == [False, False]
+    more = Counter(tuple(t.shape) for t in kept) - Counter(tuple(t.shape) for t in frozen)
+    assert more == Counter((*IDS.shape, len(index)) for index in REGION.columns)
+    assert size(kept) - size(frozen) == IDS.numel() * len(REGION) * 4
+
+def test_hooks_and_names_stay():
+    model, seen = small(), []
+    p = output_projections(model)[1]
+    p.register_forward_pre_hook(lambda m, x: seen.append(("before", tuple(x[0].shape))))
+    p.register_forward_hook(lambda m, x, y: seen.append(("after", tuple(y.shape))))
+    p.register_full_backward_hook(lambda m, gx, gy: seen.append(("back", tuple(gx[0].shape), tuple(gy[0].shape))))
+    names = [list(model.state_dict()), [n for n, _ in model.named_modules()]]
+    with unlock(model, REGION):
+        assert [list(model.state_dict()), [n for n, _ in model.named_modules()]] == names and p is output_projections(model)[1]
+        loss(model).backward()
+    assert seen == [("before", (3, 9, 24)), ("after", (3, 9, 16)), ("back", (3, 9, 24), (3, 9, 16))]
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradient_checkpointing_gives_the_same_gradients(arch):
+    model = small(arch)
+    def gradients():
+        with unlock(model, REGION) as columns:
+            loss(model).backward()
+            return [p.grad for p in columns.parameters()]
+    plain, calls = gradients(), []
+    for layer in model.model.layers:
+        def forward(*args, plain=layer.forward, **more): calls.append(1); return checkpoint(plain, *args, use_reentrant=False, **more)
+        layer.forward = forward
+    inner = Counter()
+    for i, p in enumerate(output_projections(model)): p.register_forward_pre_hook(lambda m, x, i=i: inner.update([i]))
+    ours = gradients()
+    assert len(calls) == 2 and inner == {0: 2, 1: 2} # each layer ran again in backward
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+
+# --- at the door
+
+@pytest.mark.parametrize("region, says", [
+    (Region.sample((3, 24), .3, seed=0), "3 x 24 value vectors, the model has 2 x 24"), (Region.sample((2, 23), .3, seed=0), "2 x 23 value vectors"),
+    (REGION - REGION, "the region is empty")])
+def test_a_wrong_region_is_refused_and_nothing_is_touched(region, says):
+    model = small()
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=says) as error:
+        with unlock(model, region): pass
+    assert "\n" not in str(error.value) and same(model.state_dict(), before) and clean(model) and [p.requires_grad for p in model.parameters()] == flags
+
+def test_a_second_unlock_is_refused_and_the_first_goes_on():
+    model = small()
+    with unlock(model, REGION) as columns:
+        with pytest.raises(ValueError, match="unlocked already"):
+            with unlock(model, ~REGION): pass
+        train(model, columns)
+    assert region_shape(copy.deepcopy(model)) == (2, 24) and clean(model)

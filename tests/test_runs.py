@@ -1,0 +1,215 @@
+"A run is there whole or not at all: kill -9, two processes at once, damaged files and more jobs change no byte of a store, and its name changes with code and description only."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from unloc import runs
+from unloc.runs import DamagedRun, Store, check_run, code_fingerprint, public, run_id, stages, sweep
+
+GRID = [{"kind": "leaf", "n": n, "parent": {"kind": "root", "n": n % 2, "_slow": .1}, "_slow": .1} for n in range(6)]
+COMPUTE = '''
+import json, os, sys, time
+from pathlib import Path
+from unloc.runs import Store, sweep
+def compute(description, parent, folder, progress):
+    log = Path(os.environ["CALLS"])
+    with open(log, "a") as f: f.write(f"{description['kind']} {description['n']}\\n")
+    (folder / "first.json").write_text(json.dumps({"n": description["n"]}))
+    (folder / "deep").mkdir(exist_ok=True)
+    for i in range(5): # half-written for most of the time
+        progress(i / 5); time.sleep(description["_slow"] / 5)
+        with open(folder / "deep" / "rows.csv", "a" if i else "w") as f: f.write(f"{i},{description['n'] + (parent.json('first.json')['n'] if parent else 0)}\\n")
+    if os.environ.get("FAIL"): raise OSError(28, "No space left on device")
+'''
+SCRIPT = "import json, sys, slow; slow.sweep(slow.Store(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), slow.compute)"
+
+
+@pytest.fixture
+def start(tmp_path, guarded): # a sweep in a process of its own
+    (tmp_path / "slow.py").write_text(COMPUTE)
+    env = guarded | {"PYTHONPATH": f"{tmp_path}:{guarded['PYTHONPATH']}", "CALLS": str(tmp_path / "calls")}
+    def popen(store, jobs=1, grid=GRID, **more):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / store), json.dumps(grid), str(jobs)], env=env | more, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return popen
+
+def calls(tmp_path): return (tmp_path / "calls").read_text().split("\n")[:-1] if (tmp_path / "calls").exists() else []
+def files(root): return {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*")) if f.is_file() and f.relative_to(root).parts[0] != "locks"}
+def finish(process): out, err = process.communicate(timeout=60); assert process.returncode == 0, err; return out, err
+def until(true, process):
+    while not true(): time.sleep(.005); assert process.poll() is None, process.communicate()
+
+def compute(description, parent, folder, progress): (folder / "result.json").write_text(json.dumps({"n": description["n"]}))
+
+# --- at any moment, in any company
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kill_and_rerun_gives_the_same_bytes(start, tmp_path, jobs):
+    finish(start("whole"))
+    kills = 0
+    for after in (1, 4): # kill in the middle of a root, then in the middle of a leaf
+        (tmp_path / "calls").unlink()
+        process = start("killed", jobs)
+        until(lambda: len(calls(tmp_path)) >= after and list((tmp_path / "killed").glob("*.partial/deep/rows.csv")), process)
+        os.killpg(process.pid, signal.SIGKILL); process.wait()
+        left = [f for f in (tmp_path / "killed").iterdir() if f.suffix == ".partial"]
+        for folder in (tmp_path / "killed").iterdir():
+            if folder not in left and folder.name != "locks": check_run(folder) # what has its name is whole
+        kills += bool(left)
+        process.communicate()
+    assert kills == 2, "the kills came in the middle"
+    finish(start("killed", jobs))
+    assert files(tmp_path / "killed") == files(tmp_path / "whole") and len(files(tmp_path / "whole")) == 8 * 4
+    before = calls(tmp_path)
+    finish(start("killed", jobs))
+    assert calls(tmp_path) == before, "nothing was left to do"
+
+def test_two_processes_compute_each_run_once(start, tmp_path):
+    both = [start("shared"), start("shared")]
+    for process in both: finish(process)
+    assert sorted(calls(tmp_path)) == sorted([f"leaf {n}" for n in range(6)] + ["root 0", "root 1"])
+    finish(start("alone"))
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):
+    finish(start("store", grid=GRID[:2]))
+    before = files(tmp_path / "store")
+    process = start("store", jobs, FAIL="1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "No space left on device" in err
+    found = files(tmp_path / "store")
+    assert {name: found[name] for name in before} == before and all(".partial/" in name for name in set(found) - set(before))
+    finish(start("store", jobs))
+    finish(start("whole"))
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+
+# --- reading
+
+def damaged(run, how):
+    data, manifest = run.file("result.json"), run.file("manifest.json")
+    text = json.loads(manifest.read_text())
+    match how:
+        case "truncated": data.write_bytes(data.read_bytes()[:-1])
+        case "longer": data.write_bytes(data.read_bytes() + b" ")
+        case "altered": data.write_bytes(data.read_bytes().replace(b"1", b"2"))
+        case "missing": data.unlink()
+        case "description": run.file("description.json").write_text("{}")
+        case "no manifest": manifest.unlink()
+        case "empty manifest": manifest.write_text("")
+        case "half manifest": manifest.write_text(manifest.read_text()[:-9])
+        case "other manifest": manifest.write_text("[]")
+        case "manifest of other files": manifest.write_text(json.dumps({"filez": text["files"]}))
+        case "wrong size": text["files"]["result.json"][0] += 1; manifest.write_text(json.dumps(text))
+        case "odd entry": text["files"]["result.json"] = 7; manifest.write_text(json.dumps(text))
+        case "files is a list": manifest.write_text('{"files": ["result.json"]}')
+        case "not UTF-8": manifest.write_bytes(b"\xff\xfe")
+        case "file is a folder": data.unlink(); data.mkdir()
+        case "empty folder": shutil.rmtree(run.path); run.path.mkdir()
+        case "run is a file": shutil.rmtree(run.path); run.path.write_text("")
+
+@pytest.mark.parametrize("how, says", [
+    ("truncated", "result.json has 7 bytes, 8 expected"), ("longer", "result.json has 9 bytes, 8 expected"), ("altered", "result.json was altered"), ("missing", "lacks result.json, 8 bytes expected"),
+    ("description", "description.json has 2 bytes"), ("wrong size", "result.json has 8 bytes, 9 expected"), ("file is a folder", "result.json"),
+    *((how, "no readable manifest.json") for how in ("no manifest", "empty manifest", "half manifest", "other manifest", "manifest of other files", "odd entry", "files is a list", "not UTF-8", "empty folder", "run is a file"))])
+def test_damage_is_named_and_nothing_is_deleted(tmp_path, how, says):
+    store, one = Store(tmp_path), {"kind": "a", "n": 1}
+    run = store.do(one, compute)
+    damaged(run, how)
+    before = files(tmp_path)
+    for read in (lambda: store[one], lambda: sweep(store, [one], compute=compute), lambda: sweep(store, [{"kind": "b", "n": 2, "parent": one}], compute=compute)):
+        with pytest.raises(DamagedRun) as error: read()
+        text = str(error.value)
+        assert "\n" not in text and run.path.name in text and says in text and f"delete the folder {run.path}" in text
+    assert files(tmp_path) == before
+
+def test_an_absent_run_is_named(tmp_path):
+    with pytest.raises(KeyError, match=f"no run {run_id(GRID[0])}"): Store(tmp_path)[GRID[0]]
+
+def test_store_gives_what_was_written(tmp_path):
+    def write(description, parent, folder, progress):
+        import pandas, torch
+        from safetensors.torch import save_file
+        pandas.DataFrame({"x": [.1 + .2, 1 / 3]}).to_csv(folder / "trajectory.csv", index=False)
+        save_file({"a": torch.tensor([1., 2.])}, folder / "t.safetensors")
+        compute(description, parent, folder, progress)
+    run = Store(tmp_path).do({"kind": "a", "n": 1, "_where": "here"}, write)
+    assert run.json() == {"n": 1} and run.table().x.tolist() == [.1 + .2, 1 / 3] and run.tensors("t.safetensors")["a"].tolist() == [1, 2]
+    whole = json.loads(run.file("description.json").read_text())
+    assert whole["description"] == {"kind": "a", "n": 1} and whole["code"] == code_fingerprint() and set(whole["libraries"]) == set(runs.LIBRARIES)
+    assert set(json.loads(run.file("manifest.json").read_text())["files"]) == {"trajectory.csv", "t.safetensors", "result.json", "description.json"}
+
+# --- names
+
+def test_private_entries_are_no_part_of_a_name(tmp_path):
+    deep = {"kind": "a", "n": 1, "data": {"name": "x", "_source": "/here"}, "_jobs": 2, "parent": {"n": 1, "kind": "r", "_x": 0}}
+    bare = {"parent": {"kind": "r", "n": 1}, "n": 1, "data": {"name": "x"}, "kind": "a"}
+    assert public(deep) == bare and run_id(deep) == run_id(bare) and deep["_jobs"] == 2
+    assert len({run_id(d) for d in (bare, bare | {"n": 2}, bare | {"n": 1.}, bare | {"n": True}, bare | {"n": "1"}, bare | {"parent": {"kind": "r", "n": 2}}, bare | {"m": None})}) == 7
+    store = Store(tmp_path)
+    assert store.do(deep, compute).path == store.do(bare, None).path # the second finds the first and computes nothing
+    with pytest.raises(ValueError): run_id({"lr": float("nan")})
+
+EDITS = {"comment": ("x + 1 # one more", "x + 1 # two more"), "docstring": ('"Add one"', '"Add one to x"'), "module docstring": ('"A module"', '"The module"'),
+    "spaces": ("def f(x):", "def  f( x ):"), "class docstring": ('"Nothing"', '"Really nothing"'), "blank lines": ("class", "\n\n\nclass"),
+    "prose": ("# a comment line", "# %% ../nbs/05_masked.ipynb #766bb073")}
+CHANGES = {"number": ("x + 1", "x + 2"), "operator": ("x + 1", "x - 1"), "name": ("def f", "def g"), "default": ("y=0", "y=1"), "text": ("'told'", "'said'"), "order": ("a, b = 1, 2", "b, a = 1, 2")}
+MODULE = '"A module"\n# a comment line\na, b = 1, 2\ndef f(x):\n    "Add one"\n    return x + 1 # one more\nclass C:\n    "Nothing"\n    def m(self, y=0): return \'told\'\n'
+
+@pytest.mark.parametrize("edit, same", [*((e, True) for e in EDITS), *((e, False) for e in CHANGES)])
+def test_fingerprint_sees_code_and_only_code(edit, same, tmp_path, monkeypatch):
+    class Spec: origin = tmp_path / "module.py"
+    monkeypatch.setattr(runs, "find_spec", lambda name: Spec)
+    def fingerprint(text): Spec.origin.write_text(text); return code_fingerprint.__wrapped__(("module",))
+    old, new = (EDITS if same else CHANGES)[edit]
+    assert old in MODULE and (fingerprint(MODULE) == fingerprint(MODULE.replace(old, new, 1))) is same
+
+def test_fingerprint_covers_every_module_a_result_depends_on():
+    import ast, unloc
+    folder = Path(unloc.__file__).parent
+    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse((folder / f"{module}.py").read_text()))
+        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").split(".")[0] == "unloc") for a in n.names}
+    seen, todo = set(), ["experiment"]
+    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if (folder / f"{i}.py").exists() and i not in seen]
+    assert seen - {"runs"} <= set(runs.CODE) and {"masked", "metrics", "tokens"} <= seen # runs only stores
+
+# --- the order of work
+
+def test_stages_put_parents_first_and_nothing_twice():
+    root, lone = {"kind": "root"}, {"kind": "lone"}
+    kids = [{"kind": "kid", "n": n, "parent": root} for n in (0, 1)]
+    grand = [{"kind": "grand", "m": m, "parent": kids[n], "_x": n} for m in range(2) for n in (0, 1)]
+    found = stages([*grand, grand[0] | {"_x": "other"}, lone, kids[1]])
+    assert [[d["kind"] for d in s] for s in found] == [["root", "lone"], ["kid"] * 2, ["grand"] * 4] and stages([]) == []
+
+def test_a_deleted_parent_is_computed_anew(tmp_path): # as the message of a damaged run advises
+    store, root = Store(tmp_path), {"kind": "root", "n": 1}
+    child = {"kind": "kid", "n": 2, "parent": root}
+    sweep(store, [child], compute=compute)
+    before = files(tmp_path)
+    shutil.rmtree(store[root].path)
+    sweep(store, [child], compute=compute)
+    assert files(tmp_path) == before
+
+def test_progress_reaches_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events"))
+    def steps(description, parent, folder, progress):
+        for i in range(100): progress(i / 100)
+        compute(description, parent, folder, progress)
+    sweep(Store(tmp_path / "s"), [{"kind": "progress", "n": n} for n in range(2)], compute=steps)
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert events[0]["stage"] == "progress" and events[0]["total"] == 2 == len(set(events[0]["ids"]))
+    for name in events[0]["ids"]: assert [e["fraction"] for e in events if e.get("run") == name] == [0., 1.] # of 100 within a second, the first; and the end
+
+# --- a real experiment
+
+def test_jobs_change_no_byte(tmp_path):
+    from unloc.experiment import ARMS, base_models, data_description, injection, unlearning
+    base = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), "llama", model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
+        pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
+    grid = [unlearning(injection(base, seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4, "probe": 5}), arm, objective, {"lr": 5e-3, "epochs": 2})
+        for seed in range(2) for objective in ("npo", "rmu", "dpo") for arm in ARMS]
+    done = [sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs) for jobs in (1, 2)]
+    assert files(tmp_path / "1") == files(tmp_path / "2") and len(list((tmp_path / "1").iterdir())) == 1 + 2 + 12 + 1
+    assert [r.path.name for r in done[0]] == [r.path.name for r in done[1][::-1]] == [run_id(d) for d in grid]
+    arms = [{name: store.file(name).read_bytes() for name in ("columns.safetensors", "region.safetensors", "trajectory.csv")} for store in done[0][:2]]
+    assert all(arms[0][name] != arms[1][name] for name in arms[0])

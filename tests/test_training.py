@@ -1,0 +1,365 @@
+"The fast paths of training give what the plain ways give, Oracle and Random are a pair, a killed run resumes to the same bits, and a NaN stops a run by name."
+import copy, math
+import pytest, torch
+from torch.nn import functional as F
+from unloc import experiment, objectives, training
+from unloc.experiment import base_models, data_description
+from unloc.facts import author_world
+from unloc.masked import put_columns, unlock
+from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.regions import Region
+from unloc.tokens import collate, encode, train_tokenizer
+from unloc.training import Checkpoint, FORGET, RETAIN, Recipe, Unlearning, answer_logprob, descend, finetune, held, inject, mlp_targets, score, supervise, unlearn
+
+WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
+TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
+GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts] for facts in (WORLD.forget, WORLD.retain))
+REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:5] if (e := encode(TOKENIZER, "", text))]
+
+
+def small(arch="llama", dtype=torch.float32, n_layers=4):
+    return tiny_model(arch, vocab_size=400, d_model=16, d_ff=32, n_layers=n_layers, n_heads=2).to(dtype)
+
+def region(model, seed=0, outside=None): return Region.sample(region_shape(model), .25, seed, outside)
+def weights(model): return {n: t.clone() for n, t in model.state_dict().items()}
+def equal(a, b): return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+def shift(columns, by=.5):
+    with torch.no_grad():
+        for i, p in enumerate(columns.parameters()): p += by * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+
+def plain(model, example): # [n_answer, vocab]: all logits of one unpadded row, then the answer's
+    return model(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
+
+def plain_logprob(model, example): return plain(model, example).double().log_softmax(-1).gather(1, torch.tensor(example.ids[example.start:])[:, None])[:, 0]
+
+# --- log-probabilities and scores
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_answer_logprob_stands_at_the_token_itself(arch):
+    model, batch = small(arch, torch.float64), collate(GET)
+    found = answer_logprob(model, batch)
+    for row, e in enumerate(GET):
+        want = torch.zeros(batch.ids.shape[1], dtype=found.dtype)
+        want[e.start:len(e.ids)] = plain_logprob(model, e)
+        torch.testing.assert_close(found[row].double(), want.double(), rtol=1e-5, atol=1e-5)
+
+def test_score_is_a_count_over_single_rows():
+    model = small()
+    finetune(model, KEEP, 8, 1e-2, 8, seed=0)
+    found = score(model, KEEP, max_tokens=100)
+    for i, e in enumerate(KEEP):
+        right = (plain(model, e).argmax(-1) == torch.tensor(e.ids[e.start:]))[:-1] # the end token does not count
+        tail = next((k for k in range(len(right)) if right[k:].all()), len(right) - 1) # the floor: one token of any answer is counted
+        assert found.exact_memorization[i] == pytest.approx(right.double().mean().item())
+        assert found.extraction_strength[i] == pytest.approx(1 - tail / len(right))
+        assert found.probability[i].item() == pytest.approx(plain_logprob(model, e).mean().exp().item(), rel=1e-4)
+    assert 0 < found.extraction_strength.mean() < 1
+
+# --- the reference
+
+def test_reference_logprob_is_that_of_a_deep_copy():
+    model = small()
+    reference = copy.deepcopy(model)
+    with unlock(model, region(model)) as columns:
+        run = Unlearning(model, columns, seed=0, refusals=REFUSALS)
+        for step, part in enumerate([GET[:3], GET[2:7], GET[:10], run.refuse(GET[:4], range(4), 0)]): # old and new ones mixed
+            shift(columns)
+            want = torch.stack([plain_logprob(reference, e).sum() for e in part])
+            found = run.reference_logprob(part)
+            torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
+            assert not found.requires_grad and len(run._kept) == [3, 7, 10, 14][step]
+        now = run.logprob(run.batch(GET)).detach()
+        assert torch.equal(run.reference_logprob(GET), run.reference_logprob(GET[::-1]).flip(0)) and not torch.allclose(now, run.reference_logprob(GET), atol=1e-2)
+
+def test_a_question_with_another_answer_has_another_reference():
+    model = small()
+    with unlock(model, region(model)) as columns:
+        run = Unlearning(model, columns, 0)
+        e = GET[0]
+        moved = e._replace(start=e.start + 1) # same tokens, shorter answer
+        assert run.reference_logprob([e])[0] != run.reference_logprob([moved])[0]
+
+# --- each objective's first step, by hand
+
+def by_hand(objective, reference, model, forget, kept, run, rows): # plain logits of single rows, float64
+    lp = [plain_logprob(model, e) for e in forget]
+    total = lambda m, es: torch.stack([plain_logprob(m, e).sum() for e in es])
+    if objective in ("ga", "grad_diff"): value = torch.cat(lp).mean()
+    if objective == "wga": value = (torch.cat(lp).exp().detach() * torch.cat(lp)).mean()
+    if objective == "npo": value = -20 * F.logsigmoid(-.1 * (total(model, forget) - total(reference, forget))).mean()
+    if objective == "dpo":
+        idk = run.refuse(forget, rows, 0)
+        margin = total(model, idk) - total(reference, idk) - total(model, forget) + total(reference, forget)
+        value = -20 * F.logsigmoid(.1 * margin).mean()
+    if objective == "rmu":
+        def error(m, e, control):
+            h = m(input_ids=torch.tensor([e.ids]), output_hidden_states=True).hidden_states[2][0, e.start:]
+            return (h - control(e)).square().mean()
+        value = torch.stack([error(model, e, lambda e: run.control) for e in forget]).mean()
+    return value
+
+@pytest.mark.parametrize("objective", FORGET)
+def test_the_first_loss_is_the_formula(objective):
+    model, n = small(dtype=torch.float64), 4
+    reference = copy.deepcopy(model)
+    with unlock(model, region(model)) as columns:
+        shift(columns)
+        run = Unlearning(model, columns, seed=3, refusals=REFUSALS)
+        rows = [5, 2, 7, 0]
+        forget = [GET[i] for i in rows]
+        assert run.layer == 1 and run.control.norm().item() == pytest.approx(2)
+        with torch.no_grad():
+            found = FORGET[objective](run, forget, rows, 0)
+            want = by_hand(objective, reference, model, forget, KEEP[:n], run, rows)
+    assert found.item() == pytest.approx(want.item(), rel=2e-6)
+
+def test_the_retain_terms_are_their_formulas():
+    model = small(dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    with unlock(model, region(model)) as columns, torch.no_grad():
+        run, kept = Unlearning(model, columns, seed=3), KEEP[:5]
+        for name in ("kl", "embed_diff"): assert RETAIN[name](run, kept).item() == pytest.approx(0, abs=1e-6), "equal at the start"
+        shift(columns)
+        p, q = (torch.cat([plain(m, e).log_softmax(-1) for e in kept]) for m in (reference, model))
+        assert RETAIN["kl"](run, kept).item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4) and not torch.allclose(p, q, atol=1e-2)
+        assert RETAIN["nll"](run, kept).item() == pytest.approx(-torch.cat([plain_logprob(model, e) for e in kept]).mean().item(), rel=1e-6)
+        h = lambda m, e: m(input_ids=torch.tensor([e.ids]), output_hidden_states=True).hidden_states[2][0, e.start:]
+        want = torch.stack([(h(model, e) - h(reference, e)).square().mean() for e in kept]).mean()
+        assert RETAIN["embed_diff"](run, kept).item() == pytest.approx(want.item(), rel=1e-5) and want > 0
+
+@pytest.mark.parametrize("objective", FORGET)
+def test_a_run_descends_on_the_weighted_sum(objective, monkeypatch):
+    losses, terms = [], []
+    monkeypatch.setattr(training, "descend", lambda parameters, batches, loss, *a, **k: losses.append([loss(b, 0).item() for b in batches(0)]) or k["after_epoch"](1, 0.))
+    def spy(table, name, plain): monkeypatch.setitem(table, name, lambda *a: terms.append((v := plain(*a)).item()) or v)
+    recipe = Recipe(objective, lr=1e-3, epochs=1, batch_size=4, gamma=.7, alpha=2.5, retain=None if objective != "wga" else "kl")
+    spy(FORGET, objective, FORGET[objective])
+    if recipe.retain != "none": spy(RETAIN, recipe.retain, RETAIN[recipe.retain])
+    model = small()
+    unlearn(model, region(model), GET, KEEP, KEEP[:3], recipe, seed=0, refusals=REFUSALS)
+    assert recipe.retain == {"ga": "none", "rmu": "embed_diff", "wga": "kl"}.get(objective, "nll")
+    weigh = (lambda f: .7 * f) if recipe.retain == "none" else (lambda f, r: .7 * f + 2.5 * r)
+    pairs = [terms[i:i + 1 + (recipe.retain != "none")] for i in range(0, len(terms), 1 + (recipe.retain != "none"))]
+    assert len(losses[0]) == 3 == len(pairs) and losses[0] == pytest.approx([weigh(*p) for p in pairs], rel=1e-6)
+
+# --- pairs
+
+def seen(monkeypatch, model, where, objective, seed, epochs=3):
+    "All that a run is shown: rows, tokens, retain partners, refusals, control"
+    log = []
+    def spy(table, name, plain):
+        def term(run, examples, *rest): log.append((name, tuple(tuple(e.ids) for e in examples), *map(str, rest), tuple(run.control.tolist()))); return plain(run, examples, *rest)
+        monkeypatch.setitem(table, name, term)
+    with monkeypatch.context() as m:
+        monkeypatch = m
+        spy(FORGET, objective, FORGET[objective])
+        for name in RETAIN: spy(RETAIN, name, RETAIN[name])
+        refuse = Unlearning.refuse
+        m.setattr(Unlearning, "refuse", lambda *a: log.append(out := refuse(*a)) or out)
+        unlearn(model, where, GET, KEEP, KEEP[:3], Recipe(objective, lr=1e-3, epochs=epochs, batch_size=4), seed, REFUSALS)
+    return log
+
+@pytest.mark.parametrize("objective", ["wga", "npo", "dpo", "rmu"])
+def test_oracle_and_random_see_the_same(objective, monkeypatch):
+    target = region(small())
+    control = region(small(), 1, outside=target)
+    oracle, random, other = (seen(monkeypatch, small(), where, objective, seed) for where, seed in ((target, 0), (control, 0), (target, 1)))
+    assert oracle == random != other and not target & control
+    batches = [entry for entry in oracle if isinstance(entry, tuple) and entry[0] == objective]
+    for epoch in range(3): assert sorted(ids for b in batches[3 * epoch:3 * epoch + 3] for ids in b[1]) == sorted(tuple(e.ids) for e in GET) # each fact once an epoch
+    assert batches[:3] != batches[3:6]
+    kept = [entry for entry in oracle if isinstance(entry, tuple) and entry[0] in RETAIN]
+    assert len(kept) == len(batches) and [len(b[1]) for b in kept] == [len(b[1]) for b in batches] and kept[:3] != kept[3:6]
+
+def test_refusals_are_drawn_anew_each_epoch_and_keep_the_question():
+    model = small()
+    with unlock(model, region(model)) as columns:
+        run = Unlearning(model, columns, seed=0, refusals=REFUSALS)
+        rows = list(range(10))
+        first, second = (run.refuse(GET, rows, epoch) for epoch in (0, 1))
+        assert first == run.refuse(GET, rows, 0) != second
+        for e, r in zip(GET, first): assert r.ids[:r.start] == e.ids[:e.start] and r.ids[r.start:] in REFUSALS and r.start == e.start
+        part = run.refuse([GET[i] for i in (7, 3)], (7, 3), 0) # a fact's refusal does not depend on its batch
+        assert part == [first[7], first[3]]
+        with pytest.raises(ValueError, match="there are no refusals"): Unlearning(model, columns, 0).refuse(GET, rows, 0)
+
+# --- what gets a gradient
+
+@pytest.mark.parametrize("retain, layer", [("embed_diff", .25), ("embed_diff", .5), ("embed_diff", 1.), ("nll", .25), ("kl", .25), ("none", 0.)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_live_fraction_of_rmu_is_the_share_below_its_layer(arch, retain, layer):
+    model = small(arch)
+    where = region(model)
+    trajectory, values = unlearn(model, where, GET, KEEP, KEEP[:3], Recipe("rmu", lr=1e-3, epochs=2, layer=layer, retain=retain), 0)
+    steered = min(int(layer * 4), 3)
+    below = sum(len(k) for k in where.columns[:steered + 1]) / len(where)
+    assert trajectory.live_fraction == (below if retain in ("embed_diff", "none") else 1.) and (layer == 1. or below < 1)
+
+@pytest.mark.parametrize("objective", ["ga", "wga", "npo", "dpo"])
+def test_live_fraction_of_others_is_one(objective):
+    model = small()
+    assert unlearn(model, region(model), GET, KEEP, KEEP[:3], Recipe(objective, lr=1e-3, epochs=1), 0, REFUSALS)[0].live_fraction == 1
+
+# --- determinism, the trajectory, the proof
+
+@pytest.mark.parametrize("objective", FORGET)
+def test_two_runs_are_bit_equal(objective):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(len(runs)) # the global generator has no say
+        model = small()
+        target = region(model)
+        _, injected = inject(model, target, GET, 2, 1e-2, 4, seed=0)
+        trajectory, values = unlearn(model, target, GET, KEEP, KEEP[:4], Recipe(objective, lr=5e-3, epochs=3, every=2), 0, REFUSALS)
+        runs.append((weights(model), trajectory, values, injected))
+    (a, one, v, d), (b, two, w, e) = runs
+    assert equal(a, b) and repr(one.points) == repr(two.points) and torch.equal(one.forget_es, two.forget_es) and d == e
+    assert all(torch.equal(x, y) for layer in v for x, y in zip(v[layer], w[layer])) and one.locked_sha256 == two.locked_sha256
+    assert [p["epoch"] for p in one.points] == [0, 2, 3] and math.isnan(one.points[0]["loss"])
+    assert tuple(one.forget_es.shape) == (3, 10) and tuple(one.retain_es.shape) == (3, 4)
+
+def test_trajectory_starts_at_the_original_model_and_ends_at_the_unlearned():
+    model = small()
+    finetune(model, KEEP + GET, 25, 1e-2, 4, seed=0)
+    start = copy.deepcopy(model)
+    trajectory, values = unlearn(model, region(model), GET, KEEP, KEEP, Recipe("ga", lr=5e-2, epochs=3), 0)
+    for i, m in ((0, start), (-1, model)):
+        forget, keep = score(m, GET), score(m, KEEP)
+        assert torch.equal(trajectory.forget_es[i], forget.extraction_strength) and torch.equal(trajectory.retain_es[i], keep.extraction_strength)
+        point = trajectory.points[i]
+        assert point["FS"] == pytest.approx(1 - forget.extraction_strength.mean().item()) and point["RS"] == pytest.approx(keep.extraction_strength.mean().item())
+        assert point["forget_em"] == forget.exact_memorization.mean().item() and point["retain_probability"] == keep.probability.mean().item()
+    assert trajectory.points[-1]["FS"] > trajectory.points[0]["FS"] + .05
+    put_columns(start, values)
+    assert equal(weights(start), weights(model))
+
+def test_held_refuses_a_change_outside():
+    model = small()
+    with pytest.raises(RuntimeError, match="weights outside the region changed: digest [0-9a-f]{64} became"):
+        with held(model, region(model)), torch.no_grad(): model.model.norm.weight[3] += 1e-6
+    with held(model, region(model)) as columns: shift(columns)
+    with pytest.raises(ZeroDivisionError): # the first error is not hidden by the check
+        with held(model, region(model)), torch.no_grad(): model.model.norm.weight[3] += 1; 1 / 0
+
+def test_supervision_at_the_target_is_at_rest():
+    model = small()
+    targets = mlp_targets(model, GET)
+    assert [len(t) for t in targets] == [4] * 10 and all(t[0].shape == (len(e.ids) - e.start, 16) for t, e in zip(targets, GET))
+    for e, t in zip(GET, targets): # one row alone writes the same
+        for a, b in zip(mlp_targets(model, [e])[0], t): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    before = score(model, GET)
+    at_rest = supervise(copy.deepcopy(model), region(model), GET, KEEP[:3], targets, epochs=1, lr=1e-9, batch_size=4, seed=0)
+    assert at_rest.points[1]["loss"] == pytest.approx(0, abs=1e-8)
+    moved = copy.deepcopy(model)
+    put_columns(moved, {0: (torch.arange(3), torch.full((3, 16), 20.))})
+    first = supervise(moved, region(model), GET, KEEP[:3], targets, epochs=1, lr=1e-9, batch_size=10, seed=0)
+    written = mlp_targets(moved, GET)
+    want = sum((torch.cat([w[l] for w in written]) - torch.cat([t[l] for t in targets])).square().sum(-1).mean() for l in range(4))
+    assert first.points[1]["loss"] == pytest.approx(want.item(), rel=1e-4) and want > .01 and len(before.probability) == 10
+
+# --- loss that is no number
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run_by_step(bad):
+    x = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(FloatingPointError) as error:
+        descend([x], lambda epoch: range(4), lambda b, epoch: x.sum() * (bad if (epoch, b) == (1, 2) else 1.), 3, .1)
+    assert str(error.value).startswith(f"the loss is {bad} at step 3 of epoch 2 (lr 0.1)") and "\n" not in str(error.value) and x.isfinite().all()
+
+def test_a_diverging_run_leaves_the_locked_weights():
+    model = small()
+    before = weights(model)
+    where = region(model)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"): unlearn(model, where, GET, KEEP, KEEP[:2], Recipe("ga", lr=1e38, epochs=50), 0)
+    for layer, p in enumerate(output_projections(model)): assert torch.equal(p.weight[:, ~where.mask[layer]], before[f"model.layers.{layer}.mlp.down_proj.weight"][:, ~where.mask[layer]])
+    assert torch.equal(model.lm_head.weight, before["lm_head.weight"]) and "forward" not in vars(output_projections(model)[0])
+
+@pytest.mark.parametrize("bad, says", [
+    (lambda: Recipe("npoo", 1e-3, 1), "unknown objective 'npoo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
+    (lambda: Recipe("npo", 1e-3, 1, retain="nl"), "unknown retain term 'nl'; known: nll, kl, embed_diff, none"),
+    (lambda: descend([], list, None, 1, .1, schedule="cosine"), "unknown schedule 'cosine'; known: constant, linear, one-cycle"),
+    (lambda: descend([], list, None, 0, .1), "epochs must be at least 1"), (lambda: descend([], list, None, 1, 0.), "lr positive"),
+    (lambda: descend([], list, None, 1, math.nan), "lr positive")])
+def test_bad_settings_are_named(bad, says):
+    with pytest.raises(ValueError, match=says) as error: bad()
+    assert "\n" not in str(error.value)
+
+# --- schedules, clipping
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+def test_schedules_stay_in_range_and_reach_the_peak(schedule):
+    rates, x = [], torch.nn.Parameter(torch.zeros(1))
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None): rates.append(self.param_groups[0]["lr"])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.optim, "AdamW", Spy)
+        descend([x], lambda e: range(10), lambda b, e: x.sum(), 10, 2., schedule)
+    assert len(rates) == 100 and 0 < min(rates) and max(rates) <= 2 and max(rates) > 1.9
+    assert rates[-1] == 2 if schedule == "constant" else rates[-1] < .02 and rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+def test_gradients_are_clipped_together():
+    a, b, steps = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1)), []
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None): steps.append((a.grad.item(), b.grad.item()))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.optim, "AdamW", Spy)
+        descend([a, b], lambda e: [(30., 40.), (.3, .4)], lambda c, e: c[0] * a.sum() + c[1] * b.sum(), 1, .1)
+    assert steps == [pytest.approx((.6, .8), rel=1e-4), pytest.approx((.3, .4), rel=1e-4)]
+
+# --- resuming
+
+class Killed(BaseException): "Stands for kill -9 between two epochs"
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kill_at, kept_every", [(3, 0.), (5, 0.), (1, 0.)])
+def test_a_killed_finetuning_resumes_to_the_same_bits(arch, kill_at, kept_every, tmp_path):
+    def train(model, kill=None, checkpoint=None):
+        epochs = []
+        def after(epoch, loss):
+            epochs.append(epoch)
+            if epoch == kill: raise Killed
+        finetune(model, KEEP, 6, 5e-3, 4, seed=0, after_epoch=after, checkpoint=checkpoint)
+        return epochs
+    whole = small(arch)
+    train(whole)
+    path = tmp_path / "state.checkpoint"
+    with pytest.raises(Killed): train(small(arch), kill_at, Checkpoint(path, kept_every))
+    resumed = small(arch)
+    assert train(resumed, checkpoint=Checkpoint(path, kept_every)) == list(range(kill_at + 1, 7))
+    assert equal(weights(resumed), weights(whole))
+
+def test_checkpoints_are_rare_and_whole(tmp_path):
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = torch.optim.AdamW([x], fused=True)
+    x.grad = torch.ones(3); opt.step()
+    keep = Checkpoint(tmp_path / "a.checkpoint", every=60.)
+    start, found = keep.last, []
+    for epoch, seconds in enumerate((59, 61, 100, 122), 1): # since the run began
+        keep.clock = lambda: start + seconds
+        keep.keep([x], opt, epoch)
+        found.append(keep.restore([x], opt))
+    assert found == [0, 2, 2, 4]
+    assert [f.name for f in tmp_path.iterdir()] == ["a.checkpoint"]
+
+TINY = dict(model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300}, pretrain={"epochs": 2, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 3, "lr": 4e-3, "batch_size": 64})
+
+def files(folder): return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+@pytest.mark.parametrize("arch, kills", [("llama", [.3]), ("olmo2", [.2, .8])])
+def test_a_base_run_killed_and_resumed_gives_the_same_files(arch, kills, tmp_path, monkeypatch):
+    description = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), arch, **TINY)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed): folder.mkdir()
+    experiment.base(description, None, whole, lambda fraction: None)
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.,))
+    trained = []
+    for kill in kills:
+        def stop(fraction):
+            trained.append(fraction)
+            if fraction > kill: raise Killed
+        with pytest.raises(Killed): experiment.base(description, None, resumed, stop)
+        assert list(resumed.glob("*.checkpoint"))
+        (resumed / "retained.partial").write_bytes(b"a checkpoint half written when the power went")
+    experiment.base(description, None, resumed, trained.append)
+    assert len(trained) == 5 and trained == sorted(set(trained)) and trained[-1] == 1, "no epoch was trained twice"
+    assert files(resumed) == files(whole)
