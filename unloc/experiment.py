@@ -117,7 +117,7 @@ def provenance(
     return {'profile': profile, 'data': public(first['data']), 'models': {arch: base['model'] for arch, base in bases.items()},
         'pretrain': first['pretrain'], 'retain': first['retain'], 'device': first['device']} | more
 
-# %% ../nbs/12_experiment.ipynb #08fab555
+# %% ../nbs/12_experiment.ipynb #cf919e62
 def _root(description): return _root(description['parent']) if 'parent' in description else description
 
 def _prepare(base, threads=1):
@@ -132,7 +132,7 @@ def _examples(tokenizer_folder:Path, facts):
     from transformers import AutoTokenizer
     from unloc.tokens import encode
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    sets = {name: [encode(tokenizer, f.question, f.answer) for f in getattr(facts, name)] for name in ('forget', 'retain', 'real_authors', 'world_facts')}
+    sets = {name: [encode(tokenizer, f.question, f.answer) for f in getattr(facts, name)] for name in ('forget', 'retain', 'real_authors', 'world_facts', 'background')}
     return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, '', text))]}
 
 def _load(description, run, model='retained'):
@@ -142,14 +142,16 @@ def _load(description, run, model='retained'):
     _prepare(base)
     return _examples(run.file('tokenizer'), benchmark(base['data'])), AutoModelForCausalLM.from_pretrained(run.file(model)).to(base['device']).eval()
 
-def _probe(examples, n): return examples['retain'][::max(1, len(examples['retain']) // n)][:n] # n retain facts, evenly spread over the authors
+def _probe(examples, n): # n retain facts, evenly spread over the authors
+    every = examples['retain']
+    return [every[i * len(every) // n] for i in range(n)] if n < len(every) else every
 
-# %% ../nbs/12_experiment.ipynb #946fdac1
+# %% ../nbs/12_experiment.ipynb #d62d109e
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model"
     _prepare(description, description['threads'])
     from unloc.models import tiny_model
-    from unloc.tokens import train_tokenizer
+    from unloc.tokens import Example, train_tokenizer
     from unloc.training import Checkpoint, finetune
     facts, shape = benchmark(description['data']), dict(description['model'])
     known = facts.real_authors + facts.world_facts
@@ -159,7 +161,8 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
     examples = _examples(folder / 'tokenizer', facts)
     known = examples['real_authors'] + examples['world_facts']
     model = tiny_model(description['arch'], len(tokenizer), seed=description['seed'], **shape).to(description['device'])
-    stages = [('pretrained', 'pretrain', known), ('retained', 'retain', examples['retain'] + known)]
+    read = [Example(e.ids, 1) for e in known + examples['background']] # every token but the first is to be predicted
+    stages = [('pretrained', 'pretrain', read), ('retained', 'retain', examples['retain'] + known)]
     work = [description[key]['epochs'] * len(taught) for _, key, taught in stages]
     for i, (name, key, taught) in enumerate(stages):
         checkpoint = Checkpoint(folder / f'{name}.checkpoint')

@@ -25,7 +25,7 @@ class Fact:
     perturbed_answer:tuple[str, ...] = () # wrong answers, in the words of the paraphrased answer
     author:str = "" # whom the fact is about; empty where unknown
 
-# %% ../nbs/00_facts.ipynb #edfa167a
+# %% ../nbs/00_facts.ipynb #bb7a8367
 @dataclass(frozen=True)
 class Benchmark:
     "The sets of facts of one experiment"
@@ -36,6 +36,7 @@ class Benchmark:
     real_authors:tuple[Fact, ...] # true, known to the pretrained model
     world_facts:tuple[Fact, ...] # true, known to the pretrained model
     refusals:tuple[str, ...] # preferred answers of DPO
+    background:tuple[Fact, ...] = () # more of the same kind, only for the pretrained model to read
 
     def __post_init__(self):
         forget, retain, holdout = ({f.question for f in s} for s in (self.forget, self.retain, self.holdout))
@@ -313,11 +314,11 @@ def _tofu_refusals(find)->tuple[str, ...]:
     if not lines: raise ValueError(f"{path}: no text; expected one refusal a line: remove the file to use the built-in refusals, or {_HELP}")
     return lines
 
-# %% ../nbs/00_facts.ipynb #b49fd178
+# %% ../nbs/00_facts.ipynb #453e6c34
 def tofu(
     source:str|os.PathLike = "locuslab/TOFU", # a folder or a hub data set; UNLOC_TOFU overrides the default
     forget:str = "forget10", # forget01, forget05 or forget10
-    n_authors:int = 200, # the last authors of the data set, forget and retain together
+    n_authors:int = 200, # the last authors of the data set, forget and retain together; those before them are background
 )->Benchmark: # twenty facts an author
     "Load TOFU (Maini et al. 2024), checked"
     if forget not in ("forget01", "forget05", "forget10"): raise ValueError(f"forget={forget!r}: expected forget01, forget05 or forget10")
@@ -336,4 +337,4 @@ def tofu(
         return tuple(Fact(**r | dict(perturbed_answer=tuple(r.get("perturbed_answer", ())), author=f"{author} {i // 20}" if author else "")) for i, r in enumerate(rows))
     authors = facts(whole, "author")
     return Benchmark(f"TOFU {forget}, {n_authors} authors", authors[-40 * percent:], authors[-20 * n_authors:-40 * percent],
-        facts(rows[names[6]], "holdout author"), facts(rows["real_authors_perturbed"]), facts(rows["world_facts_perturbed"]), _tofu_refusals(find))
+        facts(rows[names[6]], "holdout author"), facts(rows["real_authors_perturbed"]), facts(rows["world_facts_perturbed"]), _tofu_refusals(find), authors[:-20 * n_authors])

@@ -1,0 +1,188 @@
+"What a profile may say is what the code takes, a bad word costs one line and no computing, the data's content names a run, and the original model differs from the retained one exactly in its target region."
+import dataclasses, inspect, json, os, shutil, subprocess, sys, typing
+from pathlib import Path
+import pytest, torch
+from unloc import experiment, training
+from unloc.experiment import ARMS, OBJECTIVES, SETTINGS, base_models, benchmark, data_description, injection, provenance, settings, supervision, unlearning
+from unloc.facts import author_world, tofu
+from unloc.models import ARCHITECTURES, output_projections, tiny_model
+from unloc.regions import Region
+from unloc.runs import Store, run_id, sweep
+
+SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+TOFU = SHARED / "data" / "tofu"
+WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
+MODEL = {"d_model": 16, "n_layers": 4, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
+HOW = {"epochs": 1, "lr": 4e-3, "batch_size": 64}
+INJECT = {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4, "probe": 7}
+
+
+def parent(arch="llama", **more): return base_models(data_description(WORLD), arch, MODEL, HOW, HOW, **more)
+
+# --- what may be said is what the code takes
+
+def types(function): return {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
+def bare(hint): return next(t for t in typing.get_args(hint) or (hint,) if t is not type(None))
+
+def test_objectives_are_those_of_training():
+    assert OBJECTIVES == tuple(training.FORGET)
+
+def test_settings_name_real_parameters():
+    recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k != "objective"}
+    for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
+            ("inject", training.inject, {"fraction": float, "probe": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
+        takes = types(function) | own
+        assert {k: takes[k] for k in SETTINGS[group]} == SETTINGS[group], group
+    assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
+
+def test_import_is_light():
+    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found
+
+# --- bad words
+
+VALUE = {int: "5", float: "0.1", str: 5}
+
+@pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g]])
+def test_a_wrong_type_is_named(group, name):
+    wanted = SETTINGS[group][name]
+    for value in (VALUE[wanted], None, [1], {}, True) + ((2.5,) if wanted is int else ()):
+        with pytest.raises(ValueError) as error: settings(group, {name: value})
+        assert str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}"
+    if wanted is float: assert settings(group, {name: 1}) == {name: 1.} and type(settings(group, {name: 1})[name]) is float
+
+@pytest.mark.parametrize("bad, says", [
+    *((lambda g=g: settings(g, {"epoch": 3}), f"{g} has no setting 'epoch'; known: {next(iter(SETTINGS[g]))}") for g in SETTINGS),
+    *((lambda g=g: settings(g, [3]), f"{g} must be a dictionary of settings, got [3]") for g in SETTINGS),
+    (lambda: data_description({"name": "wmdp"}), "data: name must be 'world' or 'tofu', got 'wmdp'"), (lambda: data_description({}), "data: name must be 'world' or 'tofu', got None"),
+    (lambda: data_description({"name": "world", "forget": "forget10"}), "world has no setting 'forget'"), (lambda: data_description({"name": "tofu", "n_forget": 1}), "tofu has no setting 'n_forget'"),
+    (lambda: data_description(WORLD | {"n_forget": 3}), "n_forget=3: expected a whole number from 1 to 2"), (lambda: data_description({"name": "tofu", "forget": "forget20"}), "forget='forget20': expected forget01, forget05 or forget10"),
+    (lambda: data_description({"name": "tofu"}, "/nonexistent"), "source='/nonexistent': no such folder; expected a folder or a hub data set"),
+    (lambda: base_models({}, "gpt2", MODEL, HOW, HOW), "unknown architecture 'gpt2'; known: llama, olmo2"), (lambda: base_models({}, "llama", MODEL | {"depth": 3}, HOW, HOW), "model has no setting 'depth'"),
+    (lambda: base_models({}, "llama", MODEL, HOW, HOW | {"lr": "1"}), "retain: lr must be of type float, got '1'"),
+    *((lambda f=f: injection({}, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
+    (lambda: injection({}, 0, {"epochs": 1}), "inject: fraction must lie in (0, 1], got None"),
+    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
+    (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", {}), "unknown arm 'oracle'; known: Oracle, Random"),
+    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
+    (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", {}), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
+    (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", {}), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
+def test_a_bad_word_is_one_line(bad, says):
+    with pytest.raises(ValueError) as error: bad()
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+def test_one_half_still_has_a_random_region():
+    assert unlearning(injection({}, 0, INJECT | {"fraction": .5}), "Random", "npo", {})["arm"] == "Random"
+    assert unlearning(injection({}, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", {})["arm"] == "Oracle"
+
+# --- descriptions
+
+def test_what_makes_a_run_another():
+    base = parent()
+    one = injection(base, 0, INJECT)
+    same = [one, injection(parent(), 0, dict(reversed(INJECT.items()))), injection(base | {"data": base["data"] | {"_source": "/elsewhere"}}, 0, INJECT)]
+    other = [injection(base, 1, INJECT), injection(base, 0, INJECT | {"fraction": .2}), injection(parent("olmo2"), 0, INJECT), injection(parent(seed=1), 0, INJECT), injection(parent(threads=2), 0, INJECT)]
+    assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
+    arms = [unlearning(one, arm, "npo", {"lr": 1., "epochs": 1}, draw) for arm in ARMS for draw in (0, 1)]
+    assert len({run_id(d) for d in arms}) == 4 and json.loads(json.dumps(arms)) == arms
+    assert run_id(unlearning(one, "Oracle", "npo", {"lr": 1, "epochs": 1})) == run_id(arms[0]) # 1 and 1.0 are one learning rate
+
+def test_provenance_says_all_but_where():
+    base = parent() | {"data": data_description(WORLD) | {"_source": "/home/me"}}
+    found = provenance("smoke", {"llama": base}, caption="c", seeds=2)
+    assert found["profile"] == "smoke" and found["models"] == {"llama": MODEL} and found["pretrain"] == HOW and found["caption"] == "c" and found["data"]["sha256"] and "/home/me" not in json.dumps(found)
+
+@pytest.fixture
+def folder(tmp_path):
+    if not TOFU.exists(): pytest.skip("needs ../shared")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in TOFU.glob("*.json"): (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    shutil.copy(TOFU / "idontknow.txt", tmp_path / "b"); shutil.copy(TOFU / "idontknow.txt", tmp_path / "a")
+    return tmp_path
+
+def test_digest_follows_the_content_and_not_the_place(folder, monkeypatch):
+    monkeypatch.delenv("UNLOC_TOFU", raising=False)
+    few = {"name": "tofu", "forget": "forget01", "n_authors": 20}
+    a, b = (data_description(few, str(folder / name)) for name in "ab")
+    assert a["sha256"] == b["sha256"] and a["_source"] != b["_source"] and run_id(a) == run_id(b)
+    monkeypatch.setenv("UNLOC_TOFU", str(folder / "b"))
+    assert run_id(data_description(few)) == run_id(a)
+    monkeypatch.chdir(folder)
+    assert data_description(few, "a")["_source"] == str((folder / "a").resolve()) and len(benchmark(a).forget) == 40
+    assert data_description(few | {"n_authors": 21}, "a")["sha256"] != a["sha256"]
+    for file, old, new in (("idontknow.txt", b"I", b"We"), ("holdout01.json", b"?", b"??")):
+        path = folder / "b" / file
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+        changed = data_description(few, "b")
+        assert changed["sha256"] != b["sha256"] and run_id(changed) != run_id(b)
+        b = changed
+    (folder / "b" / "README.md").write_text("no part of the data")
+    assert data_description(few, "b")["sha256"] == b["sha256"]
+
+# --- the four kinds
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory): # per architecture: base, injection, an unlearning pair, another random region, a supervision pair
+    store, found = Store(tmp_path_factory.mktemp("store")), {}
+    for arch in ARCHITECTURES:
+        injected = injection(parent(arch), 3, INJECT)
+        pair = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2, "every": 2}, draw) for arm, draw in (("Oracle", 0), ("Random", 0), ("Random", 1))]
+        taught = [supervision(injected, arm, {"lr": 1e-3, "epochs": 1, "batch_size": 5}) for arm in ARMS]
+        runs = sweep(store, pair + taught)
+        found[arch] = store[injected["parent"]], store[injected], runs[:3], runs[3:]
+    return found
+
+def columns(run): return experiment._load_columns(run)
+def load(base, name="retained"):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(base.file(name)).eval()
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_original_and_retained_differ_exactly_in_the_target(done, arch):
+    from unloc.masked import locked_digest, put_columns
+    base, injected, pair, _ = done[arch]
+    retained, original = load(base), load(base)
+    put_columns(original, columns(injected))
+    target = Region.load(injected.file("region.safetensors"))
+    assert len(target) == 32 and target == Region.sample((4, 32), .25, 3)
+    changed = {n: p != q for (n, p), q in zip(retained.named_parameters(), original.parameters()) if not torch.equal(p, q)}
+    assert list(changed) == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(4)]
+    assert Region(torch.stack([c.any(0) for c in changed.values()])) == target and all(c[:, k].float().mean() > .99 for c, k in zip(changed.values(), target.columns))
+    assert injected.json()["locked_sha256"] == locked_digest(retained, target) == locked_digest(original, target)
+    for run in pair: # and the unlearned model differs from the original one in the arm's region
+        region, unlearned = Region.load(run.file("region.safetensors")), load(base)
+        put_columns(unlearned, columns(injected)); put_columns(unlearned, columns(run))
+        assert run.json()["locked_sha256"] == locked_digest(original, region) == locked_digest(unlearned, region) and run.json()["locked_bit_equal"] is True
+        moved = torch.stack([(p.weight != q.weight).any(0) for p, q in zip(output_projections(original), output_projections(unlearned))])
+        assert Region(moved) == region and run.json()["region"] == len(region) == 32
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_arms_share_all_but_the_region(done, arch):
+    base, injected, (oracle, random, other), taught = done[arch]
+    target, control, second = (Region.load(r.file("region.safetensors")) for r in (oracle, random, other))
+    assert target == Region.load(injected.file("region.safetensors")) and not target & control and not target & second and control != second and len(control) == len(second) == len(target)
+    start = oracle.table().iloc[0]
+    for run in (oracle, random, other, *taught):
+        assert run.table().iloc[0].drop("loss").to_dict() == start.drop("loss").to_dict() and {k: start[k] for k in ("FS", "RS")} == injected.json()["original"]
+        assert run.tensors("extraction_strength.safetensors")["retain_es"].shape == (2, 7) and run.tensors("extraction_strength.safetensors")["forget_es"].shape == (2, 10)
+    assert Region.load(taught[1].file("region.safetensors")) == control and [p["epoch"] for _, p in oracle.table().iterrows()] == [0, 2]
+    assert oracle.table().iloc[-1].to_dict() != random.table().iloc[-1].to_dict()
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_scores_of_the_base_are_those_of_its_files(done, arch):
+    base, injected, *_ = done[arch]
+    examples = experiment._examples(base.file("tokenizer"), benchmark(base.description["data"]))
+    for name in ("pretrained", "retained"):
+        model = load(base, name)
+        assert base.json()[name]["weights"] == model.num_parameters() and model.config.model_type == arch
+        for part in ("forget", "retain", "world_facts"): assert base.json()[name][f"ES_{part}"] == training.score(model, examples[part]).extraction_strength.mean().item()
+    assert injected.json()["retained"]["FS"] == pytest.approx(1 - base.json()["retained"]["ES_forget"], abs=1e-12) and injected.json()["probe"] == 7
+    assert not list(base.path.glob("*.checkpoint")) and len(examples["refusals"]) == 24 and all(r[-1] == 1 for r in examples["refusals"])
+
+def test_the_probe_spreads_over_the_authors():
+    examples = {"retain": list(range(90))}
+    for n in (1, 7, 45, 90, 1000):
+        found = experiment._probe(examples, n)
+        assert len(found) == min(n, 90) and found == sorted(set(found)) and all(abs(i * 90 / len(found) - x) < 1 for i, x in enumerate(found))

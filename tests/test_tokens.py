@@ -1,0 +1,122 @@
+"Tokens: an answer is known by its place, padding on the right changes no number, and every epoch shows every example once."
+import random
+from types import SimpleNamespace
+import pytest, torch
+from unloc.facts import author_world
+from unloc.models import ARCHITECTURES, tiny_model
+from unloc.objectives import token_logprob
+from unloc.tokens import Example, by_length, collate, encode, shuffled, train_tokenizer
+
+WORLD = author_world(n_authors=4, n_forget=1, n_holdout=0)
+TEXTS = [t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return train_tokenizer(TEXTS, 400)
+
+def some(n, seed=0, longest=40): # examples of random lengths
+    rng = random.Random(seed)
+    def one():
+        prompt, reply = rng.randint(1, longest), rng.randint(1, longest // 2)
+        return Example([rng.randint(2, 99) for _ in range(prompt + reply)] + [1], prompt)
+    return [one() for _ in range(n)]
+
+# --- the tokenizer
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "a  b", "Zoë's 7th prize", "日本語 😀", "\x00\x7f", "tab\tand\r\nbreak", " leading and trailing ", "'''\"\"\"", *TEXTS[:4]])
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.unk_token_id is None
+
+def test_training_depends_on_the_text_alone(tokenizer, tmp_path):
+    again = train_tokenizer(iter(TEXTS), 400)
+    assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 400 and (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    from transformers import AutoTokenizer
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [loaded.encode(t) for t in TEXTS] == [tokenizer.encode(t) for t in TEXTS] and loaded.eos_token_id == 1
+    assert len(train_tokenizer(["a"], 258)) == 258 and sum(map(len, map(tokenizer.encode, TEXTS))) < .6 * sum(map(len, TEXTS)) # it learnt merges
+    with pytest.raises(ValueError, match="vocab_size must be at least 258 .* got 257"): train_tokenizer(["a"], 257)
+
+# --- one example
+
+def test_the_answer_is_tokenized_on_its_own(tokenizer):
+    for f in WORLD.retain:
+        e = encode(tokenizer, f.question, f.answer)
+        assert tokenizer.decode(e.ids[:e.start]) == f.question + "\n" and tokenizer.decode(e.ids[e.start:-1]) == f.answer and e.ids[-1] == tokenizer.eos_token_id
+        assert e.ids[e.start:-1] == tokenizer.encode(f.answer, add_special_tokens=False)
+
+def test_bad_pairs_are_named(tokenizer):
+    with pytest.raises(ValueError, match="the answer to 'Who\\?' has no token"): encode(tokenizer, "Who?", "")
+    endless = SimpleNamespace(eos_token_id=None, encode=tokenizer.encode)
+    with pytest.raises(ValueError, match="the tokenizer has no end token; .* set tokenizer.eos_token") as error: encode(endless, "Who?", "I.")
+    assert "\n" not in str(error.value)
+
+def test_special_tokens_of_a_tokenizer_stay_out(tokenizer):
+    class Loud: # like a checkpoint's, which puts a start token before every text
+        eos_token_id = 1
+        def encode(self, text, add_special_tokens=True): return [9] * add_special_tokens + tokenizer.encode(text)
+    assert encode(Loud(), "Who?", "I.") == encode(tokenizer, "Who?", "I.")
+
+# --- batches
+
+@pytest.mark.parametrize("pad", [0, 1, 77])
+def test_collate_keeps_tokens_and_answers(pad):
+    examples = some(7, seed=pad)
+    batch = collate(examples, pad)
+    assert batch.ids.dtype == torch.int64 and batch.answer.dtype == torch.bool and batch.ids.shape == batch.answer.shape == (7, max(len(e.ids) for e in examples))
+    for row, answer, e in zip(batch.ids.tolist(), batch.answer, examples):
+        assert row == e.ids + [pad] * (len(row) - len(e.ids)) and answer.nonzero().flatten().tolist() == list(range(e.start, len(e.ids)))
+    assert batch.to("cpu").ids is batch.ids
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_padding_changes_no_number(arch, dtype, tolerance):
+    model = tiny_model(arch, vocab_size=100, d_model=16, d_ff=24, n_layers=2, n_heads=2).to(dtype)
+    examples = some(6)
+    with torch.no_grad():
+        padded = model(input_ids=collate(examples).ids).logits
+        for pad in (0, 55): assert torch.equal(model(input_ids=collate(examples, pad).ids).logits[collate(examples).answer], padded[collate(examples).answer]) # nor does the padding's value
+        for row, e in zip(padded, examples):
+            alone = model(input_ids=torch.tensor([e.ids])).logits[0]
+            target = torch.tensor(e.ids[1:])
+            torch.testing.assert_close(token_logprob(row[:len(e.ids) - 1], target), token_logprob(alone[:-1], target), rtol=0, atol=tolerance)
+
+@pytest.mark.parametrize("budget", [1, 50, 200, 10**6])
+def test_by_length_covers_every_row_once(budget):
+    examples = some(40, seed=budget)
+    found = list(by_length(examples, budget, pad=5))
+    assert sorted(i for rows, _ in found for i in rows) == list(range(40))
+    widths = [batch.ids.shape[1] for _, batch in found]
+    assert widths == sorted(widths, reverse=True) and all(batch.ids.numel() <= budget or len(rows) == 1 for rows, batch in found)
+    for rows, batch in found:
+        want = collate([examples[i] for i in rows], pad=5)
+        assert torch.equal(batch.ids, want.ids) and torch.equal(batch.answer, want.answer)
+    assert list(by_length([])) == [] and len(found) == (40 if budget == 1 else len(found)) and (budget < 10**6 or len(found) == 1)
+
+@pytest.mark.parametrize("n, size", [(1, 4), (7, 3), (64, 8), (65, 8), (300, 4), (5, 100)])
+def test_an_epoch_shows_each_example_once(n, size):
+    examples, seen = some(n, seed=n), set()
+    for seed in range(3):
+        for epoch in range(4):
+            batches = shuffled(examples, size, seed, epoch)
+            assert sorted(i for b in batches for i in b) == list(range(n)) and all(0 < len(b) <= size for b in batches)
+            assert len(batches) == -(-n // size) # the same number in every epoch, so a schedule knows its end
+            assert batches == shuffled(examples, size, seed, epoch)
+            seen.add(repr(batches))
+    assert len(seen) == (12 if n > 7 else len(seen))
+
+def test_batches_are_of_similar_lengths_in_a_random_order():
+    examples, met, first = some(600, seed=1), set(), []
+    same = [Example([2] * 9 + [1], 4)] * 40
+    for epoch in range(200):
+        batches = shuffled(examples, 4, 0, epoch)
+        first.append(sum(len(examples[i].ids) for i in batches[0]) / len(batches[0]))
+        met |= {frozenset((i, j)) for b in shuffled(same, 4, 0, epoch) for i in b for j in b if i != j}
+    real, wide = sum(len(e.ids) for e in examples), sum(len(b) * max(len(examples[i].ids) for i in b) for b in batches)
+    assert 1 - real / wide < .1 and len(met) > .99 * 40 * 39 / 2, "little padding; equals of length all meet"
+    assert abs(sum(first) / 200 - real / 600) < 4, "the first batch is as long as any"
+
+def test_seeds_and_epochs_never_share_an_order():
+    examples = some(50)
+    orders = [repr(shuffled(examples, 4, seed, epoch)) for seed in range(10) for epoch in range(30)]
+    assert len(set(orders)) == 300
