@@ -18,4 +18,5 @@ def one_thread(): # never imports torch: a file that does not need it stays fast
 def guarded(tmp_path_factory): # environment of a subprocess whose attempts to leave the machine land in the file UNLOC_TEST_SOCKETS
     attempts = tmp_path_factory.mktemp("guard") / "sockets.txt"
     attempts.touch()
-    return os.environ | {"PYTHONPATH": str(GUARD), "UNLOC_TEST_SOCKETS": str(attempts)}
+    kept = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} # a kernel shows figures
+    return kept | {"PYTHONPATH": str(GUARD), "UNLOC_TEST_SOCKETS": str(attempts)}

@@ -1,1 +1,19 @@
+"""Does knowing where a fact is stored help a language model forget it? Localized unlearning, as notebooks and a package.
+
+Modules:
+
+- `unloc.cli`: The `unloc` command: run the notebooks of a profile, show progress, list what there is
+- `unloc.experiment`: The controlled experiment as four kinds of run: base models, injection, unlearning, direct supervision
+- `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, or TOFU itself
+- `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.metrics`: How much of an answer a model still holds: extraction strength, exact memorization and probability, from one teacher-forced pass
+- `unloc.models`: Tiny Llama and OLMo 2 models, the output projections inside a model, and what a model says at the answer
+- `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
+- `unloc.regions`: Name a set of value vectors of a model, and compare such sets
+- `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
+- `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
+- `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
+- `unloc.tradeoff`: One number for a whole unlearning run: the area between its trade-off curve and the axes
+- `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the scores along the way"""
+
 __version__ = "0.1.0"

@@ -256,7 +256,7 @@ def _watch_gradients(columns):
         p.register_post_accumulate_grad_hook(note)
     yield lambda: sum(int(seen.sum()) for seen in live) / sum(map(len, live))
 
-# %% ../nbs/08_training.ipynb #d6356e31
+# %% ../nbs/08_training.ipynb #165caf6a
 @dataclass(frozen=True)
 class Recipe:
     "How to unlearn"
@@ -276,6 +276,7 @@ class Recipe:
         if self.retain is None: object.__setattr__(self, 'retain', {'ga': 'none', 'rmu': 'embed_diff'}.get(self.objective, 'nll'))
         if self.retain not in (*RETAIN, 'none'): raise ValueError(f"unknown retain term {self.retain!r}; known: {', '.join(RETAIN)}, none")
 
+# %% ../nbs/08_training.ipynb #42b57894
 def unlearn(
     model:nn.Module, # the original model; becomes the unlearned model
     region:Region, # where updates may go
