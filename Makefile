@@ -12,7 +12,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
 
 lab: .venv/lab
-	JUPYTERLAB_SETTINGS_DIR=.venv/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate nbs
+	JUPYTERLAB_SETTINGS_DIR=.venv/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs
 
 # After editing notebooks: write unloc/*.py and clean what is not content.
 export: .venv/installed

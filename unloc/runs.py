@@ -9,8 +9,8 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 __all__ = ['CODE', 'LIBRARIES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run', 'Store', 'report',
            'stages', 'sweep']
 
-# %% ../nbs/11_runs.ipynb #211dfee6
-import ast, hashlib, importlib, json, os, time
+# %% ../nbs/11_runs.ipynb #09455c5d
+import ast, hashlib, importlib, json, os, threading, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -119,7 +119,7 @@ def report(**event)->None:
         _reported[event['run']] = time.monotonic()
     with open(path, 'a') as file: file.write(json.dumps(event) + '\n')
 
-# %% ../nbs/11_runs.ipynb #0bc1a29d
+# %% ../nbs/11_runs.ipynb #7db4b1ab
 def stages(descriptions:Iterable[dict])->list[list[dict]]:
     "Order descriptions and their ancestors: parents before children, none twice"
     depth, found = {}, {}
@@ -130,7 +130,18 @@ def stages(descriptions:Iterable[dict])->list[list[dict]]:
     for d in descriptions: visit(d)
     return [[found[name] for name, level in depth.items() if level == k] for k in range(max(depth.values(), default=-1) + 1)]
 
-def _work(store, description, compute):
+_watched = set()
+def _leave_with(parent:int)->None:
+    "End this process when the one that asked for its work is gone, however it ended"
+    if os.getpid() == parent or parent in _watched: return
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    _watched.add(parent)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _work(store, description, compute, parent):
+    _leave_with(parent)
     store.do(description, compute)
     report(run=run_id(description), fraction=1.)
     return run_id(description)
@@ -148,6 +159,6 @@ def sweep(
         report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
         from joblib import Parallel, delayed
         from tqdm.std import tqdm
-        work = Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute) for d in missing)
+        work = Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute, os.getpid()) for d in missing)
         for _ in tqdm(work, total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
     return [store[d] for d in descriptions]

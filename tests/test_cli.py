@@ -1,0 +1,231 @@
+"The command, as a person calls it: everything of the smoke profile comes out whole and offline, a second call changes nothing, bad input is one line that destroys nothing, and Ctrl-C or a kill costs no finished run."
+import csv, json, os, re, shutil, signal, subprocess, sys, time, uuid
+from pathlib import Path
+from xml.etree import ElementTree
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+UNLOC = str(Path(sys.executable).with_name("unloc"))
+NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision"]
+FIGURES, TABLES = ["injection_ratio", "trajectories", "figure1_direct_supervision"], ["table2_oracle_random"]
+FILES = {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")} | {f"{TABLES[0]}{suffix}" for suffix in (".json", ".csv", ".tex", "_data.csv")}
+
+
+def files(*roots): # content of every file but locks and executed copies
+    return {str(f): f.read_bytes() for root in roots for f in sorted(Path(root).rglob("*")) if f.is_file() and "locks" not in f.parts}
+
+class Checkout:
+    "A copy of the notebooks and profiles, with a store and an output folder of its own"
+    def __init__(self, folder, env):
+        self.root, self.out, self.store = folder / "checkout", folder / "out", folder / "store"
+        self.env = {k: v for k, v in env.items() if k not in ("UNLOC_TOFU", "UNLOC_PROGRESS")} | {"UNLOC_TEST_MARK": uuid.uuid4().hex, "JUPYTER_PREFER_ENV_PATH": "1"}
+        shutil.copytree(ROOT / "nbs", self.root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "*.py"))
+        shutil.copy(ROOT / "settings.ini", self.root)
+
+    def start(self, *words, out=None, store=None):
+        place = ["--out", str(out or self.out), "--store", str(store or self.store)] if words[0] == "reproduce" else []
+        return subprocess.Popen([UNLOC, *words, *place], cwd=self.root, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def call(self, *words, **place):
+        process = self.start(*words, **place)
+        out, err = process.communicate(timeout=280)
+        return process.returncode, out, err
+
+    def left(self): # processes of this checkout that still live
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try: found += [folder.name] if self.env["UNLOC_TEST_MARK"].encode() in (folder / "environ").read_bytes() and (folder / "stat").read_text().rsplit(")")[-1].split()[0] != "Z" else []
+            except OSError: pass
+        return found
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, guarded): return Checkout(tmp_path_factory.mktemp("cli"), guarded)
+
+@pytest.fixture(scope="module")
+def smoke(checkout): # the whole profile, once
+    code, out, err = checkout.call("reproduce", "--profile", "smoke", "--jobs", "2")
+    assert code == 0, err
+    checkout.said = out, err
+    return checkout
+
+def refused(checkout, *words, says, code=1, **place):
+    before = files(checkout.out, checkout.store, checkout.root / "nbs")
+    status, out, err = checkout.call(*words, **place)
+    assert status == code and err.count("\n") == 1 and err.startswith("unloc: ") and "Traceback" not in out + err and re.search(says, err), (status, out, err)
+    assert files(checkout.out, checkout.store, checkout.root / "nbs") == before, "something was touched"
+
+# --- what comes out
+
+def test_list(checkout):
+    code, out, err = checkout.call("list")
+    assert code == 0 and err == ""
+    for name in NOTEBOOKS + FIGURES + TABLES + ["smoke", "tiny"]: assert re.search(rf"^ +{name}\b", out, re.M), name
+    assert "paper/unloc.pdf" in out and all(f"{name}.{{svg,pdf,csv,json}}" in out for name in FIGURES)
+    for name in NOTEBOOKS:
+        promise = "".join(json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"][0]["source"]).split("\n> ")[1].split("\n")[0]
+        assert promise in out
+
+def test_the_command_starts_fast():
+    found = subprocess.run([sys.executable, "-c", "import sys, unloc.cli; print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])"], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found
+
+def test_smoke_gives_every_artefact(smoke):
+    assert {f.name for f in (smoke.out / "smoke").iterdir()} == FILES and all(f.stat().st_size for f in (smoke.out / "smoke").iterdir())
+    assert {f.stem for f in (smoke.root / "_out" / "smoke").glob("*.ipynb")} == set(NOTEBOOKS) and not (smoke.root / "figures").exists()
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_whole(smoke, name):
+    path = smoke.out / "smoke" / name
+    svg, pdf = ElementTree.parse(path.with_suffix(".svg")).getroot(), path.with_suffix(".pdf").read_bytes()
+    assert svg.tag.endswith("svg") and len(list(svg.iter())) > 100 and pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF") and b"CreationDate" not in pdf
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert len(rows) >= 4 and all(None not in r and None not in r.values() for r in rows)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["profile"] == "smoke" and about["caption"].endswith(".") and about["models"]["llama"]["d_model"] == 48 and str(smoke.root.parent) not in json.dumps(about)
+
+def test_the_table_is_whole_and_follows_from_its_data(smoke):
+    path = smoke.out / "smoke" / TABLES[0]
+    about, cells = json.loads(path.with_suffix(".json").read_text()), list(csv.DictReader(path.with_suffix(".csv").open()))
+    data = list(csv.DictReader(Path(f"{path}_data.csv").open()))
+    assert about["rows"] == cells and about["columns"] == list(cells[0]) and [r["objective"] for r in cells] == ["WGA", "RMU"] and len(data) == 2 * 3 * 2
+    tex = path.with_suffix(".tex").read_text()
+    assert tex.count(r" \\") == 3 and r"\begin{tabular}" in tex and not re.search(r"(?<!\\)[%&](?! )", tex.replace(" & ", ""))
+    for row in cells:
+        for arm in ("Oracle", "Random"):
+            values = [float(d["AUES"]) for d in data if d["objective"] == row["objective"].lower() and d["arm"] == arm]
+            mean = sum(values) / 3
+            assert row[arm] == f"{mean:.3f} ± {(sum((v - mean) ** 2 for v in values) / 2) ** .5:.3f}"
+    assert all(d["locked_bit_equal"] == "True" for d in data) and {d["live_fraction"] for d in data if d["objective"] == "wga"} == {"1.0"}
+    assert about["inject"]["fraction"] == .1 and about["seeds"] == 3 and about["conventions"]["AUES rule"] == "trapezoid"
+
+def test_the_terminal_tells_what_happens(smoke):
+    out, err = smoke.said
+    for i, name in enumerate(NOTEBOOKS, 1): assert f"[{i}/4] {name}" in out.split("\n")
+    wrote = re.findall(r"^  wrote (.+)$", out, re.M)
+    assert len(wrote) == 4 and all(any(name in w for w in wrote) for name in FIGURES + TABLES) and len(re.findall(r"^  done in \d+ s$", out, re.M)) == 4
+    assert "Traceback" not in out + err and not re.search(r"warn", out + err, re.I), out + err
+    assert re.search(r"base 1\.0 of 1 runs", out + err) and re.search(r"unlearn 12\.0 of 12 runs", out + err)
+
+def test_the_store_is_whole(smoke):
+    from unloc.runs import check_run
+    folders = [f for f in smoke.store.iterdir() if f.name != "locks"]
+    for folder in folders: check_run(folder)
+    kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in folders]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"base": 1, "inject": 3 * 2 + 3, "unlearn": 12, "supervise": 6}
+    assert str(smoke.root.parent).encode() not in b"".join(files(smoke.store).values()), "a run does not know where it lies"
+
+def test_a_second_call_does_no_run_and_changes_no_byte(smoke):
+    before, times = files(smoke.out, smoke.store), {f: f.stat().st_mtime_ns for f in smoke.store.rglob("*") if f.is_file() and "locks" not in f.parts}
+    code, out, err = smoke.call("reproduce", "--profile", "smoke")
+    assert code == 0 and files(smoke.out, smoke.store) == before and {f: f.stat().st_mtime_ns for f in times} == times and " runs" not in out + err
+    assert len(re.findall(r"^  wrote ", out, re.M)) == 4 and err == ""
+
+def test_names_work_without_their_number(smoke):
+    before = files(smoke.out, smoke.store)
+    code, out, err = smoke.call("reproduce", "--profile", "smoke", "--only", "trajectories")
+    assert code == 0 and "[1/1] 22_trajectories" in out and files(smoke.out, smoke.store) == before
+
+# --- bad input, found before anything starts
+
+EARLY = {
+    "profile": (["--profile", "tinny"], r"unknown profile 'tinny'; did you mean 'tiny'\? \(known: smoke, tiny"), "notebook": (["--only", "tabel2"], "unknown notebook 'tabel2'"),
+    "notebook of a module": (["--only", "08_training"], "unknown notebook '08_training'"), "one of two notebooks": (["--only", "trajectories", "curves"], "unknown notebook 'curves'"),
+    "parameter": (["--set", "seed=3"], "unknown parameter in --set 'seed'; did you mean 'seeds'"), "type": (["--set", 'seeds="3"'], "parameter seeds of .* must be of type int, got '3'"),
+    "float for int": (["--set", "seeds=2.5"], "must be of type int, got 2.5"), "bool for int": (["--set", "seeds=true"], "must be of type int, got True"), "null": (["--set", "margin=null"], "must be of type float, got None"),
+    "list for dict": (["--set", 'unlearn=["wga"]'], r"unlearn of .* must be of type dict, got \['wga'\]"), "text": (["--set", "device=cpu"], "--set: device is not JSON"), "not a pair": (["--set", "seeds"], "--set takes NAME=JSON, got 'seeds'"),
+    "no jobs": (["--jobs", "0"], "--jobs must be at least 1, got 0"), "less than no jobs": (["--jobs", "-2"], "--jobs must be at least 1, got -2")}
+
+@pytest.mark.parametrize("words, says", EARLY.values(), ids=EARLY)
+def test_a_bad_word_is_one_line(smoke, words, says):
+    refused(smoke, "reproduce", *([] if "--profile" in words else ["--profile", "smoke"]), *words, says=says)
+
+@pytest.mark.parametrize("which", ["out", "store"])
+def test_a_place_that_cannot_be_written_is_named(smoke, which, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    refused(smoke, "reproduce", "--profile", "smoke", says=rf"cannot write to {tmp_path}/file/x\S*: Not a directory; .* --out or --store", **{which: tmp_path / "file" / "x"})
+    assert (tmp_path / "file").read_text() == "not a folder"
+    if os.geteuid(): # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        refused(smoke, "reproduce", "--profile", "smoke", says="cannot write to .*Permission denied", **{which: tmp_path / "locked" / "x"})
+
+SETTINGS = {
+    "no section": (b"seeds = 3\n", "settings.ini cannot be read: .*no section"), "no value": (b"[smoke]\nseeds\n", "settings.ini cannot be read"), "twice": (b"[smoke]\n[smoke]\n", "settings.ini cannot be read: .*already exists"),
+    "value twice": (b"[smoke]\nseeds = 1\nseeds = 2\n", "settings.ini cannot be read: .*already exists"), "not JSON": (b"[smoke]\nseeds = three\n", r"settings.ini \[smoke\]: seeds is not JSON"),
+    "half JSON": (b'[smoke]\nunlearn = {"wga":\n', r"settings.ini \[smoke\]: unlearn is not JSON"), "unknown parameter": (b"[smoke]\nseedz = 3\n", r"unknown parameter in settings.ini \[smoke\] 'seedz'"),
+    "wrong type": (b'[smoke]\nseeds = "3"\n', r"settings.ini \[smoke\]: parameter seeds .* must be of type int"), "unknown notebook": (b'[smoke]\nnotebooks = ["20_ratio"]\n', r"unknown notebook in settings.ini \[smoke\] '20_ratio'"),
+    "notebooks no list": (b"[smoke]\nnotebooks = 3\n", r"settings.ini \[smoke\].*notebooks"), "empty": (b"", "unknown profile 'smoke'"), "not text": (b"[smoke]\n\xff\xfe = 3\n", "settings.ini cannot be read")}
+
+@pytest.mark.parametrize("content, says", SETTINGS.values(), ids=SETTINGS)
+def test_a_malformed_profile_is_one_line(smoke, content, says):
+    path = smoke.root / "settings.ini"
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try: refused(smoke, "reproduce", "--profile", "smoke", says=says)
+    finally: path.write_bytes(whole)
+
+# --- bad input, found by a notebook
+
+def changed(**values): return ["--set", *(f"{name}={json.dumps(value)}" for name, value in values.items())]
+INJECT = {"fraction": .1, "epochs": 6, "lr": 1e-2, "batch_size": 4, "probe": 20}
+LATE = {
+    "objective": ("21_oracle_random", changed(unlearn={"simnpo": {"lr": 1e-3, "epochs": 1}}), "ValueError: unknown objective 'simnpo'; known: ga, grad_diff"), "setting": ("21_oracle_random", changed(unlearn={"wga": {"beta": 1.}}), "unlearn has no setting 'beta'"),
+    "fraction 0": ("21_oracle_random", changed(inject=INJECT | {"fraction": 0}), r"inject: fraction must lie in \(0, 1\], got 0"), "fraction 1.5": ("21_oracle_random", changed(inject=INJECT | {"fraction": 1.5}), r"fraction must lie in \(0, 1\], got 1.5"),
+    "no disjoint region": ("21_oracle_random", changed(inject=INJECT | {"fraction": .6}), "no random region of fraction 0.6 is disjoint .* at most 0.5"), "ratio": ("20_injection_ratio", changed(ratios=[.1, 2]), r"fraction must lie in \(0, 1\], got 2"),
+    "no TOFU folder": ("21_oracle_random", changed(data={"name": "tofu", "forget": "forget01", "n_authors": 20}, source="/nonexistent"), "source='/nonexistent': no such folder; expected a folder"),
+    "architecture": ("22_trajectories", changed(archs=["gpt2"]), "unknown architecture 'gpt2'; known: llama, olmo2")}
+
+@pytest.mark.parametrize("notebook, words, says", LATE.values(), ids=LATE)
+def test_a_bad_value_is_one_line(smoke, notebook, words, says):
+    refused(smoke, "reproduce", "--profile", "smoke", "--only", notebook, *words, says=rf"{notebook}.ipynb failed: .*{says}")
+
+def test_a_damaged_run_is_named_and_kept(smoke):
+    run = next(f for f in smoke.store.iterdir() if (f / "trajectory.csv").exists() and json.loads((f / "description.json").read_text())["description"]["kind"] == "unlearn")
+    path = run / "trajectory.csv"
+    whole = path.read_bytes()
+    for bytes, says in ((whole[:-9], rf"trajectory.csv has {len(whole) - 9} bytes, {len(whole)} expected"), (whole.replace(b"0", b"1", 1), "trajectory.csv was altered")):
+        path.write_bytes(bytes)
+        try: refused(smoke, "reproduce", "--profile", "smoke", "--only", "22_trajectories", says=f"DamagedRun: run {run.name}: {says}.* delete the folder {run} and start again")
+        finally: path.write_bytes(whole)
+
+# --- stopping
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, tmp_path, guarded):
+    again = Checkout(tmp_path, guarded)
+    for run in smoke.store.iterdir(): # base models and injections are there, the unlearning is not
+        if run.name != "locks" and json.loads((run / "description.json").read_text())["description"]["kind"] in ("base", "inject"): shutil.copytree(run, again.store / run.name)
+    words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs", "2"]
+    start, process = len(list(again.store.iterdir())), again.start(*words)
+    while not (list(again.store.glob("*.partial")) and len([f for f in again.store.iterdir() if f.suffix != ".partial" and f.name != "locks"]) > start):
+        time.sleep(.005); assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, how)
+    out, err = process.communicate(timeout=60)
+    assert not (again.out / "smoke" / "table2_oracle_random.csv").exists(), "stopped in the middle"
+    if how == signal.SIGINT: assert process.returncode == 130 and err == "unloc: interrupted; finished runs are kept, and the same command goes on from there\n", err
+    end = time.monotonic() + 20
+    while again.left() and time.monotonic() < end: time.sleep(.1)
+    assert not again.left(), "processes of the stopped command go on"
+    code, out, err = again.call(*words)
+    assert code == 0, err
+    expected = {f.name: f.read_bytes() for f in (smoke.out / "smoke").glob("table2*")}
+    assert {f.name: f.read_bytes() for f in (again.out / "smoke").iterdir()} == expected
+    assert {f.name for f in again.store.iterdir()} <= {f.name for f in smoke.store.iterdir()} and all(files(f) == {p.replace(str(smoke.store), str(again.store)): b for p, b in files(smoke.store / f.name).items()} for f in again.store.iterdir())
+
+# --- the network, last
+
+def test_no_socket_left_the_machine(smoke, guarded): assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+
+@pytest.mark.parametrize("attempt, said", [("socket.create_connection(('192.0.2.1', 80), 1)", "192.0.2.1"), ("socket.getaddrinfo('huggingface.co', 443)", "huggingface.co"),
+    ("urllib.request.urlopen('http://192.0.2.1', timeout=1)", "192.0.2.1"), ("socket.socket().connect_ex(('192.0.2.1', 80))", "connect_ex ('192.0.2.1', 80)"), ("huggingface_hub.hf_hub_download('a/b', 'c', cache_dir='/nonexistent')", "huggingface.co")])
+def test_the_guard_sees_an_attempt(attempt, said, guarded, tmp_path):
+    env = guarded | {"UNLOC_TEST_SOCKETS": str(tmp_path / "seen"), "HF_HUB_OFFLINE": "0"}
+    found = subprocess.run([sys.executable, "-c", f"import socket, urllib.request, huggingface_hub\n{attempt}"], env=env, capture_output=True, text=True)
+    assert found.returncode and said in (tmp_path / "seen").read_text()
+    quiet = subprocess.run([sys.executable, "-c", "import socket\ns = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname()); socket.getaddrinfo('localhost', 80)"], env=guarded)
+    assert quiet.returncode == 0
+
+def test_this_process_is_guarded():
+    import socket
+    with pytest.raises(OSError, match="the tests forbid connect"): socket.socket().connect(("192.0.2.1", 80))
+    with pytest.raises(OSError, match="the tests forbid getaddrinfo"): socket.create_connection(("example.org", 80))
