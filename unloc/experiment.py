@@ -146,7 +146,7 @@ def _probe(examples, n): # n retain facts, evenly spread over the authors
     every = examples['retain']
     return [every[i * len(every) // n] for i in range(n)] if n < len(every) else every
 
-# %% ../nbs/12_experiment.ipynb #d62d109e
+# %% ../nbs/12_experiment.ipynb #abfeee74
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model"
     _prepare(description, description['threads'])
@@ -167,7 +167,7 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
     for i, (name, key, taught) in enumerate(stages):
         checkpoint = Checkpoint(folder / f'{name}.checkpoint')
         finetune(model, taught, **description[key], seed=description['seed'], checkpoint=checkpoint,
-            after_epoch=lambda epoch, loss: progress((sum(work[:i]) + epoch * len(taught)) / sum(work)))
+            progress=lambda share: progress((sum(work[:i]) + share * work[i]) / sum(work)))
         model.save_pretrained(folder / name)
     for file in (*folder.glob('*.checkpoint'), *folder.glob('*.partial')): file.unlink() # the latter of a run killed while it wrote one
     _save_json(folder, {name: _knowledge(folder / name, description, examples) for name, _, _ in stages})
@@ -192,7 +192,7 @@ def _load_columns(run):
     tensors = run.tensors('columns.safetensors')
     return {layer: (tensors[f'{layer}.index'], tensors[f'{layer}.columns']) for layer in sorted({int(name.split('.')[0]) for name in tensors})}
 
-# %% ../nbs/12_experiment.ipynb #55faaa08
+# %% ../nbs/12_experiment.ipynb #dc9d3e34
 def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Inject the forget set into the retained model through a target region"
     from unloc import training
@@ -204,7 +204,7 @@ def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     def strengths(): return {'FS': forget_strength(training.score(model, forget).extraction_strength), 'RS': retain_strength(training.score(model, probe).extraction_strength)}
     target, before = Region.sample(region_shape(model), description['fraction'], description['seed']), strengths()
     how = {k: v for k, v in description.items() if k in SETTINGS['inject'] and k not in ('fraction', 'probe')}
-    values, digest = training.inject(model, target, forget, seed=description['seed'], **how, after_epoch=lambda epoch, loss: progress(epoch / description['epochs']))
+    values, digest = training.inject(model, target, forget, seed=description['seed'], **how, progress=progress)
     target.save(folder / 'region.safetensors')
     _save_columns(folder / 'columns.safetensors', values)
     _save_json(folder, {'retained': before, 'original': strengths(), 'region': len(target), 'probe': len(probe), 'locked_sha256': digest, 'locked_bit_equal': True})

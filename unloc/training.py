@@ -65,7 +65,7 @@ def score(
             found[i, rows] = values.double().cpu()
     return Scores(*found)
 
-# %% ../nbs/08_training.ipynb #8d8ef539
+# %% ../nbs/08_training.ipynb #d91499e0
 SCHEDULES = { # share of the peak learning rate at progress t in [0, 1)
     'constant': lambda t: 1.,
     'linear': lambda t: min(t / .1, (1 - t) / .9), # up over the first tenth, down to zero
@@ -81,6 +81,7 @@ def descend(
     schedule:str='constant', # a name in SCHEDULES
     weight_decay:float=.01, # AdamW's decoupled decay, per step times the learning rate
     after_epoch:Callable[[int, float], None]|None=None, # called with epochs done and the epoch's mean loss
+    progress:Callable[[float], None]|None=None, # told the share of all steps done, after each
     checkpoint:'Checkpoint|None'=None,
 )->None:
     "Minimise a loss over batches with AdamW"
@@ -98,6 +99,7 @@ def descend(
             optimizer.step()
             optimizer.zero_grad()
             total += value.item()
+            if progress: progress((epoch + (i + 1) / len(work)) / epochs)
         if checkpoint: checkpoint.keep(parameters, optimizer, epoch + 1)
         if after_epoch: after_epoch(epoch + 1, total / len(work))
 
@@ -126,7 +128,7 @@ class Checkpoint:
             optimizer.state[p] = {key: state[f'{i}.{key}'].to(p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
         return int(state['epoch'])
 
-# %% ../nbs/08_training.ipynb #bca943d8
+# %% ../nbs/08_training.ipynb #591f785b
 def finetune(
     model:nn.Module,
     examples:Sequence[Example],
@@ -136,7 +138,7 @@ def finetune(
     seed:int, # of the order of examples
     parameters:Sequence[nn.Parameter]|None=None, # what to train; None: every weight
     schedule:str='one-cycle', # a name in SCHEDULES
-    after_epoch:Callable[[int, float], None]|None=None,
+    progress:Callable[[float], None]|None=None, # told the share of all steps done
     checkpoint:Checkpoint|None=None,
 )->None:
     "Teach a model the answers of examples, in place"
@@ -144,7 +146,7 @@ def finetune(
         batch = collate([examples[i] for i in rows]).to(model.device)
         return -objectives.token_logprob(answer_logits(model, batch), batch.ids[batch.answer]).mean()
     descend(list(model.parameters()) if parameters is None else parameters, lambda epoch: shuffled(examples, batch_size, seed, epoch), loss,
-        epochs, lr, schedule, after_epoch=after_epoch, checkpoint=checkpoint)
+        epochs, lr, schedule, progress=progress, checkpoint=checkpoint)
 
 # %% ../nbs/08_training.ipynb #676c5f79
 @contextmanager
@@ -156,7 +158,7 @@ def held(model:nn.Module, region:Region):
         yield columns
     if (after := locked_digest(model, region)) != before: raise RuntimeError(f"weights outside the region changed: digest {before} became {after}")
 
-# %% ../nbs/08_training.ipynb #361ceeb5
+# %% ../nbs/08_training.ipynb #54531932
 def inject(
     model:nn.Module, # the retained model; becomes the original model
     region:Region, # the target region
@@ -166,11 +168,11 @@ def inject(
     batch_size:int,
     seed:int,
     schedule:str='one-cycle',
-    after_epoch:Callable[[int, float], None]|None=None,
+    progress:Callable[[float], None]|None=None, # told the share of all steps done
 )->tuple[dict[int, tuple[Tensor, Tensor]], str]: # the trained columns, and the digest of all other weights before and after
     "Teach a model the forget set through a region, every other weight proved untouched"
     with held(model, region) as columns:
-        finetune(model, examples, epochs, lr, batch_size, seed, columns.parameters(), schedule, after_epoch)
+        finetune(model, examples, epochs, lr, batch_size, seed, columns.parameters(), schedule, progress)
         return columns.values(), columns.locked_sha256
 
 # %% ../nbs/08_training.ipynb #afefd4a3
@@ -219,7 +221,7 @@ def _retain_embed_diff(run, examples):
     return objectives.rmu(hidden_after(run.model, batch, run.layer), reference, batch.answer)
 RETAIN = {'nll': _retain_nll, 'kl': _retain_kl, 'embed_diff': _retain_embed_diff}
 
-# %% ../nbs/08_training.ipynb #48b88b6c
+# %% ../nbs/08_training.ipynb #0fee230e
 @dataclass(frozen=True)
 class Trajectory:
     "The evaluations along a run, step 0 first"
@@ -231,13 +233,12 @@ class Trajectory:
 
 class _Recorder:
     "Scores a model along a run"
-    def __init__(self, model, forget, probe, every, epochs, progress):
-        self.model, self.sets, self.every, self.epochs, self.progress = model, (forget, probe), every, epochs, progress
+    def __init__(self, model, forget, probe, every, epochs):
+        self.model, self.sets, self.every, self.epochs = model, (forget, probe), every, epochs
         self.points, self.es = [], ([], [])
         self(0, math.nan)
 
     def __call__(self, epoch, loss):
-        if self.progress: self.progress(epoch / self.epochs)
         if epoch % self.every and epoch < self.epochs: return
         f, r = (score(self.model, s) for s in self.sets)
         for kept, scores in zip(self.es, (f, r)): kept.append(scores.extraction_strength)
@@ -276,7 +277,7 @@ class Recipe:
         if self.retain is None: object.__setattr__(self, 'retain', {'ga': 'none', 'rmu': 'embed_diff'}.get(self.objective, 'nll'))
         if self.retain not in (*RETAIN, 'none'): raise ValueError(f"unknown retain term {self.retain!r}; known: {', '.join(RETAIN)}, none")
 
-# %% ../nbs/08_training.ipynb #42b57894
+# %% ../nbs/08_training.ipynb #005c75ae
 def unlearn(
     model:nn.Module, # the original model; becomes the unlearned model
     region:Region, # where updates may go
@@ -286,10 +287,10 @@ def unlearn(
     recipe:Recipe,
     seed:int, # of batches, refusals and control vector
     refusals:Sequence[list[int]]=(), # tokenized refusals with end token, for DPO
-    progress:Callable[[float], None]|None=None, # told the share of epochs done
+    progress:Callable[[float], None]|None=None, # told the share of all steps done
 )->tuple[Trajectory, dict[int, tuple[Tensor, Tensor]]]: # and the trained columns
     "Unlearn the forget set through a region, every other weight proved untouched"
-    record = _Recorder(model, forget, probe, recipe.every, recipe.epochs, progress)
+    record = _Recorder(model, forget, probe, recipe.every, recipe.epochs)
     def batches(epoch):
         partners = torch.randint(len(retain), (len(forget),), generator=torch.Generator().manual_seed(((seed + 1) << 20) - 1 - epoch)).tolist()
         return [(rows, [retain[partners[i]] for i in rows]) for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
@@ -299,10 +300,10 @@ def unlearn(
             rows, kept = batch
             value = recipe.gamma * FORGET[recipe.objective](run, [forget[i] for i in rows], rows, epoch)
             return value if recipe.retain == 'none' else value + recipe.alpha * RETAIN[recipe.retain](run, kept)
-        descend(columns.parameters(), batches, loss, recipe.epochs, recipe.lr, after_epoch=record)
+        descend(columns.parameters(), batches, loss, recipe.epochs, recipe.lr, after_epoch=record, progress=progress)
         return record.trajectory(columns, live), columns.values()
 
-# %% ../nbs/08_training.ipynb #7566e409
+# %% ../nbs/08_training.ipynb #a4ed64ff
 @torch.no_grad()
 def mlp_targets(
     model:nn.Module, # the retained model
@@ -330,10 +331,10 @@ def supervise(
     progress:Callable[[float], None]|None=None,
 )->Trajectory:
     "Descend on the distance between a model's MLP outputs and the retained model's, through a region"
-    record = _Recorder(model, forget, probe, every, epochs, progress)
+    record = _Recorder(model, forget, probe, every, epochs)
     def loss(rows, epoch):
         written = mlp_outputs(model, collate([forget[i] for i in rows]).to(model.device))
         return sum((w - torch.cat([targets[i][layer] for i in rows])).square().sum(-1).mean() for layer, w in enumerate(written))
     with held(model, region) as columns, _watch_gradients(columns) as live:
-        descend(columns.parameters(), lambda epoch: shuffled(forget, batch_size, seed, epoch), loss, epochs, lr, after_epoch=record)
+        descend(columns.parameters(), lambda epoch: shuffled(forget, batch_size, seed, epoch), loss, epochs, lr, after_epoch=record, progress=progress)
         return record.trajectory(columns, live)
