@@ -18,7 +18,7 @@ class Checkout:
     "A copy of the notebooks and profiles, with a store and an output folder of its own"
     def __init__(self, folder, env):
         self.root, self.out, self.store = folder / "checkout", folder / "out", folder / "store"
-        self.env = {k: v for k, v in env.items() if k not in ("UNLOC_TOFU", "UNLOC_PROGRESS")} | {"UNLOC_TEST_MARK": uuid.uuid4().hex, "JUPYTER_PREFER_ENV_PATH": "1"}
+        self.env = {k: v for k, v in env.items() if k not in ("UNLOC_TOFU", "UNLOC_PROGRESS")} | {"UNLOC_TEST_MARK": uuid.uuid4().hex}
         shutil.copytree(ROOT / "nbs", self.root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "*.py"))
         shutil.copy(ROOT / "settings.ini", self.root)
 
@@ -133,7 +133,7 @@ EARLY = {
     "parameter": (["--set", "seed=3"], "unknown parameter in --set 'seed'; did you mean 'seeds'"), "type": (["--set", 'seeds="3"'], "parameter seeds of .* must be of type int, got '3'"),
     "float for int": (["--set", "seeds=2.5"], "must be of type int, got 2.5"), "bool for int": (["--set", "seeds=true"], "must be of type int, got True"), "null": (["--set", "margin=null"], "must be of type float, got None"),
     "list for dict": (["--set", 'unlearn=["wga"]'], r"unlearn of .* must be of type dict, got \['wga'\]"), "text": (["--set", "device=cpu"], "--set: device is not JSON"), "not a pair": (["--set", "seeds"], "--set takes NAME=JSON, got 'seeds'"),
-    "no jobs": (["--jobs", "0"], "--jobs must be at least 1, got 0"), "less than no jobs": (["--jobs", "-2"], "--jobs must be at least 1, got -2")}
+    "no jobs": (["--only", "22_trajectories", "--jobs", "0"], "--jobs must be at least 1, got 0"), "less than no jobs": (["--jobs", "-2"], "--jobs must be at least 1, got -2")}
 
 @pytest.mark.parametrize("words, says", EARLY.values(), ids=EARLY)
 def test_a_bad_word_is_one_line(smoke, words, says):
@@ -190,13 +190,13 @@ def test_a_damaged_run_is_named_and_kept(smoke):
 # --- stopping
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, tmp_path, guarded):
+@pytest.mark.parametrize("how, jobs", [(signal.SIGINT, 2), (signal.SIGKILL, 1)], ids=["Ctrl-C", "kill -9"])
+def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, jobs, tmp_path, guarded):
     again = Checkout(tmp_path, guarded)
     for run in smoke.store.iterdir(): # base models and injections are there, the unlearning is not
         if run.name != "locks" and json.loads((run / "description.json").read_text())["description"]["kind"] in ("base", "inject"): shutil.copytree(run, again.store / run.name)
-    words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs", "2"]
-    start, process = len(list(again.store.iterdir())), again.start(*words)
+    words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs"]
+    start, process = len(list(again.store.iterdir())), again.start(*words, str(jobs))
     while not (list(again.store.glob("*.partial")) and len([f for f in again.store.iterdir() if f.suffix != ".partial" and f.name != "locks"]) > start):
         time.sleep(.005); assert process.poll() is None, process.communicate()
     os.killpg(process.pid, how)
@@ -206,7 +206,7 @@ def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, tmp_path
     end = time.monotonic() + 20
     while again.left() and time.monotonic() < end: time.sleep(.1)
     assert not again.left(), "processes of the stopped command go on"
-    code, out, err = again.call(*words)
+    code, out, err = again.call(*words, "1")
     assert code == 0, err
     expected = {f.name: f.read_bytes() for f in (smoke.out / "smoke").glob("table2*")}
     assert {f.name: f.read_bytes() for f in (again.out / "smoke").iterdir()} == expected
@@ -217,7 +217,7 @@ def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, tmp_path
 def test_no_socket_left_the_machine(smoke, guarded): assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
 
 @pytest.mark.parametrize("attempt, said", [("socket.create_connection(('192.0.2.1', 80), 1)", "192.0.2.1"), ("socket.getaddrinfo('huggingface.co', 443)", "huggingface.co"),
-    ("urllib.request.urlopen('http://192.0.2.1', timeout=1)", "192.0.2.1"), ("socket.socket().connect_ex(('192.0.2.1', 80))", "connect_ex ('192.0.2.1', 80)"), ("huggingface_hub.hf_hub_download('a/b', 'c', cache_dir='/nonexistent')", "huggingface.co")])
+    ("urllib.request.urlopen('http://192.0.2.1', timeout=1)", "192.0.2.1"), ("socket.socket().connect_ex(('192.0.2.1', 80))", "connect_ex ('192.0.2.1', 80)"), ("huggingface_hub.utils.get_session().get('https://huggingface.co')", "huggingface.co")])
 def test_the_guard_sees_an_attempt(attempt, said, guarded, tmp_path):
     env = guarded | {"UNLOC_TEST_SOCKETS": str(tmp_path / "seen"), "HF_HUB_OFFLINE": "0"}
     found = subprocess.run([sys.executable, "-c", f"import socket, urllib.request, huggingface_hub\n{attempt}"], env=env, capture_output=True, text=True)

@@ -146,7 +146,7 @@ def _probe(examples, n): # n retain facts, evenly spread over the authors
     every = examples['retain']
     return [every[i * len(every) // n] for i in range(n)] if n < len(every) else every
 
-# %% ../nbs/12_experiment.ipynb #abfeee74
+# %% ../nbs/12_experiment.ipynb #c9b848b3
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model"
     _prepare(description, description['threads'])
@@ -163,7 +163,7 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
     model = tiny_model(description['arch'], len(tokenizer), seed=description['seed'], **shape).to(description['device'])
     read = [Example(e.ids, 1) for e in known + examples['background']] # every token but the first is to be predicted
     stages = [('pretrained', 'pretrain', read), ('retained', 'retain', examples['retain'] + known)]
-    work = [description[key]['epochs'] * len(taught) for _, key, taught in stages]
+    work = [description[key]['epochs'] * sum(len(e.ids) for e in taught) for _, key, taught in stages]
     for i, (name, key, taught) in enumerate(stages):
         checkpoint = Checkpoint(folder / f'{name}.checkpoint')
         finetune(model, taught, **description[key], seed=description['seed'], checkpoint=checkpoint,
