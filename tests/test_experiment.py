@@ -3,7 +3,7 @@ import dataclasses, inspect, json, os, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
 from unloc import experiment, training
-from unloc.experiment import ARMS, OBJECTIVES, SETTINGS, base_models, benchmark, data_description, injection, provenance, settings, supervision, unlearning
+from unloc.experiment import ARMS, MAY_BE_ZERO, NAMES, OBJECTIVES, REQUIRED, SETTINGS, base_models, benchmark, data_description, injection, provenance, settings, supervision, unlearning
 from unloc.facts import author_world, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
@@ -42,6 +42,7 @@ def test_import_is_light():
 
 # --- bad words
 
+UNLEARN, SUPERVISE = {"lr": 1., "epochs": 1}, {"lr": 1., "epochs": 1, "batch_size": 2}
 VALUE = {int: "5", float: "0.1", str: 5}
 
 @pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g]])
@@ -50,7 +51,18 @@ def test_a_wrong_type_is_named(group, name):
     for value in (VALUE[wanted], None, [1], {}, True) + ((2.5,) if wanted is int else ()):
         with pytest.raises(ValueError) as error: settings(group, {name: value})
         assert str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}"
-    if wanted is float: assert settings(group, {name: 1}) == {name: 1.} and type(settings(group, {name: 1})[name]) is float
+    if wanted is float:
+        found = settings(group, {k: 1 for k in REQUIRED.get(group, ())} | {name: 1})[name]
+        assert found == 1. and type(found) is float
+
+@pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g] if SETTINGS[g][n] is not str])
+def test_a_number_without_sense_is_named(group, name):
+    wanted = SETTINGS[group][name]
+    for value in (-1, *(() if name in MAY_BE_ZERO else (0,)), *((float("nan"), float("inf")) if wanted is float else ())):
+        with pytest.raises(ValueError, match=f"^{group}: {name} must (be (positive|at least 0) and finite|lie in .0, 1.), got "): settings(group, {name: wanted(value)})
+
+def test_names_are_those_of_training():
+    assert NAMES["schedule"] == tuple(training.SCHEDULES) and NAMES["retain"] == (*training.RETAIN, "none")
 
 @pytest.mark.parametrize("bad, says", [
     *((lambda g=g: settings(g, {"epoch": 3}), f"{g} has no setting 'epoch'; known: {next(iter(SETTINGS[g]))}") for g in SETTINGS),
@@ -62,19 +74,21 @@ def test_a_wrong_type_is_named(group, name):
     (lambda: base_models({}, "gpt2", MODEL, HOW, HOW), "unknown architecture 'gpt2'; known: llama, olmo2"), (lambda: base_models({}, "llama", MODEL | {"depth": 3}, HOW, HOW), "model has no setting 'depth'"),
     (lambda: base_models({}, "llama", MODEL, HOW, HOW | {"lr": "1"}), "retain: lr must be of type float, got '1'"),
     *((lambda f=f: injection({}, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
-    (lambda: injection({}, 0, {"epochs": 1}), "inject: fraction must lie in (0, 1], got None"),
+    (lambda: injection({}, 0, {"epochs": 1}), "inject lacks batch_size, fraction, lr; give it"), (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"lr": .1}), "unlearn lacks epochs"),
+    (lambda: injection({}, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
+    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
     (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", {}), "unknown arm 'oracle'; known: Oracle, Random"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
-    (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", {}), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
-    (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", {}), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
+    (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
+    (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
 def test_a_bad_word_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
     assert says in str(error.value) and "\n" not in str(error.value)
 
 def test_one_half_still_has_a_random_region():
-    assert unlearning(injection({}, 0, INJECT | {"fraction": .5}), "Random", "npo", {})["arm"] == "Random"
-    assert unlearning(injection({}, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", {})["arm"] == "Oracle"
+    assert unlearning(injection({}, 0, INJECT | {"fraction": .5}), "Random", "npo", UNLEARN)["arm"] == "Random"
+    assert unlearning(injection({}, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", UNLEARN)["arm"] == "Oracle"
 
 # --- descriptions
 

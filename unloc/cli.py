@@ -9,8 +9,8 @@ runs stay in the store and are never done twice. Every error is one line, with e
 __all__ = ['BAR', 'Problem', 'project_root', 'notebooks', 'promise', 'parameters', 'artefacts', 'profiles', 'assign', 'Watch',
            'reproduce', 'compile_paper', 'show', 'main']
 
-# %% ../nbs/14_cli.ipynb #cd8671d6
-import argparse, ast, configparser, difflib, json, os, re, sys, tempfile, threading, time
+# %% ../nbs/14_cli.ipynb #9e45c02a
+import argparse, ast, configparser, contextlib, difflib, json, os, re, sys, tempfile, threading, time
 from pathlib import Path
 
 # %% ../nbs/14_cli.ipynb #73eaaec0
@@ -47,7 +47,7 @@ def artefacts(notebook:Path)->list[str]:
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
     return [f'{name}.{suffixes[kind]}' for kind, name in re.findall(r"save_(figure|table)\(\w+, out, '(\w+)'", source)]
 
-# %% ../nbs/14_cli.ipynb #cee6a5eb
+# %% ../nbs/14_cli.ipynb #aa72ba90
 def _json(where, name, text):
     try: return json.loads(text)
     except ValueError as error: raise Problem(f"{where}: {name} is not JSON ({error}): {' '.join(text.split())[:80]}") from None
@@ -56,7 +56,7 @@ def profiles(root:Path)->dict[str, dict]: # profile: name: value
     "Read settings.ini"
     parser = configparser.ConfigParser(interpolation=None)
     try: parser.read_string((root / 'settings.ini').read_text())
-    except configparser.Error as error: raise Problem(f"settings.ini cannot be read: {' '.join(str(error).split())}") from None
+    except (configparser.Error, OSError, UnicodeDecodeError) as error: raise Problem(f"settings.ini cannot be read: {' '.join(str(error).split())}") from None
     return {section: {name: _json(f'settings.ini [{section}]', name, text) for name, text in parser[section].items()} for section in parser.sections()}
 
 def _known(what, name, names):
@@ -135,13 +135,23 @@ class Watch:
         self.told, spent = time.monotonic(), time.monotonic() - self.start
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
 
-# %% ../nbs/14_cli.ipynb #7b25447a
+# %% ../nbs/14_cli.ipynb #596014a9
 def _writable(folder:Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or choose another folder with --out or --store") from None
     return folder
+
+@contextlib.contextmanager
+def _apart(log:Path):
+    "Keep what kernels and their workers write to the error stream in a file, off the person's terminal"
+    sys.stderr.flush()
+    ours, said = os.dup(2), sys.stderr
+    with open(log, 'wb') as file: os.dup2(file.fileno(), 2)
+    sys.stderr = open(ours, 'w', buffering=1, closefd=False)
+    try: yield
+    finally: os.dup2(ours, 2); sys.stderr = said; os.close(ours)
 
 def _execute(notebook, copy, values):
     "Run one notebook with papermill; turn its failure into one line"
@@ -151,6 +161,7 @@ def _execute(notebook, copy, values):
     except PapermillExecutionError as error:
         raise Problem(f"{notebook} failed: {error.ename}: {' '.join(error.evalue.split())} (executed copy: {copy})") from None
     except OSError as error: raise Problem(f"cannot write {copy}: {error.strerror}") from None
+    except RuntimeError as error: raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None # a kernel that died
 
 def reproduce(
     root:Path, # the checkout
@@ -166,17 +177,18 @@ def reproduce(
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
     listed = values.pop('notebooks', [name for name in every if name < '30'])
+    if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
     names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
     chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and _known('notebook', name, [*every, 'paper'])]
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
     if jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
     copies, store = root / '_out' / profile, (store or root / '_runs').resolve()
     figures = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve()
     given = assign(chosen, list(every.values()), values, f'settings.ini [{profile}]')
     for notebook, more in assign(chosen, list(every.values()), dict(changes), '--set').items(): given[notebook] |= more
     for folder in (copies, store, figures / profile): _writable(folder)
-    with Watch(root) as watch:
+    with _apart(copies / 'stderr.log'), Watch(root) as watch:
         for i, notebook in enumerate(chosen):
             watch.label, began = f'[{i + 1}/{len(chosen)}] {notebook.stem}', time.monotonic()
             watch.say(watch.label)
@@ -195,7 +207,7 @@ def compile_paper(root:Path)->Path: # paper/unloc.pdf
     except typst.TypstError as error: raise Problem(f"the paper does not compile: {' '.join(str(error).split())}; regenerate the figures it reads with unloc reproduce") from None
     return pdf
 
-# %% ../nbs/14_cli.ipynb #d38d1c35
+# %% ../nbs/14_cli.ipynb #7b0de40e
 def show(root:Path)->None:
     "Print notebooks, artefacts and profiles"
     print('notebooks and what they save')
@@ -227,5 +239,7 @@ def main(argv:list[str]|None=None)->int: # exit status
             changes = {name: _json('--set', name, text) for name, text in (pair.split('=', 1) for pair in asked.set)}
             reproduce(root, asked.profile, asked.only, asked.jobs, changes, asked.out, asked.store)
     except Problem as error: print(f'unloc: {error}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('unloc: interrupted; finished runs are kept, and the same command goes on from there', file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        import logging; logging.getLogger('asyncio').setLevel(logging.CRITICAL) # papermill leaves a task behind
+        print('unloc: interrupted; finished runs are kept, and the same command goes on from there', file=sys.stderr); return 130
     return 0

@@ -43,7 +43,7 @@ def run_id(description:dict)->str: # 16 hexadecimal digits
     whole = [public(description), code_fingerprint(), {name: version(name) for name in LIBRARIES}]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
-# %% ../nbs/11_runs.ipynb #2bfc42fc
+# %% ../nbs/11_runs.ipynb #64447d1a
 class DamagedRun(RuntimeError): "A run folder that does not match its manifest"
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Run:
     def json(self, name:str='result.json')->dict: return json.loads(self.file(name).read_text())
     def table(self, name:str='trajectory.csv'): # pandas.DataFrame
         import pandas
-        return pandas.read_csv(self.file(name), float_precision='round_trip')
+        return pandas.read_csv(self.file(name))
     def tensors(self, name:str)->dict: # name: torch.Tensor
         from safetensors.torch import load_file
         return load_file(self.file(name))
