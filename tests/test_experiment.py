@@ -78,7 +78,7 @@ def test_names_are_those_of_training():
     (lambda: injection({}, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
-    (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", {}), "unknown arm 'oracle'; known: Oracle, Random"),
+    (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
     (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
     (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
@@ -187,7 +187,7 @@ def test_arms_share_all_but_the_region(done, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_scores_of_the_base_are_those_of_its_files(done, arch):
     base, injected, *_ = done[arch]
-    examples = experiment._examples(base.file("tokenizer"), benchmark(base.description["data"]))
+    examples = experiment._examples(base.file("tokenizer"), json.dumps(base.description["data"]))
     for name in ("pretrained", "retained"):
         model = load(base, name)
         assert base.json()[name]["weights"] == model.num_parameters() and model.config.model_type == arch
