@@ -130,7 +130,7 @@ class Watch:
         self.told, spent = time.monotonic(), time.monotonic() - self.start
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
 
-# %% ../nbs/14_cli.ipynb #235fc5d8
+# %% ../nbs/14_cli.ipynb #603c79f0
 def _writable(folder:Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,8 @@ def _execute(notebook, copy, values):
     from papermill.exceptions import PapermillExecutionError
     try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=ERROR'])
     except PapermillExecutionError as error:
-        raise Problem(f"{notebook} failed: {error.ename}: {' '.join(error.evalue.split())} (executed copy: {copy})") from None
+        remedy = '; free space and start again, finished runs are kept' if 'No space left' in error.evalue else ''
+        raise Problem(f"{notebook} failed: {error.ename}: {' '.join(error.evalue.split())}{remedy} (executed copy: {copy})") from None
     except OSError as error: raise Problem(f"cannot write {copy}: {error.strerror}") from None
     except RuntimeError as error: raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None # a kernel that died
 
