@@ -211,17 +211,6 @@ def test_a_layer_without_columns_is_left_alone():
         train(model, columns)
     assert torch.equal(before["model.layers.0.mlp.down_proj.weight"], output_projections(model)[0].weight) and list(columns.delta()) == [1]
 
-def test_live_fraction_counts_columns_with_a_gradient():
-    model = small()
-    with unlock(model, REGION) as columns:
-        assert columns.live_fraction() == 0
-        loss(model).backward()
-        assert columns.live_fraction() == 1
-        columns.parameters()[0].grad[:2] = 0
-        assert columns.live_fraction() == pytest.approx(1 - 2 / len(REGION))
-        columns.parameters()[1].grad = None
-        assert columns.live_fraction() == pytest.approx((len(REGION.columns[0]) - 2) / len(REGION))
-
 # --- memory, hooks, checkpointing
 
 def saved(model, region=None):

@@ -6,6 +6,7 @@ Modules:
 - `unloc.experiment`: The controlled experiment as four kinds of run: base models, injection, unlearning, direct supervision
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, or TOFU itself
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.masked`: Train a chosen set of value vectors; hold every other weight to the bit
 - `unloc.metrics`: How much of an answer a model still holds: extraction strength, exact memorization and probability, from one teacher-forced pass
 - `unloc.models`: Tiny Llama and OLMo 2 models, the output projections inside a model, and what a model says at the answer
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states

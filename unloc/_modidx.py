@@ -73,7 +73,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'unloc.masked': { 'unloc.masked.Columns': ('masked.html#columns', 'unloc/masked.py'),
                               'unloc.masked.Columns.__init__': ('masked.html#columns.__init__', 'unloc/masked.py'),
                               'unloc.masked.Columns.delta': ('masked.html#columns.delta', 'unloc/masked.py'),
-                              'unloc.masked.Columns.live_fraction': ('masked.html#columns.live_fraction', 'unloc/masked.py'),
                               'unloc.masked.Columns.parameters': ('masked.html#columns.parameters', 'unloc/masked.py'),
                               'unloc.masked.Columns.reference': ('masked.html#columns.reference', 'unloc/masked.py'),
                               'unloc.masked.Columns.values': ('masked.html#columns.values', 'unloc/masked.py'),

@@ -9,10 +9,10 @@ Unlearning starts there, through the target region (Oracle) or another one (Rand
 __all__ = ['SCHEDULES', 'FORGET', 'RETAIN', 'answer_logprob', 'Scores', 'score', 'descend', 'Checkpoint', 'finetune', 'held',
            'inject', 'Unlearning', 'Trajectory', 'Recipe', 'unlearn', 'mlp_targets', 'supervise']
 
-# %% ../nbs/08_training.ipynb #cafb72e0
+# %% ../nbs/08_training.ipynb #23156286
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import objectives
-from .masked import Columns, locked_digest, put_columns, unlock
+from .masked import Columns, locked_digest, unlock
 from .metrics import answer_probability, exact_memorizations, extraction_strengths, forget_strength, retain_strength, without_end
-from .models import answer_logits, hidden_after, mlp_outputs, output_projections, region_shape
+from .models import answer_logits, hidden_after, mlp_outputs
 from .regions import Region
 from .tokens import Batch, Example, by_length, collate, shuffled
 
