@@ -9,7 +9,7 @@ reproduce: .venv/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lab: .venv/lab
 	JUPYTERLAB_SETTINGS_DIR=.venv/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs

@@ -6,9 +6,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLOC = str(Path(sys.executable).with_name("unloc"))
-NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision"]
-FIGURES, TABLES = ["injection_ratio", "trajectories", "figure1_direct_supervision"], ["table2_oracle_random"]
-FILES = {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")} | {f"{TABLES[0]}{suffix}" for suffix in (".json", ".csv", ".tex", "_data.csv")}
+NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers", "26_region_share"]
+FIGURES = ["injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision", "localization", "region_share"]
+TABLES = ["table2_oracle_random", "table1_localizers", "table1_own_units"]
+FILES = {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")} | {f"{name}{suffix}" for name in TABLES for suffix in (".json", ".csv", ".tex", "_data.csv")}
 
 
 def files(*roots): # content of every file but locks and executed copies
@@ -87,22 +88,33 @@ def test_the_table_is_whole_and_follows_from_its_data(smoke):
     path = smoke.out / "smoke" / TABLES[0]
     about, cells = json.loads(path.with_suffix(".json").read_text()), list(csv.DictReader(path.with_suffix(".csv").open()))
     data = list(csv.DictReader(Path(f"{path}_data.csv").open()))
-    assert about["rows"] == cells and about["columns"] == list(cells[0]) and [r["objective"] for r in cells] == ["WGA", "RMU"] and len(data) == 2 * 3 * 2
+    assert about["rows"] == cells and about["columns"] == list(cells[0]) and [(r["objective"], r["metric"]) for r in cells] == [(o, m) for o in ("WGA", "RMU") for m in ("AUES", "MU95")] and len(data) == 2 * 3 * 2
     tex = path.with_suffix(".tex").read_text()
-    assert tex.count(r" \\") == 3 and r"\begin{tabular}" in tex and not re.search(r"(?<!\\)[%&](?! )", tex.replace(" & ", ""))
+    assert tex.count(r" \\") == 5 and r"\begin{tabular}" in tex and not re.search(r"(?<!\\)[%&](?! )", tex.replace(" & ", ""))
     for row in cells:
         for arm in ("Oracle", "Random"):
-            values = [float(d["AUES"]) for d in data if d["objective"] == row["objective"].lower() and d["arm"] == arm]
+            values = [float(d[row["metric"]]) for d in data if d["objective"] == row["objective"].lower() and d["arm"] == arm]
             mean = sum(values) / 3
-            assert row[arm] == f"{mean:.3f} ± {(sum((v - mean) ** 2 for v in values) / 2) ** .5:.3f}"
+            digits = {"AUES": 3, "MU95": 2}[row["metric"]]
+            assert row[arm] == f"{mean:.{digits}f} ± {(sum((v - mean) ** 2 for v in values) / 2) ** .5:.{digits}f}"
     assert all(d["locked_bit_equal"] == "True" for d in data) and {d["live_fraction"] for d in data if d["objective"] == "wga"} == {"1.0"}
     assert about["inject"]["fraction"] == .1 and about["seeds"] == 3 and about["conventions"]["AUES rule"] == "trapezoid"
 
+def test_the_localizers_table_follows_from_its_data(smoke):
+    for name, regions in (("table1_localizers", ["Random", "Activations", "WAGLE"]), ("table1_own_units", ["Random weights", "WAGLE weights"])):
+        path = smoke.out / "smoke" / name
+        about, data = json.loads(path.with_suffix(".json").read_text()), list(csv.DictReader(Path(f"{path}_data.csv").open()))
+        assert [(r["metric"], r["region"]) for r in about["rows"]] == [(m, r) for m in ("AUES", "MU95") for r in regions] and len(data) == len(regions) * 2 * 3 and all(d["locked_bit_equal"] == "True" for d in data)
+        assert len({d["region"] for d in data}) == 1 and {float(d["FQ_start"]) for d in data} != {0.}
+        for row in about["rows"]:
+            values = [float(d[row["metric"]]) for d in data if d["localizer"] == row["region"].lower().replace(" ", "_")]
+            assert float(row["mean"]) == pytest.approx(sum(values) / len(values), abs=.006) and (row["verdict"] == "–") == (row["region"].startswith("Random"))
+
 def test_the_terminal_tells_what_happens(smoke):
     out, err = smoke.said
-    for i, name in enumerate(NOTEBOOKS, 1): assert f"[{i}/4] {name}" in out.split("\n")
+    for i, name in enumerate(NOTEBOOKS, 1): assert f"[{i}/{len(NOTEBOOKS)}] {name}" in out.split("\n")
     wrote = re.findall(r"^  wrote (.+)$", out, re.M)
-    assert len(wrote) == 4 and all(any(name in w for w in wrote) for name in FIGURES + TABLES) and len(re.findall(r"^  done in \d+ s$", out, re.M)) == 4
+    assert len(wrote) == len(FIGURES + TABLES) and all(any(name in w for w in wrote) for name in FIGURES + TABLES) and len(re.findall(r"^  done in \d+ s$", out, re.M)) == len(NOTEBOOKS)
     assert "Traceback" not in out + err and not re.search(r"warn", out + err, re.I), out + err
     assert re.search(r"base 1\.0 of 1 runs", out + err) and re.search(r"unlearn 12\.0 of 12 runs", out + err)
 
@@ -111,14 +123,14 @@ def test_the_store_is_whole(smoke):
     folders = [f for f in smoke.store.iterdir() if f.name != "locks"]
     for folder in folders: check_run(folder)
     kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in folders]
-    assert {k: kinds.count(k) for k in set(kinds)} == {"base": 1, "inject": 3 * 2 + 3, "unlearn": 12, "supervise": 6}
+    assert {k: kinds.count(k) for k in set(kinds)} == {"base": 1, "judge": 1, "inject": 3 * 2 + 3, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1, "unlearn": 12 + 5 * 2 * 3 + 2 * 3 * 2, "supervise": 6}
     assert str(smoke.root.parent).encode() not in b"".join(files(smoke.store).values()), "a run does not know where it lies"
 
 def test_a_second_call_does_no_run_and_changes_no_byte(smoke):
     before, times = files(smoke.out, smoke.store), {f: f.stat().st_mtime_ns for f in smoke.store.rglob("*") if f.is_file() and "locks" not in f.parts}
     code, out, err = smoke.call("reproduce", "--profile", "smoke")
     assert code == 0 and files(smoke.out, smoke.store) == before and {f: f.stat().st_mtime_ns for f in times} == times and " runs" not in out + err
-    assert len(re.findall(r"^  wrote ", out, re.M)) == 4 and err == ""
+    assert len(re.findall(r"^  wrote ", out, re.M)) == len(FIGURES + TABLES) and err == ""
 
 def test_names_work_without_their_number(smoke):
     before = files(smoke.out, smoke.store)
@@ -166,7 +178,7 @@ def test_a_malformed_profile_is_one_line(smoke, content, says):
 # --- bad input, found by a notebook
 
 def changed(**values): return ["--set", *(f"{name}={json.dumps(value)}" for name, value in values.items())]
-INJECT = {"fraction": .1, "epochs": 6, "lr": 1e-2, "batch_size": 4, "probe": 20}
+INJECT = {"fraction": .1, "epochs": 6, "lr": 1e-2, "batch_size": 4}
 LATE = {
     "objective": ("21_oracle_random", changed(unlearn={"simnpo": {"lr": 1e-3, "epochs": 1}}), "ValueError: unknown objective 'simnpo'; known: ga, grad_diff"), "setting": ("21_oracle_random", changed(unlearn={"wga": {"beta": 1.}}), "unlearn has no setting 'beta'"),
     "fraction 0": ("21_oracle_random", changed(inject=INJECT | {"fraction": 0}), r"inject: fraction must lie in \(0, 1\], got 0"), "fraction 1.5": ("21_oracle_random", changed(inject=INJECT | {"fraction": 1.5}), r"fraction must lie in \(0, 1\], got 1.5"),
@@ -179,7 +191,7 @@ def test_a_bad_value_is_one_line(smoke, notebook, words, says):
     refused(smoke, "reproduce", "--profile", "smoke", "--only", notebook, *words, says=rf"{notebook}.ipynb failed: .*{says}")
 
 def test_a_damaged_run_is_named_and_kept(smoke):
-    run = next(f for f in smoke.store.iterdir() if (f / "trajectory.csv").exists() and json.loads((f / "description.json").read_text())["description"]["kind"] == "unlearn")
+    run = next(f for f in smoke.store.iterdir() if (f / "trajectory.csv").exists() and json.loads((f / "description.json").read_text())["description"].get("arm") == "Oracle" and "objective" in (f / "description.json").read_text())
     path = run / "trajectory.csv"
     whole = path.read_bytes()
     for bytes, says in ((whole[:-9], rf"trajectory.csv has {len(whole) - 9} bytes, {len(whole)} expected"), (whole.replace(b"0", b"1", 1), "trajectory.csv was altered")):
@@ -194,7 +206,7 @@ def test_a_damaged_run_is_named_and_kept(smoke):
 def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, jobs, tmp_path, guarded):
     again = Checkout(tmp_path, guarded)
     for run in smoke.store.iterdir(): # base models and injections are there, the unlearning is not
-        if run.name != "locks" and json.loads((run / "description.json").read_text())["description"]["kind"] in ("base", "inject"): shutil.copytree(run, again.store / run.name)
+        if run.name != "locks" and json.loads((run / "description.json").read_text())["description"]["kind"] in ("base", "judge", "inject"): shutil.copytree(run, again.store / run.name)
     words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs"]
     start, process = len(list(again.store.iterdir())), again.start(*words, str(jobs))
     while not (list(again.store.glob("*.partial")) and len([f for f in again.store.iterdir() if f.suffix != ".partial" and f.name != "locks"]) > start):

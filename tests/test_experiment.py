@@ -1,9 +1,10 @@
 "What a profile may say is what the code takes, a bad word costs one line and no computing, the data's content names a run, and the original model differs from the retained one exactly in its target region."
-import dataclasses, inspect, json, os, shutil, subprocess, sys, typing
+import dataclasses, inspect, json, math, os, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
-from unloc import experiment, training
-from unloc.experiment import ARMS, MAY_BE_ZERO, NAMES, OBJECTIVES, REQUIRED, SETTINGS, base_models, benchmark, data_description, injection, provenance, settings, supervision, unlearning
+from unloc import attribution, experiment, training
+from unloc.evaluation import evaluate, score
+from unloc.experiment import ARMS, LOCALIZERS, MAY_BE_ZERO, NAMES, OBJECTIVES, OWN_UNITS, REQUIRED, SETTINGS, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
 from unloc.facts import author_world, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
@@ -14,7 +15,8 @@ TOFU = SHARED / "data" / "tofu"
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
 MODEL = {"d_model": 16, "n_layers": 4, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
 HOW = {"epochs": 1, "lr": 4e-3, "batch_size": 64}
-INJECT = {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4, "probe": 7}
+JUDGE = {"retain": 7, "utility": 3, "max_new_tokens": 4, "every": 2}
+INJECT = {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}
 
 
 def parent(arch="llama", **more): return base_models(data_description(WORLD), arch, MODEL, HOW, HOW, **more)
@@ -27,11 +29,15 @@ def bare(hint): return next(t for t in typing.get_args(hint) or (hint,) if t is 
 def test_objectives_are_those_of_training():
     assert OBJECTIVES == tuple(training.FORGET)
 
+def test_localizers_are_those_of_attribution():
+    assert LOCALIZERS == tuple(attribution.LOCALIZERS) and all(hasattr(attribution, name) for name in OWN_UNITS if not name.startswith("random"))
+
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
-    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k != "objective"}
+    often = {"every", "full_every"}
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in often | {"objective"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
-            ("inject", training.inject, {"fraction": float, "probe": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
+            ("inject", training.inject, {"fraction": float}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
         assert {k: takes[k] for k in SETTINGS[group]} == SETTINGS[group], group
     assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
@@ -81,6 +87,9 @@ def test_names_are_those_of_training():
     (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
     (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
     (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
+    (lambda: standard({}, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard({}, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
+    (lambda: localization(teaching({}), "compass"), "unknown localizer 'compass'; known: random, activations, memflex"), (lambda: localized_unlearning({}, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
+    (lambda: localized_unlearning({}, .1, "simnpo", UNLEARN, 0), "unknown objective 'simnpo'"),
     (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
 def test_a_bad_word_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
@@ -98,6 +107,8 @@ def test_what_makes_a_run_another():
     same = [one, injection(parent(), 0, dict(reversed(INJECT.items()))), injection(base | {"data": base["data"] | {"_source": "/elsewhere"}}, 0, INJECT)]
     other = [injection(base, 1, INJECT), injection(base, 0, INJECT | {"fraction": .2}), injection(parent("olmo2"), 0, INJECT), injection(parent(seed=1), 0, INJECT), injection(parent(threads=2), 0, INJECT)]
     assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
+    taught = teaching(standard(base, JUDGE))
+    assert len({run_id(localization(taught, name, seed)) for name in ("wagle", "random") for seed in (0, 1)}) == 3 # WAGLE draws nothing
     arms = [unlearning(one, arm, "npo", {"lr": 1., "epochs": 1}, draw) for arm in ARMS for draw in (0, 1)]
     assert len({run_id(d) for d in arms}) == 4 and json.loads(json.dumps(arms)) == arms
     assert run_id(unlearning(one, "Oracle", "npo", {"lr": 1, "epochs": 1})) == run_id(arms[0]) # 1 and 1.0 are one learning rate
@@ -135,17 +146,20 @@ def test_digest_follows_the_content_and_not_the_place(folder, monkeypatch):
     (folder / "b" / "README.md").write_text("no part of the data")
     assert data_description(few, "b")["sha256"] == b["sha256"]
 
-# --- the four kinds
+# --- the kinds of run
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory): # per architecture: base, injection, an unlearning pair, another random region, a supervision pair
     store, found = Store(tmp_path_factory.mktemp("store")), {}
     for arch in ARCHITECTURES:
-        injected = injection(parent(arch), 3, INJECT)
-        pair = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2, "every": 2}, draw) for arm, draw in (("Oracle", 0), ("Random", 0), ("Random", 1))]
+        judged = standard(parent(arch), JUDGE)
+        injected = injection(judged, 3, INJECT)
+        pair = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2}, draw) for arm, draw in (("Oracle", 0), ("Random", 0), ("Random", 1))]
         taught = [supervision(injected, arm, {"lr": 1e-3, "epochs": 1, "batch_size": 5}) for arm in ARMS]
-        runs = sweep(store, pair + taught)
-        found[arch] = store[injected["parent"]], store[injected], runs[:3], runs[3:]
+        found_by = [localization(injected, name) for name in ("random", "gradient")] + [localization(teaching(judged), name) for name in ("random", "wagle_weights", "memflex_projections")]
+        runs = sweep(store, pair + taught + found_by + [localized_unlearning(d, .25, "wga", {"lr": 5e-3, "epochs": 1}, 0) for d in found_by])
+        found[arch] = store[parent(arch)], store[injected], runs[:3], runs[3:5]
+        found[arch, "localized"] = store[judged], runs[5:10], runs[10:]
     return found
 
 def columns(run): return experiment._load_columns(run)
@@ -179,8 +193,8 @@ def test_arms_share_all_but_the_region(done, arch):
     assert target == Region.load(injected.file("region.safetensors")) and not target & control and not target & second and control != second and len(control) == len(second) == len(target)
     start = oracle.table().iloc[0]
     for run in (oracle, random, other, *taught):
-        assert run.table().iloc[0].drop("loss").to_dict() == start.drop("loss").to_dict() and {k: start[k] for k in ("FS", "RS")} == injected.json()["original"]
-        assert run.tensors("extraction_strength.safetensors")["retain_es"].shape == (2, 7) and run.tensors("extraction_strength.safetensors")["forget_es"].shape == (2, 10)
+        assert run.table().iloc[0].drop("loss").to_dict() == start.drop("loss").to_dict() and start.drop(["loss", "epoch"]).to_dict() == injected.json()["original"]
+        assert run.tensors("facts.safetensors")["retain_es"].shape == (2, 7) and run.tensors("facts.safetensors")["forget_wrong_nll"].shape == (2, 10, 5)
     assert Region.load(taught[1].file("region.safetensors")) == control and [p["epoch"] for _, p in oracle.table().iterrows()] == [0, 2]
     assert oracle.table().iloc[-1].to_dict() != random.table().iloc[-1].to_dict()
 
@@ -191,12 +205,34 @@ def test_scores_of_the_base_are_those_of_its_files(done, arch):
     for name in ("pretrained", "retained"):
         model = load(base, name)
         assert base.json()[name]["weights"] == model.num_parameters() and model.config.model_type == arch
-        for part in ("forget", "retain", "world_facts"): assert base.json()[name][f"ES_{part}"] == training.score(model, examples[part]).extraction_strength.mean().item()
-    assert injected.json()["retained"]["FS"] == pytest.approx(1 - base.json()["retained"]["ES_forget"], abs=1e-12) and injected.json()["probe"] == 7
+        for part in ("forget", "retain", "world_facts"): assert base.json()[name][f"ES_{part}"] == score(model, examples[part]).extraction_strength.mean().item()
+    assert injected.json()["retained"]["FS"] == pytest.approx(1 - base.json()["retained"]["ES_forget"], abs=1e-12)
     assert not list(base.path.glob("*.checkpoint")) and len(examples["refusals"]) == 24 and all(r[-1] == 1 for r in examples["refusals"])
 
 def test_the_probe_spreads_over_the_authors():
-    examples = {"retain": list(range(90))}
     for n in (1, 7, 45, 90, 1000):
-        found = experiment._probe(examples, n)
+        found = experiment._spread(tuple(range(90)), n)
         assert len(found) == min(n, 90) and found == sorted(set(found)) and all(abs(i * 90 / len(found) - x) < 1 for i, x in enumerate(found))
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_standard_is_the_retained_model_judged(done, arch):
+    base, injected, *_ = done[arch]
+    judged, *_ = done[arch, "localized"]
+    probe = experiment._probe(base.file("tokenizer"), json.dumps(base.description["data"]), json.dumps(JUDGE))
+    model = load(base)
+    found = evaluate(model, probe)
+    assert judged.json()["retained"] == injected.json()["retained"] == found.point | {"FQ": 0.} and "FQ" not in found.point and judged.json()["probe"] == {"forget": 10, "retain": 3, "real_authors": 3, "world_facts": 3}
+    probe = dataclasses.replace(probe, retained=tuple(judged.tensors("evaluation.safetensors")[f"forget_{w}_nll"] for w in ("right", "wrong")))
+    assert evaluate(model, probe).point["FQ"] == 0 and injected.json()["original"]["FQ"] <= 0
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_localized_runs_change_the_highest_scores(done, arch):
+    _, injected, *_ = done[arch]
+    _, localized, runs = done[arch, "localized"]
+    target = Region.load(injected.file("region.safetensors"))
+    assert localized[0].json()["chance"] == .25 and localized[1].json()["recall"] == Region.top(localized[1].tensors("scores.safetensors")["all.scores"], .25).recall(of=target) and localized[2].json() == {}
+    for scores, run in zip(localized[:3], runs[:3]): assert Region.load(run.file("region.safetensors")) == Region.top(scores.tensors("scores.safetensors")["all.scores"], .25)
+    weights, layers = (run.file("region.safetensors") for run in runs[3:])
+    assert len(Region.load(weights)) == runs[3].json()["region"] == 4 * 16 * 32 // 4
+    assert sorted(len(c) for c in Region.load(layers).columns) == [0, 0, 0, 32] # a quarter of four projections
+    assert all(run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) for run in runs)

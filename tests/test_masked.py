@@ -1,15 +1,19 @@
-"Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns move exactly as the plain way would move them."
+"Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns or single weights move exactly as the plain way would move them."
 import copy
 from collections import Counter
 import pytest, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 from unloc.masked import locked_digest, put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(0))
 REGION = Region.sample((2, 24), .3, seed=0)
+WEIGHTS = Region.sample((2, 16, 24), .3, seed=0)
+WHOLE = Region(REGION.mask[:, None].expand(2, 16, 24)) # every weight of REGION's columns
+both = pytest.mark.parametrize("region", [REGION, WEIGHTS], ids=["columns", "weights"])
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=.5),
     "sgd": lambda p: torch.optim.SGD(p, lr=.1, momentum=.9, weight_decay=.1),
@@ -31,6 +35,7 @@ def logits(model): return model(input_ids=IDS).logits
 def state(model): return {name: t.clone() for name, t in model.state_dict().items()}
 def bits(t): return t.contiguous().flatten().view(torch.uint8)
 def same(a, b): return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
+def chosen(weight, region, layer): return weight[:, region.columns[layer]].T if len(region.shape) == 2 else weight.flatten()[region.index[layer]] # as the parameters lie
 def clean(model): return not any("forward" in vars(m) for m in model.modules())
 
 def train(model, columns, steps=3, optimizer=OPTIMIZERS["adamw"], norm=.1):
@@ -42,19 +47,22 @@ def train(model, columns, steps=3, optimizer=OPTIMIZERS["adamw"], norm=.1):
 
 # --- nothing else moves
 
+@both
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_locked_weights_keep_their_bits(arch, dtype, name):
+def test_locked_weights_keep_their_bits(region, arch, dtype, name):
     model = small(arch, dtype)
-    before, digest = state(model), locked_digest(model, REGION)
-    with unlock(model, REGION) as columns: train(model, columns, optimizer=OPTIMIZERS[name])
+    before, digest = state(model), locked_digest(model, region)
+    with unlock(model, region) as columns: train(model, columns, optimizer=OPTIMIZERS[name])
     after, projections = model.state_dict(), {f"model.layers.{i}.mlp.down_proj.weight": i for i in range(2)}
     for key, old in before.items():
-        locked = ~REGION.mask[projections[key]] if key in projections else slice(None)
+        locked = ~region.mask[projections[key]] if key in projections else slice(None)
         assert torch.equal(bits(old[..., locked]), bits(after[key][..., locked])), key
-        if key in projections: assert (old != after[key])[:, REGION.mask[projections[key]]].any(0).all(), "every chosen column moves"
-    assert locked_digest(model, REGION) == digest and clean(model)
+        if key in projections:
+            moved = chosen(old != after[key], region, projections[key])
+            assert (moved.any(1) if moved.ndim == 2 else moved.float().mean() > .5).all(), "what is chosen moves"
+    assert locked_digest(model, region) == digest and clean(model)
 
 @pytest.mark.parametrize("where", ["weight", "norm", "locked column", "sign of zero"])
 def test_the_digest_sees_the_smallest_change(where):
@@ -77,22 +85,36 @@ def test_the_digest_ignores_the_region_only_on_its_model():
     assert locked_digest(model, REGION) == digest != locked_digest(model, REGION - Region.sample((2, 24), .5, seed=1))
     assert locked_digest(model.bfloat16(), REGION) != digest
 
+def test_the_digest_of_single_weights_sees_their_neighbours():
+    model = small()
+    digest, weights = locked_digest(model, WEIGHTS), [p.weight for p in output_projections(model)]
+    for layer, mask in enumerate(WEIGHTS.mask):
+        with torch.no_grad(): weights[layer][mask] = 7.
+        for row, column in (~mask).nonzero().tolist()[::17]:
+            old = weights[layer][row, column].item()
+            with torch.no_grad(): weights[layer][row, column] += 1e-6
+            assert locked_digest(model, WEIGHTS) != digest
+            with torch.no_grad(): weights[layer][row, column] = old
+    assert locked_digest(model, WEIGHTS) == digest
+
 # --- what moves, moves as it should
 
+@both
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_gradient_is_autograds(arch, bias):
+def test_gradient_is_autograds(region, arch, bias):
     model = small(arch, torch.float64, bias)
     loss(model).backward()
-    plain = [p.weight.grad[:, index].T.clone() for p, index in zip(output_projections(model), REGION.columns)]
-    with unlock(model, REGION) as columns:
+    plain = [chosen(p.weight.grad, region, layer) for layer, p in enumerate(output_projections(model))]
+    with unlock(model, region) as columns:
         loss(model).backward()
         for p, want in zip(columns.parameters(), plain): torch.testing.assert_close(p.grad.double(), want, rtol=1e-12, atol=1e-14)
     assert clean(model)
 
+@both
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_trajectory_is_that_of_masked_full_weights(arch, bias, steps=8):
+def test_trajectory_is_that_of_masked_full_weights(region, arch, bias, steps=8):
     ours, plain = small(arch, torch.float64, bias), small(arch, torch.float64, bias)
     optimizer = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.)
     weights = [p.weight for p in output_projections(plain)]
@@ -100,11 +122,11 @@ def test_trajectory_is_that_of_masked_full_weights(arch, bias, steps=8):
     for _ in range(steps):
         opt.zero_grad()
         (value := loss(plain)).backward()
-        for w, mask in zip(weights, REGION.mask): w.grad *= mask
+        for w, mask in zip(weights, region.mask): w.grad *= mask
         nn.utils.clip_grad_norm_(weights, .1)
         opt.step()
         losses[0].append(value.item())
-    with unlock(ours, REGION) as columns:
+    with unlock(ours, region) as columns:
         opt = optimizer(columns.parameters())
         for _ in range(steps):
             opt.zero_grad()
@@ -114,6 +136,23 @@ def test_trajectory_is_that_of_masked_full_weights(arch, bias, steps=8):
             losses[1].append(value.item())
     assert losses[1] == pytest.approx(losses[0], abs=1e-12, rel=0) and losses[0][-1] < losses[0][0]
     for a, b in zip(output_projections(ours), weights): torch.testing.assert_close(a.weight, b, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_weights_of_columns_train_as_the_columns(arch, bias):
+    def trained(region):
+        model, losses = small(arch, torch.float64, bias), []
+        with unlock(model, region) as columns:
+            opt = torch.optim.AdamW(columns.parameters(), lr=3e-3, weight_decay=.1)
+            for _ in range(8):
+                (value := loss(model)).backward()
+                nn.utils.clip_grad_norm_(columns.parameters(), .1)
+                opt.step(); opt.zero_grad()
+                losses.append(value.item())
+        return model, losses
+    (a, found), (b, wanted) = trained(WHOLE), trained(REGION)
+    assert found == pytest.approx(wanted, abs=1e-13, rel=0) and found[-1] < found[0]
+    for x, y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
 
 def test_steps_below_the_weights_precision_add_up():
     model = small(dtype=torch.bfloat16)
@@ -131,12 +170,13 @@ def test_steps_below_the_weights_precision_add_up():
 
 # --- the model as it was, and afterwards
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_reference_is_the_start_to_the_bit(dtype):
+def test_reference_is_the_start_to_the_bit(region, dtype):
     model = small(dtype=dtype)
     start = state(model)
     with torch.no_grad(): first = logits(model)
-    with unlock(model, REGION) as columns:
+    with unlock(model, region) as columns:
         train(model, columns)
         with torch.no_grad(): trained = logits(model)
         with columns.reference():
@@ -147,9 +187,10 @@ def test_reference_is_the_start_to_the_bit(dtype):
         with torch.no_grad(): assert torch.equal(bits(logits(model)), bits(trained))
         train(model, columns) # and training goes on
 
-def test_reference_between_forward_and_backward():
+@both
+def test_reference_between_forward_and_backward(region):
     model = small(dtype=torch.float64)
-    with unlock(model, REGION) as columns:
+    with unlock(model, region) as columns:
         train(model, columns, 1)
         loss(model).backward()
         plain = [p.grad.clone() for p in columns.parameters()]
@@ -164,35 +205,38 @@ def test_reference_between_forward_and_backward():
         torch.optim.SGD(columns.parameters(), lr=.1).step()
         with pytest.raises(RuntimeError, match="before optimizer.step"): value.backward()
 
-def test_an_exception_leaves_a_clean_model():
+@both
+def test_an_exception_leaves_a_clean_model(region):
     model = small()
     for p in model.model.embed_tokens.parameters(): p.requires_grad_(False)
     flags, names = [p.requires_grad for p in model.parameters()], list(model.state_dict())
     with pytest.raises(ZeroDivisionError):
-        with unlock(model, REGION) as columns:
+        with unlock(model, region) as columns:
             assert not any(p.requires_grad for p in model.parameters())
             train(model, columns)
             values = columns.values()
             with columns.reference(): 1 / 0
     assert clean(model) and [p.requires_grad for p in model.parameters()] == flags and list(model.state_dict()) == names
-    for layer, (index, column) in values.items(): assert torch.equal(output_projections(model)[layer].weight[:, index].T, column)
+    for layer, (_, trained) in values.items(): assert torch.equal(chosen(output_projections(model)[layer].weight, region, layer), trained)
     loss(model).backward() # and it trains as before
     assert output_projections(model)[0].weight.grad is not None and model.model.embed_tokens.weight.grad is None
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_unlocking_without_training_changes_nothing(dtype):
+def test_unlocking_without_training_changes_nothing(region, dtype):
     model = small(dtype=dtype)
     before = state(model)
-    with unlock(model, REGION) as columns:
+    with unlock(model, region) as columns:
         logits(model)
         assert not any(change.any() for _, change in columns.delta().values())
     assert same(model.state_dict(), before)
 
+@both
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_columns_carry_the_trained_model(arch, dtype):
+def test_columns_carry_the_trained_model(region, arch, dtype):
     model = small(arch, dtype)
-    with unlock(model, REGION) as columns:
+    with unlock(model, region) as columns:
         train(model, columns)
         values, delta = columns.values(), columns.delta()
     fresh = small(arch, dtype)
@@ -200,7 +244,7 @@ def test_columns_carry_the_trained_model(arch, dtype):
     put_columns(fresh, values)
     assert same(fresh.state_dict(), model.state_dict())
     for layer, (index, change) in delta.items():
-        assert torch.equal(change, values[layer][1] - weights[layer][:, index].T) and torch.equal(index, REGION.columns[layer])
+        assert torch.equal(change, values[layer][1] - chosen(weights[layer], region, layer)) and torch.equal(index, region.index[layer]) and torch.equal(index, values[layer][0])
 
 def test_a_layer_without_columns_is_left_alone():
     only = Region(torch.zeros(2, 24, dtype=torch.bool)) | Region(torch.arange(48).view(2, 24) >= 40)
@@ -240,23 +284,40 @@ def test_backward_keeps_only_the_chosen_inputs(arch):
     assert more == Counter((*IDS.shape, len(index)) for index in REGION.columns)
     assert size(kept) - size(frozen) == IDS.numel() * len(REGION) * 4
 
-def test_hooks_and_names_stay():
+def test_single_weights_keep_the_inputs_of_their_columns_alone():
+    few = Region(torch.zeros(2, 16, 24, dtype=torch.bool))
+    few.mask[0, 3, 5] = few.mask[0, 9, 5] = few.mask[1, 0, 23] = True
+    model = small()
+    loss(model).backward()
+    wanted = [chosen(p.weight.grad, few, layer) for layer, p in enumerate(output_projections(model))]
+    model.requires_grad_(False).model.embed_tokens.requires_grad_(True)
+    frozen, _ = saved(model)
+    with unlock(model, few) as columns:
+        model.model.embed_tokens.requires_grad_(True)
+        kept, _ = saved(model)
+        assert Counter(tuple(t.shape) for t in kept) - Counter(tuple(t.shape) for t in frozen) == Counter({(*IDS.shape, 1): 2})
+        loss(model).backward()
+        for p, g in zip(columns.parameters(), wanted): torch.testing.assert_close(p.grad, g)
+
+@both
+def test_hooks_and_names_stay(region):
     model, seen = small(), []
     p = output_projections(model)[1]
     p.register_forward_pre_hook(lambda m, x: seen.append(("before", tuple(x[0].shape))))
     p.register_forward_hook(lambda m, x, y: seen.append(("after", tuple(y.shape))))
     p.register_full_backward_hook(lambda m, gx, gy: seen.append(("back", tuple(gx[0].shape), tuple(gy[0].shape))))
     names = [list(model.state_dict()), [n for n, _ in model.named_modules()]]
-    with unlock(model, REGION):
+    with unlock(model, region):
         assert [list(model.state_dict()), [n for n, _ in model.named_modules()]] == names and p is output_projections(model)[1]
         loss(model).backward()
     assert seen == [("before", (3, 9, 24)), ("after", (3, 9, 16)), ("back", (3, 9, 24), (3, 9, 16))]
 
+@both
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_gradient_checkpointing_gives_the_same_gradients(arch):
+def test_gradient_checkpointing_gives_the_same_gradients(region, arch):
     model = small(arch)
     def gradients():
-        with unlock(model, REGION) as columns:
+        with unlock(model, region) as columns:
             loss(model).backward()
             return [p.grad for p in columns.parameters()]
     plain, calls = gradients(), []
@@ -273,6 +334,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(arch):
 
 @pytest.mark.parametrize("region, says", [
     (Region.sample((3, 24), .3, seed=0), "3 x 24 value vectors, the model has 2 x 24"), (Region.sample((2, 23), .3, seed=0), "2 x 23 value vectors"),
+    (Region.sample((2, 24, 16), .3, seed=0), "2 x 24 x 16 weights, the model has 2 x 16 x 24 weights"), (Region.sample((1, 16, 24), .3, seed=0), "1 x 16 x 24 weights"), (WEIGHTS - WEIGHTS, "the region is empty"),
     (REGION - REGION, "the region is empty")])
 def test_a_wrong_region_is_refused_and_nothing_is_touched(region, says):
     model = small()
@@ -281,10 +343,28 @@ def test_a_wrong_region_is_refused_and_nothing_is_touched(region, says):
         with unlock(model, region): pass
     assert "\n" not in str(error.value) and same(model.state_dict(), before) and clean(model) and [p.requires_grad for p in model.parameters()] == flags
 
-def test_a_second_unlock_is_refused_and_the_first_goes_on():
+@pytest.mark.parametrize("first, second", [(REGION, ~REGION), (REGION, WEIGHTS), (WEIGHTS, REGION)])
+def test_a_second_unlock_is_refused_and_the_first_goes_on(first, second):
     model = small()
-    with unlock(model, REGION) as columns:
+    with unlock(model, first) as columns:
         with pytest.raises(ValueError, match="unlocked already"):
-            with unlock(model, ~REGION): pass
+            with unlock(model, second): pass
         train(model, columns)
     assert region_shape(copy.deepcopy(model)) == (2, 24) and clean(model)
+
+def holding(shape, dtype):
+    p = nn.Linear(24, 16, bias=False)
+    p.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+    return p
+
+@both
+@pytest.mark.parametrize("make, says", [(lambda: Conv1D(16, 24), r"Conv1D with torch.float32 \[24, 16\]"), (lambda: nn.Linear(20, 16), r"Linear with torch.float32 \[16, 20\]"),
+    (lambda: holding((192, 1), torch.uint8), r"Linear with torch.uint8 \[192, 1\]"), (lambda: holding((16, 24), torch.int8), r"Linear with torch.int8 \[16, 24\]")],
+    ids=["transposed", "narrower", "packed", "rounded"])
+def test_a_projection_of_another_kind_is_refused(region, make, says):
+    model = small()
+    model.model.layers[1].mlp.down_proj = make()
+    flags = [p.requires_grad for p in model.parameters()]
+    for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
+        with pytest.raises(ValueError, match="every output projection must be a torch.nn.Linear .* layer 1 has a " + says) as error: door()
+        assert "\n" not in str(error.value) and clean(model) and [p.requires_grad for p in model.parameters()] == flags

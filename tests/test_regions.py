@@ -1,20 +1,22 @@
-"Regions are sets: their algebra is that of Python's sets, their draws are uniform, their size has one rule, and their file is theirs alone."
+"Regions, of value vectors or of single weights, are sets: their algebra is that of Python's sets, their draws are uniform, their size has one rule, and their file is theirs alone."
 import math, random
+from fractions import Fraction
 import pytest, torch
-from unloc.regions import Region, jaccard, recall, region_size
+from unloc.regions import Region, average_precision, jaccard, recall, region_size
 
 
-def members(region): return {(l, int(j)) for l, row in enumerate(region.columns) for j in row}
+def members(region): return {(l, int(j)) for l, places in enumerate(region.index) for j in places}
 def of(pairs, shape):
-    mask = torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape[0], math.prod(shape[1:]), dtype=torch.bool)
     for l, j in pairs: mask[l, j] = True
-    return Region(mask)
+    return Region(mask.view(shape))
 
 @pytest.mark.parametrize("seed", range(8))
-def test_algebra_is_that_of_sets(seed):
+@pytest.mark.parametrize("axes", [2, 3])
+def test_algebra_is_that_of_sets(seed, axes):
     rng = random.Random(seed)
-    shape = rng.randint(1, 5), rng.randint(1, 12)
-    every = {(l, j) for l in range(shape[0]) for j in range(shape[1])}
+    shape = rng.randint(1, 5), *[rng.randint(1, 4) for _ in range(axes - 2)], rng.randint(1, 12)
+    every = {(l, j) for l in range(shape[0]) for j in range(math.prod(shape[1:]))}
     for _ in range(10):
         x, y, z = ({p for p in every if rng.random() < share} for share in (rng.random(), rng.random(), rng.choice([0, 1, .5])))
         a, b, c = (of(s, shape) for s in (x, y, z))
@@ -31,10 +33,18 @@ def test_a_region_is_no_list_and_keeps_its_own_shape():
     a = of({(0, 1)}, (2, 3))
     assert a != "region" and a != of({(0, 1)}, (2, 4)) and a.shape == (2, 3) and [k.dtype for k in a.columns] == [torch.int64] * 2
     for operation in ("__or__", "__and__", "__sub__", "jaccard"):
-        with pytest.raises(ValueError, match="different models: 2 x 3 and 3 x 2"): getattr(a, operation)(of(set(), (3, 2)))
+        with pytest.raises(ValueError, match="different models or units: 2 x 3 value vectors and 3 x 2 value vectors"): getattr(a, operation)(of(set(), (3, 2)))
     with pytest.raises(AttributeError): a.mask = None
-    for bad in (torch.ones(2, 2), torch.ones(4, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.int64)):
+    for bad in (torch.ones(2, 2), torch.ones(4, dtype=torch.bool), torch.ones(1, 2, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2), torch.ones(2, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"a region's mask is bool \[n_layers, d_ff\]"): Region(bad)
+
+def test_units_do_not_mix():
+    a, weights = of({(0, 1)}, (2, 3)), of({(0, 1)}, (2, 1, 3)) # as many members, the same places
+    assert a != weights and a.index[0].tolist() == weights.index[0].tolist() == a.columns[0].tolist() == [1]
+    with pytest.raises(ValueError, match="a weight region has single weights, no columns; .* `index`"): weights.columns
+    for operation in ("__or__", "__and__", "__sub__", "jaccard", "recall"):
+        with pytest.raises(ValueError, match="units: 2 x 3 value vectors and 2 x 1 x 3 weights"): getattr(a, operation)(weights)
+    assert repr(weights) == "Region(1 of 2 x 1 x 3 weights, 16.7%)"
 
 # --- sizes
 
@@ -55,8 +65,19 @@ def test_fractions_outside_are_refused(make, fraction):
     assert "\n" not in str(error.value)
 
 def test_less_than_one_vector_is_refused_with_the_least_share():
-    with pytest.raises(ValueError, match="less than one vector; use at least 0.031"): region_size((4, 8), .03)
+    with pytest.raises(ValueError, match="4 x 8 value vectors is less than one; use at least 0.031"): region_size((4, 8), .03)
     assert region_size((4, 8), 1 / 32) == 1
+
+@pytest.mark.parametrize("shape", [(32, 4096, 14336), (1, 100, 10**6), (16, 2048, 8192), (2, 16, 24)])
+@pytest.mark.parametrize("fraction", ["0.01", "0.05", "0.1", "0.29", "0.57", "0.8", "0.95", "1"])
+def test_sizes_of_single_weights(shape, fraction):
+    assert region_size(shape, float(fraction)) == int(Fraction(fraction) * math.prod(shape))
+
+@pytest.mark.parametrize("make", [lambda shape: region_size(shape, .5), lambda shape: Region.sample(shape, .5, 0), lambda shape: Region.top(torch.rand(shape), .5)])
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2, 2)])
+def test_other_shapes_are_refused(make, shape):
+    with pytest.raises(ValueError, match=r"n_layers x d_model x d_ff weights, got the shape \[") as error: make(shape)
+    assert "\n" not in str(error.value)
 
 # --- draws
 
@@ -86,8 +107,14 @@ def test_a_draw_depends_on_its_seed_alone():
 def test_the_other_half_is_all_that_is_left():
     half = Region.sample((4, 8), .5, 0)
     assert Region.sample((4, 8), .5, 1, outside=half) == ~half
-    with pytest.raises(ValueError, match=r"cannot draw 17 value vectors \(fraction 0.54\) outside a region of 16: 16 are left of 32; .* at most 0.5"): Region.sample((4, 8), .54, 1, outside=half)
+    with pytest.raises(ValueError, match=r"cannot draw 17 of 4 x 8 value vectors \(fraction 0.54\) outside a region of 16: 16 are left; .* at most 0.5"): Region.sample((4, 8), .54, 1, outside=half)
     with pytest.raises(ValueError, match="different models"): Region.sample((4, 8), .1, 0, outside=Region.sample((8, 4), .1, 0))
+
+def test_single_weights_are_drawn_as_value_vectors_are():
+    flat, target = Region.sample((3, 30), .2, 5), Region.sample((3, 6, 5), .2, 5)
+    assert torch.equal(target.mask.view(3, 30), flat.mask) and len(target) == 18
+    assert torch.equal(Region.sample((3, 6, 5), .2, 6, outside=target).mask.view(3, 30), Region.sample((3, 30), .2, 6, outside=flat).mask)
+    with pytest.raises(ValueError, match="cannot draw 81 of 3 x 6 x 5 weights"): Region.sample((3, 6, 5), .9, 0, outside=target)
 
 # --- the top
 
@@ -105,13 +132,33 @@ def test_top_orders_infinities_and_zeros():
     assert [members(Region.top(scores, k / 6)) for k in (1, 2, 3, 5)] == [{(1, 0)}, {(1, 0), (1, 1)}, {(1, 0), (1, 1), (0, 1)}, {(1, 0), (1, 1), (0, 1), (0, 2), (1, 2)}]
     with pytest.raises(ValueError, match="scores hold 2 NaN"): Region.top(torch.tensor([[1., math.nan], [math.nan, 0.]]), .5)
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_top_weights_break_ties_by_layer_row_and_column(seed, dtype):
+    scores = torch.randint(-3, 3, (3, 4, 5), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    order = sorted((-scores[l, r, c].item(), l, r, c) for l in range(3) for r in range(4) for c in range(5))
+    for n in (1, 7, 31, 60):
+        region = Region.top(list(scores), n / 60)
+        assert members(region) == {(l, r * 5 + c) for _, l, r, c in order[:n]} and region == Region.top(scores, n / 60)
+
+@pytest.mark.parametrize("scores, says", [([torch.ones(2, 3), torch.ones(2, 4)], r"scores need layers of one shape, got 2 layers of \[\(2, 3\), \(2, 4\)\]"), ([], "got 0 layers"),
+    ([torch.ones(2, 3), torch.tensor([[1., math.nan, 1.]] * 2)], "scores hold 2 NaN")])
+def test_scores_that_are_no_ranking_are_refused(scores, says):
+    with pytest.raises(ValueError, match=says) as error: Region.top(scores, .5)
+    assert "\n" not in str(error.value)
+
 # --- the file
 
 def test_a_file_gives_the_region_back(tmp_path):
     for seed in range(5):
-        region = Region.sample((3, 17), .2, seed)
+        region = Region.sample((3, 17) if seed % 2 else (3, 4, 5), .2, seed)
         region.save(tmp_path / "a"); region.save(str(tmp_path / "b"))
         assert Region.load(tmp_path / "a") == region and (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+def test_a_mask_with_strides_is_kept_as_it_reads(tmp_path):
+    for mask in (torch.tensor([[True, False, True]]).expand(2, 3), torch.tensor([[True, False], [False, False], [True, True]]).T, torch.tensor([[True, False, True]])[:, None].expand(1, 4, 3)):
+        Region(mask).save(tmp_path / "a")
+        assert Region.load(tmp_path / "a") == Region(mask) and torch.equal(Region(mask).mask, mask)
 
 def test_every_truncation_is_named(tmp_path):
     path = tmp_path / "region.safetensors"
@@ -123,8 +170,21 @@ def test_every_truncation_is_named(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError): Region.load(tmp_path / "absent")
 
-@pytest.mark.parametrize("tensors", [{"mask": torch.ones(2, 2, dtype=torch.bool)}, {"region": torch.ones(2, 2)}, {"region": torch.ones(4, dtype=torch.bool)}, {}])
+@pytest.mark.parametrize("tensors", [{"mask": torch.ones(2, 2, dtype=torch.bool)}, {"region": torch.ones(2, 2)}, {"region": torch.ones(4, dtype=torch.bool)}, {"region": torch.ones(1, 2, 2, 2, dtype=torch.bool)}, {}])
 def test_other_tensors_are_named(tensors, tmp_path):
     from safetensors.torch import save_file
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors is not a region file"): Region.load(tmp_path / "other.safetensors")
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_is_the_mean_precision_at_the_members(seed):
+    scores, truth = torch.rand(3, 20, generator=torch.Generator().manual_seed(seed)), Region.sample((3, 20), .25, seed)
+    order, found, precisions = sorted(range(60), key=lambda i: -scores.flatten()[i].item()), 0, []
+    for rank, i in enumerate(order, 1):
+        if truth.mask.flatten()[i]: found += 1; precisions.append(found / rank)
+    assert average_precision(scores, truth) == pytest.approx(sum(precisions) / len(truth))
+
+def test_average_precision_refuses_what_it_cannot_rank():
+    truth = Region.sample((3, 20), .25, 0)
+    for scores, region, says in ((torch.zeros(3, 19), truth, "the region is of 3 x 20"), (torch.full((3, 20), torch.nan), truth, "60 NaN"), (torch.zeros(3, 20), Region(torch.zeros(3, 20, dtype=torch.bool)), "empty region")):
+        with pytest.raises(ValueError, match=says): average_precision(scores, region)

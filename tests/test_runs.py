@@ -203,13 +203,13 @@ def test_progress_reaches_the_file(tmp_path, monkeypatch):
 # --- a real experiment
 
 def test_jobs_change_no_byte(tmp_path):
-    from unloc.experiment import ARMS, base_models, data_description, injection, unlearning
+    from unloc.experiment import ARMS, base_models, data_description, injection, standard, unlearning
     base = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), "llama", model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
         pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
-    grid = [unlearning(injection(base, seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4, "probe": 5}), arm, objective, {"lr": 5e-3, "epochs": 2})
+    grid = [unlearning(injection(standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4}), seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}), arm, objective, {"lr": 5e-3, "epochs": 2})
         for seed, objective in ((0, "npo"), (1, "rmu")) for arm in ARMS]
     done = [sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs) for jobs in (1, 2)]
-    assert files(tmp_path / "1") == files(tmp_path / "2") and len(list((tmp_path / "1").iterdir())) == 1 + 2 + 4 + 1
+    assert files(tmp_path / "1") == files(tmp_path / "2") and len(list((tmp_path / "1").iterdir())) == 1 + 1 + 2 + 4 + 1
     assert [r.path.name for r in done[0]] == [r.path.name for r in done[1][::-1]] == [run_id(d) for d in grid]
     arms = [{name: store.file(name).read_bytes() for name in ("columns.safetensors", "region.safetensors", "trajectory.csv")} for store in done[0][:2]]
     assert all(arms[0][name] != arms[1][name] for name in arms[0])

@@ -1,8 +1,8 @@
-"AUES equals an independent area for every rule, matches the golden cases, and refuses what is not a trajectory."
+"AUES equals an independent area for every rule, MU95 a walk along the trajectory; both match the golden cases and refuse what is not a trajectory."
 import itertools, json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
-from unloc.tradeoff import AUES_RULES, aues, pareto
+from unloc.tradeoff import AUES_RULES, MU95_RULES, aues, mu95, pareto
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 GOLDEN = SHARED / "golden" / "localization_derived.json"
@@ -144,3 +144,70 @@ def test_unknown_rule_lists_the_rules(rule):
 def test_importing_needs_numpy_only():
     code = "import sys, unloc.tradeoff; print([m for m in ('torch', 'scipy', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+# MU95
+
+RUNS = [([.60, .585, .50], [-26.8, -20., -10.]), ([.60, .61, .59], [-26.8, -15., -16.]), ([.60, .58, .56, .59], [-26.8, -12., -18., -3.])]
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_golden_mu95():
+    cases = json.loads(GOLDEN.read_text())['values']['mu95']
+    assert [(c['MU'], c['FQ']) for c in cases] == RUNS
+    for c in cases:
+        for rule, key in (('first_crossing', 'first_crossing'), ('best', 'best_before_crossing')):
+            assert mu95(c['MU'], c['FQ'], rule) == pytest.approx(c[key], rel=1e-14)
+
+
+def utilities(n=80):
+    "Random walks of MU and FQ from a healthy start, some of which never cross"
+    rng = np.random.default_rng(23)
+    for i in range(n):
+        size = int(rng.integers(1, 12))
+        yield np.clip(.6 + np.cumsum(np.r_[0, rng.normal(-.01, .02, size)]), 0, 1), -30 * rng.random(size + 1)
+
+
+def test_mu95_equals_a_fine_walk_along_the_segments():
+    "Two thousand evenly spaced points of every segment, in order, up to the first one below the threshold"
+    crossed = 0
+    for mu, fq in utilities():
+        t = np.linspace(0, 1, 2001)
+        line = [np.concatenate([a + t * (b - a) for a, b in itertools.pairwise(x)]) for x in (mu, fq)]
+        below = np.flatnonzero(line[0] < .95 * mu[0])
+        end = below[0] + 1 if below.size else len(line[0])
+        crossed += bool(below.size)
+        tolerance = 2 * np.abs(np.diff(fq)).max() / 2000 + 1e-12
+        assert mu95(mu, fq) == pytest.approx(line[1][end - 1], abs=tolerance)
+        assert mu95(mu, fq, 'best') == pytest.approx(line[1][:end].max(), abs=tolerance)
+    assert 20 < crossed < 75
+
+
+@pytest.mark.parametrize('rule', MU95_RULES)
+def test_mu95_properties(rule):
+    for mu, fq in utilities():
+        found = mu95(mu, fq, rule)
+        below = np.flatnonzero(mu < .95 * mu[0])
+        assert type(found) is float and fq.min() - 1e-12 <= found <= fq.max() + 1e-12 and found <= mu95(mu, fq, 'best')
+        if below.size: assert mu95(mu[:below[0] + 1], fq[:below[0] + 1], rule) == found # nothing beyond the crossing counts
+        assert mu95(mu[:1], fq[:1], rule) == fq[0] and mu95(mu / 2, fq, rule) == pytest.approx(found, abs=1e-9) # only relative utility counts
+    assert mu95([.6, .57, .2], [-9., -5., -1.], rule, share=.57 / .6) == pytest.approx(-5) # a checkpoint on the threshold has not crossed it
+    assert mu95([.6, .3, .5], [-9., -5., -1.], rule, share=.5) == -1 and mu95([.6, .6, .5], [-9., -5., -1.], rule, share=1) == -5
+
+
+@pytest.mark.parametrize('mu, fq, message', [
+    ([], [], 'model_utility: expected a flat sequence of at least one number'), ([.5], [], 'forget_quality: expected a flat sequence of at least one number'),
+    ([.6, .5], [-1.], 'model_utility has 2 values and forget_quality 1: expected one of each per checkpoint'),
+    ([0., .5], [-1., -2.], 'model_utility\\[0\\] is 0: expected the original model first'), ([.6, float('nan')], [-1., -2.], r'model_utility\[1\] is nan'),
+    ([.6, 1.2], [-1., -2.], r'model_utility\[1\] is 1.2: expected a finite value in \[0, 1\]'), ([.6, .5], [-1., float('nan')], r'forget_quality\[1\] is nan: expected a finite log10 p'),
+    ([.6, .5], [-1., .05], r'forget_quality\[1\] is 0.05: expected a finite log10 p, at most 0'), ([.6, .5], [float('-inf'), -1.], r'forget_quality\[0\] is -inf'),
+    ([.6, None], [-1., -2.], r'model_utility\[1\] is nan'), (.6, -1., r'got shape \(\)'), (['all'], [-1.], 'model_utility: expected a flat sequence of numbers, got list'),
+])
+def test_bad_mu95_input_is_named_in_one_line(mu, fq, message):
+    with pytest.raises(ValueError, match=message) as caught: mu95(mu, fq)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('options, message', [({'rule': 'last'}, "unknown MU95 rule 'last': expected one of first_crossing, best"), ({'rule': ['best']}, 'unknown MU95 rule'),
+    ({'share': 0}, r'share must lie in \(0, 1\], got 0'), ({'share': 95}, 'got 95'), ({'share': float('nan')}, 'got nan')])
+def test_bad_mu95_options(options, message):
+    with pytest.raises(ValueError, match=message): mu95(*RUNS[0], **options)

@@ -4,12 +4,13 @@ import pytest, torch
 from torch.nn import functional as F
 from unloc import experiment, objectives, training
 from unloc.experiment import base_models, data_description
+from unloc.evaluation import Probe, choices, evaluate, score
 from unloc.facts import author_world
 from unloc.masked import put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import Checkpoint, FORGET, RETAIN, Recipe, Unlearning, answer_logprob, descend, finetune, held, inject, mlp_targets, score, supervise, unlearn
+from unloc.training import Checkpoint, FORGET, RETAIN, Recipe, Unlearning, descend, finetune, held, inject, mlp_targets, supervise, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
@@ -31,29 +32,6 @@ def plain(model, example): # [n_answer, vocab]: all logits of one unpadded row, 
     return model(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
 
 def plain_logprob(model, example): return plain(model, example).double().log_softmax(-1).gather(1, torch.tensor(example.ids[example.start:])[:, None])[:, 0]
-
-# --- log-probabilities and scores
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_answer_logprob_stands_at_the_token_itself(arch):
-    model, batch = small(arch, torch.float64), collate(GET)
-    found = answer_logprob(model, batch)
-    for row, e in enumerate(GET):
-        want = torch.zeros(batch.ids.shape[1], dtype=found.dtype)
-        want[e.start:len(e.ids)] = plain_logprob(model, e)
-        torch.testing.assert_close(found[row].double(), want.double(), rtol=1e-5, atol=1e-5)
-
-def test_score_is_a_count_over_single_rows():
-    model = small()
-    finetune(model, KEEP, 8, 1e-2, 8, seed=0)
-    found = score(model, KEEP, max_tokens=100)
-    for i, e in enumerate(KEEP):
-        right = (plain(model, e).argmax(-1) == torch.tensor(e.ids[e.start:]))[:-1] # the end token does not count
-        tail = next((k for k in range(len(right)) if right[k:].all()), len(right) - 1) # the floor: one token of any answer is counted
-        assert found.exact_memorization[i] == pytest.approx(right.double().mean().item())
-        assert found.extraction_strength[i] == pytest.approx(1 - tail / len(right))
-        assert found.probability[i].item() == pytest.approx(plain_logprob(model, e).mean().exp().item(), rel=1e-4)
-    assert 0 < found.extraction_strength.mean() < 1
 
 # --- the reference
 
@@ -136,7 +114,7 @@ def test_a_run_descends_on_the_weighted_sum(objective, monkeypatch):
     spy(FORGET, objective, FORGET[objective])
     if recipe.retain != "none": spy(RETAIN, recipe.retain, RETAIN[recipe.retain])
     model = small()
-    unlearn(model, region(model), GET, KEEP, KEEP[:3], recipe, seed=0, refusals=REFUSALS)
+    unlearn(model, region(model), GET, KEEP, Probe(GET, KEEP[:3]), recipe, seed=0, refusals=REFUSALS)
     assert recipe.retain == {"ga": "none", "rmu": "embed_diff", "wga": "kl"}.get(objective, "nll")
     weigh = (lambda f: .7 * f) if recipe.retain == "none" else (lambda f, r: .7 * f + 2.5 * r)
     pairs = [terms[i:i + 1 + (recipe.retain != "none")] for i in range(0, len(terms), 1 + (recipe.retain != "none"))]
@@ -156,7 +134,7 @@ def seen(monkeypatch, model, where, objective, seed, epochs=3):
         for name in RETAIN: spy(RETAIN, name, RETAIN[name])
         refuse = Unlearning.refuse
         m.setattr(Unlearning, "refuse", lambda *a: log.append(out := refuse(*a)) or out)
-        unlearn(model, where, GET, KEEP, KEEP[:3], Recipe(objective, lr=1e-3, epochs=epochs, batch_size=4), seed, REFUSALS)
+        unlearn(model, where, GET, KEEP, Probe(GET, KEEP[:3]), Recipe(objective, lr=1e-3, epochs=epochs, batch_size=4), seed, REFUSALS)
     return log
 
 @pytest.mark.parametrize("objective", ["wga", "npo", "dpo", "rmu"])
@@ -190,7 +168,7 @@ def test_refusals_are_drawn_anew_each_epoch_and_keep_the_question():
 def test_live_fraction_of_rmu_is_the_share_below_its_layer(arch, retain, layer):
     model = small(arch)
     where = region(model)
-    trajectory, values = unlearn(model, where, GET, KEEP, KEEP[:3], Recipe("rmu", lr=1e-3, epochs=2, layer=layer, retain=retain), 0)
+    trajectory, values = unlearn(model, where, GET, KEEP, Probe(GET, KEEP[:3]), Recipe("rmu", lr=1e-3, epochs=2, layer=layer, retain=retain), 0)
     steered = min(int(layer * 4), 3)
     below = sum(len(k) for k in where.columns[:steered + 1]) / len(where)
     assert trajectory.live_fraction == (below if retain in ("embed_diff", "none") else 1.) and (layer == 1. or below < 1)
@@ -198,7 +176,7 @@ def test_live_fraction_of_rmu_is_the_share_below_its_layer(arch, retain, layer):
 @pytest.mark.parametrize("objective", ["ga", "wga", "npo", "dpo"])
 def test_live_fraction_of_others_is_one(objective):
     model = small()
-    assert unlearn(model, region(model), GET, KEEP, KEEP[:3], Recipe(objective, lr=1e-3, epochs=1), 0, REFUSALS)[0].live_fraction == 1
+    assert unlearn(model, region(model), GET, KEEP, Probe(GET, KEEP[:3]), Recipe(objective, lr=1e-3, epochs=1), 0, REFUSALS)[0].live_fraction == 1
 
 # --- determinism, the trajectory, the proof
 
@@ -210,28 +188,37 @@ def test_two_runs_are_bit_equal(objective):
         model = small()
         target = region(model)
         _, injected = inject(model, target, GET, 2, 1e-2, 4, seed=0)
-        trajectory, values = unlearn(model, target, GET, KEEP, KEEP[:4], Recipe(objective, lr=5e-3, epochs=3, every=2), 0, REFUSALS)
+        trajectory, values = unlearn(model, target, GET, KEEP, Probe(GET, KEEP[:4]), Recipe(objective, lr=5e-3, epochs=3, every=2), 0, REFUSALS)
         runs.append((weights(model), trajectory, values, injected))
     (a, one, v, d), (b, two, w, e) = runs
-    assert equal(a, b) and repr(one.points) == repr(two.points) and torch.equal(one.forget_es, two.forget_es) and d == e
+    assert equal(a, b) and repr(one.points) == repr(two.points) and torch.equal(one.facts["forget_es"], two.facts["forget_es"]) and d == e
     assert all(torch.equal(x, y) for layer in v for x, y in zip(v[layer], w[layer])) and one.locked_sha256 == two.locked_sha256
     assert [p["epoch"] for p in one.points] == [0, 2, 3] and math.isnan(one.points[0]["loss"])
-    assert tuple(one.forget_es.shape) == (3, 10) and tuple(one.retain_es.shape) == (3, 4)
+    assert tuple(one.facts["forget_es"].shape) == (3, 10) and tuple(one.facts["retain_es"].shape) == (3, 4)
 
 def test_trajectory_starts_at_the_original_model_and_ends_at_the_unlearned():
     model = small()
     finetune(model, KEEP + GET, 25, 1e-2, 4, seed=0)
     start = copy.deepcopy(model)
-    trajectory, values = unlearn(model, region(model), GET, KEEP, KEEP, Recipe("ga", lr=5e-2, epochs=3), 0)
+    trajectory, values = unlearn(model, region(model), GET, KEEP, Probe(GET, KEEP), Recipe("ga", lr=5e-2, epochs=3), 0)
     for i, m in ((0, start), (-1, model)):
         forget, keep = score(m, GET), score(m, KEEP)
-        assert torch.equal(trajectory.forget_es[i], forget.extraction_strength) and torch.equal(trajectory.retain_es[i], keep.extraction_strength)
+        assert torch.equal(trajectory.facts["forget_es"][i], forget.extraction_strength) and torch.equal(trajectory.facts["retain_es"][i], keep.extraction_strength)
         point = trajectory.points[i]
         assert point["FS"] == pytest.approx(1 - forget.extraction_strength.mean().item()) and point["RS"] == pytest.approx(keep.extraction_strength.mean().item())
-        assert point["forget_em"] == forget.exact_memorization.mean().item() and point["retain_probability"] == keep.probability.mean().item()
+        assert point["forget_em"] == forget.exact_memorization.mean().item() and point["probe_probability"] == pytest.approx(keep.probability.mean().item(), rel=1e-5)
     assert trajectory.points[-1]["FS"] > trajectory.points[0]["FS"] + .05
     put_columns(start, values)
     assert equal(weights(start), weights(model))
+
+def test_forget_quality_and_utility_are_looked_at_as_often_as_asked_and_a_known_start_is_not_judged_again(monkeypatch):
+    model, judged = small(), []
+    probe = Probe(GET[:3], KEEP[:4], KEEP[:2], {name: choices(TOKENIZER, facts[:2]) for name, facts in {"forget": WORLD.forget, "retain": WORLD.retain, "real_authors": WORLD.real_authors, "world_facts": WORLD.world_facts}.items()}, TOKENIZER, max_new_tokens=4)
+    start = evaluate(model, probe)
+    monkeypatch.setattr(training, "evaluate", lambda model, probe, full=True: judged.append(full) or evaluate(model, probe, full))
+    trajectory, _ = unlearn(model, region(model), GET, KEEP, probe, Recipe("ga", lr=1e-3, epochs=5, every=1, full_every=2), 0, start=start)
+    assert judged == [False, True, False, True, True] and trajectory.points[0].items() >= start.point.items()
+    assert [p["epoch"] for p in trajectory.points if "MU" in p] == [0, 2, 4, 5] and len(trajectory.facts["forget_es"]) == 6 and len(trajectory.facts["retain_rouge"]) == 4
 
 def test_held_refuses_a_change_outside():
     model = small()
@@ -248,11 +235,11 @@ def test_supervision_at_the_target_is_at_rest():
     for e, t in zip(GET, targets): # one row alone writes the same
         for a, b in zip(mlp_targets(model, [e])[0], t): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     before = score(model, GET)
-    at_rest = supervise(copy.deepcopy(model), region(model), GET, KEEP[:3], targets, epochs=1, lr=1e-9, batch_size=4, seed=0)
+    at_rest = supervise(copy.deepcopy(model), region(model), GET, Probe(GET, KEEP[:3]), targets, epochs=1, lr=1e-9, batch_size=4, seed=0)
     assert at_rest.points[1]["loss"] == pytest.approx(0, abs=1e-8)
     moved = copy.deepcopy(model)
     put_columns(moved, {0: (torch.arange(3), torch.full((3, 16), 20.))})
-    first = supervise(moved, region(model), GET, KEEP[:3], targets, epochs=1, lr=1e-9, batch_size=10, seed=0)
+    first = supervise(moved, region(model), GET, Probe(GET, KEEP[:3]), targets, epochs=1, lr=1e-9, batch_size=10, seed=0)
     written = mlp_targets(moved, GET)
     want = sum((torch.cat([w[l] for w in written]) - torch.cat([t[l] for t in targets])).square().sum(-1).mean() for l in range(4))
     assert first.points[1]["loss"] == pytest.approx(want.item(), rel=1e-4) and want > .01 and len(before.probability) == 10
@@ -270,7 +257,7 @@ def test_a_diverging_run_leaves_the_locked_weights():
     model = small()
     before = weights(model)
     where = region(model)
-    with pytest.raises(FloatingPointError, match="lower the learning rate"): unlearn(model, where, GET, KEEP, KEEP[:2], Recipe("ga", lr=1e38, epochs=50), 0)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"): unlearn(model, where, GET, KEEP, Probe(GET, KEEP[:2]), Recipe("ga", lr=1e38, epochs=50), 0)
     for layer, p in enumerate(output_projections(model)): assert torch.equal(p.weight[:, ~where.mask[layer]], before[f"model.layers.{layer}.mlp.down_proj.weight"][:, ~where.mask[layer]])
     assert torch.equal(model.lm_head.weight, before["lm_head.weight"]) and "forward" not in vars(output_projections(model)[0])
 

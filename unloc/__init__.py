@@ -2,19 +2,21 @@
 
 Modules:
 
+- `unloc.attribution`: Score every value vector of a model by how much it seems to hold of some facts
 - `unloc.cli`: The `unloc` command: run the notebooks of a profile, show progress, list what there is
-- `unloc.experiment`: The controlled experiment as four kinds of run: base models, injection, unlearning, direct supervision
+- `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
+- `unloc.experiment`: The experiments as kinds of run: base models, their judgement, injection or teaching, localization, unlearning, direct supervision
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, or TOFU itself
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
-- `unloc.masked`: Train a chosen set of value vectors; hold every other weight to the bit
-- `unloc.metrics`: How much of an answer a model still holds: extraction strength, exact memorization and probability, from one teacher-forced pass
+- `unloc.masked`: Train a chosen set of value vectors, or of single weights; hold every other weight to the bit
+- `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny Llama and OLMo 2 models, the output projections inside a model, and what a model says at the answer
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
-- `unloc.regions`: Name a set of value vectors of a model, and compare such sets
+- `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
-- `unloc.tradeoff`: One number for a whole unlearning run: the area between its trade-off curve and the axes
-- `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the scores along the way"""
+- `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
+- `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way"""
 
 __version__ = "0.1.0"

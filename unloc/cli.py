@@ -9,11 +9,11 @@ runs stay in the store and are never done twice. Every error is one line, with e
 __all__ = ['Problem', 'project_root', 'notebooks', 'promise', 'parameters', 'artefacts', 'profiles', 'assign', 'Watch',
            'reproduce', 'compile_paper', 'show', 'main']
 
-# %% ../nbs/15_cli.ipynb #9e45c02a
+# %% ../nbs/15_cli.ipynb #8ff2a41f
 import argparse, ast, configparser, contextlib, difflib, json, os, re, sys, tempfile, threading, time
 from pathlib import Path
 
-# %% ../nbs/15_cli.ipynb #73eaaec0
+# %% ../nbs/15_cli.ipynb #1d6a1a48
 class Problem(Exception): "Something the person can mend; printed as one line"
 
 def project_root(start:Path|None=None)->Path: # start: a folder inside the checkout; None: the current one
@@ -24,7 +24,7 @@ def project_root(start:Path|None=None)->Path: # start: a folder inside the check
         if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir(): return folder
     raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); clone the repository and call unloc inside it")
 
-# %% ../nbs/15_cli.ipynb #881a0a57
+# %% ../nbs/15_cli.ipynb #02d39b0a
 def notebooks(root:Path)->list[Path]:
     "List the figure and table notebooks, in order"
     return sorted((root / 'nbs').glob('[2-9][0-9]_*.ipynb'))
@@ -47,7 +47,7 @@ def artefacts(notebook:Path)->list[str]:
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
     return [f'{name}.{suffixes[kind]}' for kind, name in re.findall(r"save_(figure|table)\(\w+, out, '(\w+)'", source)]
 
-# %% ../nbs/15_cli.ipynb #aa72ba90
+# %% ../nbs/15_cli.ipynb #379ce829
 def _json(where, name, text):
     try: return json.loads(text)
     except ValueError as error: raise Problem(f"{where}: {name} is not JSON ({error}): {' '.join(text.split())[:80]}") from None
@@ -83,7 +83,7 @@ def assign(
                 f"{where}: parameter {name} of {notebook.stem} must be of type {wanted.__name__}, got {value!r}")
     return {notebook: {name: values[name] for name in cells[notebook] if name in values} for notebook in chosen}
 
-# %% ../nbs/15_cli.ipynb #b0b17e0b
+# %% ../nbs/15_cli.ipynb #d0eb1ccd
 class Watch:
     "Show the progress that runs report"
     def __init__(self, root:Path):
@@ -130,7 +130,7 @@ class Watch:
         self.told, spent = time.monotonic(), time.monotonic() - self.start
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
 
-# %% ../nbs/15_cli.ipynb #603c79f0
+# %% ../nbs/15_cli.ipynb #7541982a
 def _writable(folder:Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _execute(notebook, copy, values):
     except OSError as error: raise Problem(f"cannot write {copy}: {error.strerror}") from None
     except RuntimeError as error: raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None # a kernel that died
 
-# %% ../nbs/15_cli.ipynb #a25f7f56
+# %% ../nbs/15_cli.ipynb #beb8a39c
 def reproduce(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
@@ -194,7 +194,7 @@ def reproduce(
             watch.say(f"  done in {time.monotonic() - began:.0f} s")
         if 'paper' in only or (not only and figures == root / 'figures'): watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
 
-# %% ../nbs/15_cli.ipynb #4725dd68
+# %% ../nbs/15_cli.ipynb #0bcd49f0
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
     "Compile the manuscript"
     import typst
@@ -204,7 +204,7 @@ def compile_paper(root:Path)->Path: # paper/unloc.pdf
     except typst.TypstError as error: raise Problem(f"the paper does not compile: {' '.join(str(error).split())}; regenerate the figures it reads with unloc reproduce") from None
     return pdf
 
-# %% ../nbs/15_cli.ipynb #7b0de40e
+# %% ../nbs/15_cli.ipynb #45c66156
 def show(root:Path)->None:
     "Print notebooks, artefacts and profiles"
     print('notebooks and what they save')

@@ -9,13 +9,13 @@ and through the positions that predict an answer token, one before the token its
 __all__ = ['ARCHITECTURES', 'PROJECTIONS', 'tiny_model', 'output_projections', 'region_shape', 'answer_logits', 'hidden_after',
            'mlp_outputs']
 
-# %% ../nbs/02_models.ipynb #751b7443
+# %% ../nbs/02_models.ipynb #dedd89d6
 import torch
 from torch import Tensor, nn
 
 from .tokens import Batch
 
-# %% ../nbs/02_models.ipynb #21d1e7fb
+# %% ../nbs/02_models.ipynb #806269c8
 ARCHITECTURES = {'llama': 'Llama', 'olmo2': 'Olmo2'} # name in a description: prefix of transformers' classes
 
 def tiny_model(
@@ -38,7 +38,7 @@ def tiny_model(
         torch.manual_seed(seed)
         return getattr(transformers, ARCHITECTURES[arch] + 'ForCausalLM')(config).eval()
 
-# %% ../nbs/02_models.ipynb #1639722b
+# %% ../nbs/02_models.ipynb #9b8d3833
 PROJECTIONS = {'llama': 'model.layers.{}.mlp.down_proj', 'olmo2': 'model.layers.{}.mlp.down_proj'} # config.model_type: place of layer {}'s output projection
 
 def output_projections(
@@ -54,16 +54,17 @@ def region_shape(model:nn.Module)->tuple[int, int]: # (n_layers, d_ff)
     projections = output_projections(model)
     return len(projections), projections[0].in_features
 
-# %% ../nbs/02_models.ipynb #9423848d
+# %% ../nbs/02_models.ipynb #b65d44c1
 def answer_logits(
     model:nn.Module,
     batch:Batch,
-)->Tensor: # [n_answer, vocab] float32, row i predicts the i-th True of batch.answer
+)->Tensor: # [n_answer, vocab] float32 (float64 for a float64 model), row i predicts the i-th True of batch.answer
     "Predict the answer tokens under teacher forcing"
     hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[:, :-1][batch.answer[:, 1:]]).float()
+    logits = model.get_output_embeddings()(hidden[:, :-1][batch.answer[:, 1:]])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-# %% ../nbs/02_models.ipynb #91f6771e
+# %% ../nbs/02_models.ipynb #278974c7
 class _Stop(Exception): "Ends a forward pass whose rest nobody needs"
 
 def hidden_after(
@@ -80,7 +81,7 @@ def hidden_after(
     finally: handle.remove()
     return found[0]
 
-# %% ../nbs/02_models.ipynb #51438ba0
+# %% ../nbs/02_models.ipynb #898c3219
 def mlp_outputs(
     model:nn.Module,
     batch:Batch,

@@ -9,7 +9,7 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 __all__ = ['CODE', 'LIBRARIES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run', 'Store', 'report',
            'stages', 'sweep']
 
-# %% ../nbs/12_runs.ipynb #09455c5d
+# %% ../nbs/12_runs.ipynb #8e7b40cf
 import ast, hashlib, importlib, json, os, threading, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/12_runs.ipynb #7c14f785
-CODE = 'facts tokens models regions masked objectives metrics training experiment'.split() # the modules a result depends on
+# %% ../nbs/12_runs.ipynb #d6ed20f7
+CODE = 'facts tokens models regions attribution masked objectives metrics evaluation training experiment'.split() # the modules a result depends on
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
+
+@cache
+def _versions(): return {name: version(name) for name in LIBRARIES}
 
 @cache
 def code_fingerprint(modules:tuple[str, ...]=tuple(CODE))->str: # hexadecimal
@@ -40,10 +43,10 @@ def public(description:dict)->dict:
 
 def run_id(description:dict)->str: # 16 hexadecimal digits
     "Name a run by its description, the code and the libraries"
-    whole = [public(description), code_fingerprint(), {name: version(name) for name in LIBRARIES}]
+    whole = [public(description), code_fingerprint(), _versions()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
-# %% ../nbs/12_runs.ipynb #64447d1a
+# %% ../nbs/12_runs.ipynb #35905a45
 class DamagedRun(RuntimeError): "A run folder that does not match its manifest"
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def check_run(path:Path)->None:
         if file.stat().st_size != size: raise DamagedRun(f"run {path.name}: {name} has {file.stat().st_size} bytes, {size} expected; {again}")
         if _digest(file) != digest: raise DamagedRun(f"run {path.name}: {name} was altered (its SHA-256 is not the manifest's); {again}")
 
-# %% ../nbs/12_runs.ipynb #b23abfb4
+# %% ../nbs/12_runs.ipynb #df76ce24
 class Store:
     "A folder of runs"
     def __init__(self, root:str|Path): self.root = Path(root)
@@ -104,12 +107,12 @@ class Store:
 
 def _finish(description:dict, folder:Path)->None:
     "Write the description and the manifest, once all other files are there"
-    whole = {'description': public(description), 'code': code_fingerprint(), 'libraries': {name: version(name) for name in LIBRARIES}}
+    whole = {'description': public(description), 'code': code_fingerprint(), 'libraries': _versions()}
     (folder / 'description.json').write_text(json.dumps(whole, indent=1))
     files = {str(f.relative_to(folder)): (f.stat().st_size, _digest(f)) for f in sorted(folder.rglob('*')) if f.is_file() and f.name != 'manifest.json'}
     (folder / 'manifest.json').write_text(json.dumps({'files': files}, indent=1))
 
-# %% ../nbs/12_runs.ipynb #2e7d7ae9
+# %% ../nbs/12_runs.ipynb #0bcc98e3
 _reported = {}
 def report(**event)->None:
     "Append an event for whoever watches; of a run's progress at most one a second"
@@ -119,7 +122,7 @@ def report(**event)->None:
         _reported[event['run']] = time.monotonic()
     with open(path, 'a') as file: file.write(json.dumps(event) + '\n')
 
-# %% ../nbs/12_runs.ipynb #7db4b1ab
+# %% ../nbs/12_runs.ipynb #052fa09e
 def stages(descriptions:Iterable[dict])->list[list[dict]]:
     "Order descriptions and their ancestors: parents before children, none twice"
     depth, found = {}, {}

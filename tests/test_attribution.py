@@ -1,0 +1,413 @@
+"Every localizer equals a plain autograd loop over single facts, whatever the batches, holds no more than one set's gradients, and leaves the model as it was."
+import copy, gc, json, math, os, warnings
+from pathlib import Path
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from unloc import attribution as A
+from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.regions import Region, region_size
+from unloc.tokens import Example
+
+SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+golden_only = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+
+
+def facts(n, seed, vocab=60): # prompts of 1 to 6 tokens, answers of 1 to 6 and an end token
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high, k=1: torch.randint(low, high, (k,), generator=g).tolist()
+    return [Example(draw(2, vocab, (p := draw(1, 7)[0]) + draw(1, 7)[0]) + [1], p) for _ in range(n)]
+
+FORGET, RETAIN = facts(6, 0), facts(5, 1)
+
+def small(arch="llama", dtype=torch.float64, n_layers=2, d_model=16, d_ff=24, bias=False):
+    model = tiny_model(arch, vocab_size=60, d_model=d_model, d_ff=d_ff, n_layers=n_layers, n_heads=2).to(dtype)
+    with torch.no_grad(): # sharper than a fresh model, and in float64 not made of float32 numbers, which would hide a loss of precision
+        for p in model.parameters(): p *= (3 if p.ndim == 2 else 1) * (1 + 1e-9 * torch.rand(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(2)))
+    if bias:
+        for p in output_projections(model): p.bias = nn.Parameter(torch.randn(d_model, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    return model
+
+def close(got, want, rtol=3e-7, atol=0.): # float32 rounds by 6e-8
+    assert got.dtype == torch.float32 and got.device.type == "cpu"
+    torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol)
+
+# --- the plain way, a fact at a time
+
+def nll(model, e):
+    logits = model(input_ids=torch.tensor([e.ids])).logits[0, e.start - 1:-1]
+    return F.cross_entropy(logits, torch.tensor(e.ids[e.start:]))
+
+def gradients(model, e): # [n_layers, d_model, d_ff], by autograd on the weights
+    model.zero_grad()
+    nll(model, e).backward()
+    found = torch.stack([p.weight.grad for p in output_projections(model)])
+    model.zero_grad()
+    return found
+
+def coefficients(model, e): # [n_layers, n_answer, d_ff]
+    found = []
+    hooks = [p.register_forward_pre_hook(lambda m, x: found.append(x[0][0, e.start - 1:-1])) for p in output_projections(model)]
+    with torch.no_grad(): model(input_ids=torch.tensor([e.ids]))
+    for h in hooks: h.remove()
+    return torch.stack(found)
+
+def mean(xs): return sum(xs) / len(xs)
+def mean_gradient(model, examples): return mean([gradients(model, e) for e in examples])
+def weights(model): return torch.stack([p.weight.detach() for p in output_projections(model)])
+
+def path(model, e, layer, t, steps): # integrated gradients of the token after position t, on the truncated input
+    projection, ids, total = output_projections(model)[layer], torch.tensor([e.ids[:t + 1]]), 0
+    for alpha in torch.linspace(0, 1, steps, dtype=torch.float64):
+        kept = []
+        def patch(module, x):
+            kept[:] = x[0][:, -1:].detach(), (alpha * x[0][:, -1:].detach()).requires_grad_()
+            return torch.cat([x[0][:, :-1], kept[1]], 1),
+        hook = projection.register_forward_pre_hook(patch)
+        p = model(input_ids=ids).logits[0, -1].softmax(0)[e.ids[t + 1]]
+        total = total + kept[0][0, 0] * torch.autograd.grad(p, kept[1])[0][0, 0]
+        hook.remove()
+    return total / steps
+
+def plain_path(model, examples, steps):
+    return mean([mean([torch.stack([path(model, e, layer, t, steps) for layer in range(2)]) for t in range(e.start - 1, len(e.ids) - 1)]) for e in examples])
+
+def plain_wagle(model, gamma): return (weights(model) - mean_gradient(model, RETAIN) / gamma) * mean_gradient(model, FORGET)
+
+def plain_memflex(model, copies=None, seed=0, dims=1): # cosine and mean size
+    sets = FORGET, RETAIN
+    if copies:
+        g, tokens = torch.Generator().manual_seed(seed), torch.arange(2, 60)
+        sets = [[A.corrupted(e, tokens, g) for e in x for _ in range(copies)] for x in sets]
+    f, r = (mean_gradient(model, x) for x in sets)
+    if dims == 2: f, r = f.flatten(1)[..., None], r.flatten(1)[..., None]
+    return F.cosine_similarity(f, r, dim=1, eps=0), f.abs().mean(1)
+
+CASES = { # name: ours (model, max_tokens), the plain way (model)
+    "weight_norm": (lambda m, k: A.weight_norm(m), lambda m: weights(m).norm(dim=1)),
+    "activations": (lambda m, k: A.activations(m, FORGET, max_tokens=k),
+        lambda m: mean([coefficients(m, e).mean(1).abs() for e in FORGET]) * weights(m).norm(dim=1)),
+    "activations abs_first": (lambda m, k: A.activations(m, FORGET, abs_first=True, max_tokens=k),
+        lambda m: mean([coefficients(m, e).abs().mean(1) for e in FORGET]) * weights(m).norm(dim=1)),
+    "wanda": (lambda m, k: A.wanda(m, FORGET, max_tokens=k),
+        lambda m: (weights(m).abs() * torch.cat([coefficients(m, e) for e in FORGET], 1).square().mean(1).sqrt()[:, None]).sum(1)),
+    "gradient": (lambda m, k: A.gradient(m, FORGET, max_tokens=k), lambda m: mean_gradient(m, FORGET).abs().sum(1)),
+    "fisher": (lambda m, k: A.fisher(m, FORGET, max_tokens=k), lambda m: mean([gradients(m, e).square().sum(1) for e in FORGET])),
+    "fisher_ratio": (lambda m, k: A.fisher_ratio(m, FORGET, RETAIN, max_tokens=k),
+        lambda m: mean([gradients(m, e).square().sum(1) for e in FORGET]) / mean([gradients(m, e).square().sum(1) for e in RETAIN])),
+    "wagle": (lambda m, k: A.wagle(m, FORGET, RETAIN, max_tokens=k), lambda m: plain_wagle(m, 1e-3).abs().sum(1)),
+    "wagle abs_sum": (lambda m, k: A.wagle(m, FORGET, RETAIN, .5, "abs_sum", max_tokens=k), lambda m: plain_wagle(m, .5).sum(1).abs()),
+    "wagle_weights": (lambda m, k: torch.stack(A.wagle_weights(m, FORGET, RETAIN, .5, max_tokens=k)), lambda m: plain_wagle(m, .5).abs()),
+    "memflex product": (lambda m, k: A.memflex(m, FORGET, RETAIN, "product", corrupt=False, max_tokens=k), lambda m: (lambda c, s: s * (1 - c))(*plain_memflex(m))),
+    "memflex corrupted": (lambda m, k: A.memflex(m, FORGET, RETAIN, "product", copies=2, seed=3, max_tokens=k), lambda m: (lambda c, s: s * (1 - c))(*plain_memflex(m, 2, 3))),
+    "memflex_projections": (lambda m, k: A.memflex_projections(m, FORGET, RETAIN, "product", copies=2, max_tokens=k), lambda m: (lambda c, s: (s * (1 - c))[:, 0])(*plain_memflex(m, 2, dims=2))),
+    "integrated_gradients": (lambda m, k: A.integrated_gradients(m, FORGET, steps=5, max_tokens=k), lambda m: plain_path(m, FORGET, 5))}
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_autograd_gives_a_fact_at_a_time(name, arch):
+    ours, plain = CASES[name]
+    want = plain(model := small(arch, bias=arch == "llama")).detach()
+    assert want.abs().min() > 0 and len({len(e.ids) for e in FORGET}) > 2 # padded batches
+    for max_tokens in (4096, 30, 1): close(ours(model, max_tokens), want, atol=1e-12 if "integrated" in name else 0)
+
+@pytest.mark.parametrize("name", A.LOCALIZERS)
+def test_float32_gives_the_same_scores(name):
+    wide = small(dtype=torch.float32).double()
+    got, want = (A.LOCALIZERS[name](m, FORGET, RETAIN, 0) for m in (copy.deepcopy(wide).float(), wide))
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-4 * float(want.abs().max())) if name != "memflex" else None
+    assert Region.top(got, .25).recall(of=Region.top(want, .25)) == 1
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_of_a_float64_model_are_float64(arch):
+    model = small(arch)
+    want = {"gradient": mean_gradient(model, FORGET), "fisher": mean([gradients(model, e).square().sum(1) for e in FORGET])}
+    for got, name in ((torch.stack(A._mean_gradients(model, FORGET, 40, None)), "gradient"), (A._fisher(model, FORGET, 40, None), "fisher")):
+        torch.testing.assert_close(got, want[name], rtol=1e-10, atol=1e-16)
+
+def test_a_square_is_never_negative(): # two tokens that cancel to rounding
+    h, g = torch.randn(1, 1, 500, generator=torch.Generator().manual_seed(0)), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(1))
+    assert A.fisher_score(torch.cat([h, -h / 3], 1), torch.cat([g, 3 * g], 1)).min() == 0
+
+@pytest.mark.parametrize("name", ["gradient", "activations"])
+def test_sums_outgrow_a_bfloat16(name): # 300 equal summands: a bfloat16 sum stops at 256
+    model, e = small(dtype=torch.bfloat16), max(FORGET, key=lambda e: len(e.ids))
+    close(getattr(A, name)(model, [e] * 300, max_tokens=20), getattr(A, name)(model, [e]), rtol=1e-3)
+
+def test_integrated_gradients_know_both_attentions(arch="olmo2"):
+    model = small(arch, torch.float32)
+    want = A.integrated_gradients(model, FORGET)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(A.integrated_gradients(model, FORGET), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="unknown attention for integrated gradients 'flash_attention_2'; known: eager, sdpa"): A.integrated_gradients(model, FORGET)
+
+@pytest.mark.parametrize("limit, calls", [(1024, 1), (60, 3), (1, 7)])
+def test_rows_of_probes_keep_to_their_limit(limit, calls):
+    model, e, rows = small(), Example([5, 6, 7, 8, 9, 10, 11, 12, 13, 1], 3), []
+    model.model.embed_tokens.register_forward_hook(lambda m, x, y: rows.append(x[0].shape[1]))
+    A.integrated_gradients(model, [e], steps=15, max_tokens=limit)
+    assert len(rows) == 2 * calls and max(rows) <= max(limit, len(e.ids) + 15)
+
+def test_grouped_key_value_heads():
+    import transformers
+    config = tiny_model("llama", 60, d_model=16, d_ff=24, n_layers=2).config
+    config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    for name in ("wagle", "integrated_gradients"):
+        ours, plain = CASES[name]
+        close(ours(model, 40), plain(model).detach(), atol=1e-12 if "integrated" in name else 0, rtol=1e-6)
+
+# --- the golden numbers
+
+@golden_only
+def test_golden_values():
+    case = json.loads((SHARED / "golden/localization_derived.json").read_text())
+    d, j, t = (torch.arange(case[n], dtype=torch.float64) for n in "DIT")
+    W, h = torch.sin(.5 * d[:, None] + .3 * j), torch.cos(.2 * t[:, None] + .9 * j) + .1 * torch.sin(t[:, None] * j)
+    f, r = .01 * torch.sin(.7 * d[:, None] - .4 * j + .1), .01 * torch.cos(.3 * d[:, None] + .5 * j)
+    every, one = torch.ones(1, case["T"], dtype=torch.bool), torch.eye(case["D"], dtype=torch.float64)[None]
+    cosine, size = A.cosine_and_size(A.gradient_moments(f, r), case["D"])
+    fisher = [A.fisher_score(g[None], one) for g in (f, r)] # as many tokens as dimensions, each with a gradient along its own: the product is g itself
+    found = {
+        "activations_abs_of_mean": A.mean_coefficient(h[None], every)[0] * A.column_norm(W), "activations_mean_of_abs": A.mean_coefficient(h[None], every, True)[0] * A.column_norm(W),
+        "memflex_cos": cosine, "memflex_mean_abs_grad": size, "salun_sum_abs": A.column_norm(f, 1), "fisher_forget_sum": fisher[0],
+        "ssd_ratio": A.fisher_ratio_score(*fisher), "weight_norm": A.column_norm(W), "wanda_col": A.wanda_score(W, h.square().mean(0))}
+    want = case["values"]
+    for name, got in found.items(): assert got.tolist() == pytest.approx(want[name], rel=1e-9, abs=0), name
+    chosen = (cosine < .2) & (size > .006)
+    assert chosen.nonzero().flatten().tolist() == want["memflex_selected_mu0.2_sigma0.006"] and set(A.memflex_score(cosine, size, mu=.2).topk(3).indices.tolist()) == {2, 3, 4}
+    for gamma in (.001, .1, 1.):
+        for pool, function in A.POOLS.items():
+            got, golden = function(A.wagle_product(W, f, r, gamma)), want[f"wagle_gamma{gamma}"]
+            assert got.tolist() == pytest.approx(golden[pool], rel=1e-9, abs=0) and got.argsort(descending=True).tolist() == golden[f"rank_{pool}"]
+    untested = set(want) - set(found) - {"aues", "mu95", "memflex_selected_mu0.2_sigma0.006"}
+    assert untested == {f"wagle_gamma{g}" for g in (.001, .1, 1.)}
+
+# --- memory
+
+class Alive(TorchDispatchMode):
+    "Counts the elements alive in tensors at least as large as one projection, the model's own apart"
+    def __init__(self, model):
+        super().__init__()
+        self.unit = output_projections(model)[0].weight.numel()
+        self.own, self.alive, self.peak = {p.untyped_storage()._cdata for p in model.parameters()}, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves((args, out)):
+            if isinstance(t, torch.Tensor) and (s := t.untyped_storage()).nbytes() >= 4 * self.unit and s._cdata not in self.own: self.alive[s._cdata] = StorageWeakRef(s), s.nbytes() // 4
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+        return out
+
+    @property
+    def layers(self): return self.peak / self.unit
+
+def plainly(model, forget, retain): # what the streamed code avoids
+    sums = []
+    for examples in (forget, retain): sums.append([mean([gradients(model, e)[layer] for e in examples]) for layer in range(3)])
+    return [((p.weight - r) * f).abs().sum(0) for p, f, r in zip(output_projections(model), *sums)]
+
+HELD = { # layers of gradients in memory at most: none, one set's, or one set's and one layer
+    "weight_norm": 0, "activations": 0, "wanda": 0, "fisher": 0, "fisher_ratio": 0, "integrated_gradients": 0,
+    "gradient": 3, "wagle": 4, "memflex": 4, "wagle_weights": 4, "memflex_projections": 4}
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_held_in_memory(name):
+    model, few = small(dtype=torch.float32, n_layers=3, d_model=8, d_ff=2048), [Example([5, 9, 7, 1], 2), Example([6, 8, 4, 1], 2)]
+    other = [Example([7, 9, 7, 1], 2), Example([8, 8, 4, 1], 2)]
+    more = {"integrated_gradients": {"steps": 2}, "memflex": {"copies": 2}, "memflex_projections": {"copies": 2}}.get(name, {})
+    sets = {"weight_norm": ()}.get(name, (few, other) if name in ("fisher_ratio", "wagle", "wagle_weights", "memflex", "memflex_projections") else (few,))
+    gc.collect(); gc.disable()
+    try:
+        with Alive(model) as tracker: getattr(A, name)(model, *sets, **more, **({"max_tokens": 1} if sets else {}))
+    finally: gc.enable()
+    assert tracker.layers <= HELD[name] + .01 and (not HELD[name] or tracker.layers >= 3)
+
+def test_the_count_sees_the_plain_way():
+    model = small(dtype=torch.float32, n_layers=3, d_model=8, d_ff=2048)
+    with Alive(model) as tracker: plainly(model, [Example([5, 9, 7, 1], 2)], [Example([6, 8, 4, 1], 2)])
+    assert tracker.layers >= 6
+
+def test_nothing_stays_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    seen, model = [], small()
+    def progress(share): seen.append(len(list(tmp_path.rglob("*.safetensors")))); seen[5:] and 1 / 0
+    with pytest.raises(ZeroDivisionError): A.wagle(model, FORGET, RETAIN, max_tokens=10, progress=progress)
+    assert seen[0] == 0 and not list(tmp_path.iterdir())
+    seen.clear()
+    A.wagle(model, FORGET, RETAIN, max_tokens=100, progress=lambda share: seen.append(len(list(tmp_path.rglob("*.safetensors")))))
+    assert seen == [0, 2] and not list(tmp_path.iterdir())
+
+# --- the model is left as it was
+
+def state(model):
+    return ([(n, p.detach().clone(), p.requires_grad, p.grad if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()],
+            [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()], torch.get_rng_state(), torch.is_grad_enabled())
+
+def same(a, b):
+    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    return all(all(map(equal, x, y)) for x, y in zip(a[0], b[0], strict=True)) and a[1] == b[1] and torch.equal(a[2], b[2]) and a[3] == b[3]
+
+@pytest.fixture
+def lived(): # a model in the middle of someone's work
+    model = small(dtype=torch.float32)
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); model.gradient_checkpointing_enable()
+    model.train().model.layers[1].eval()
+    model.model.embed_tokens.requires_grad_(False)
+    output_projections(model)[1].register_forward_hook(lambda m, x, y: None)
+    for layer in model.model.layers: layer.self_attn.attention_dropout = .5
+    nll(model, FORGET[0]).backward()
+    return model
+
+@pytest.mark.parametrize("name", A.LOCALIZERS)
+def test_the_model_is_left_as_it_was(name, lived):
+    before, fresh = state(lived), A.LOCALIZERS[name](small(dtype=torch.float32), FORGET, RETAIN, 0)
+    assert torch.equal(A.LOCALIZERS[name](lived, FORGET, RETAIN, 0), fresh) and same(state(lived), before)
+    with torch.no_grad(): assert torch.equal(A.LOCALIZERS[name](lived, FORGET, RETAIN, 0), fresh)
+    assert same(state(lived), before)
+
+@pytest.mark.parametrize("name", ["activations", "wanda", "gradient", "fisher", "fisher_ratio", "wagle", "memflex", "integrated_gradients"])
+def test_also_when_it_fails_half_way(name, lived):
+    before, sets = state(lived), (FORGET, RETAIN) if name in ("fisher_ratio", "wagle", "memflex") else (FORGET,)
+    def progress(share):
+        if share > .6: raise KeyError
+    with pytest.raises(KeyError): getattr(A, name)(lived, *sets, max_tokens=30, progress=progress)
+    assert same(state(lived), before)
+
+@pytest.mark.parametrize("name", ["activations", "wanda", "gradient", "fisher", "fisher_ratio", "wagle", "wagle_weights", "memflex", "memflex_projections", "integrated_gradients"])
+def test_progress_ends_at_one(name):
+    seen, sets = [], (FORGET, RETAIN) if name.startswith(("fisher_", "wagle", "memflex")) else (FORGET,)
+    getattr(A, name)(small(), *sets, max_tokens=20, progress=seen.append)
+    assert len(seen) > 3 and seen == sorted(set(seen)) and 0 < seen[0] < .5 and seen[-1] == 1
+
+# --- what a score is good for
+
+@pytest.mark.parametrize("name", A.LOCALIZERS)
+def test_every_localizer_makes_a_region_of_the_same_size(name):
+    model = small(dtype=torch.float32)
+    scores = A.LOCALIZERS[name](model, FORGET, RETAIN, 0)
+    assert scores.dtype == torch.float32 and tuple(scores.shape) == region_shape(model) and scores.isfinite().all() and not scores.requires_grad
+    assert len(Region.top(scores, .1)) == region_size(scores.shape, .1)
+    assert torch.equal(scores, A.LOCALIZERS[name](model, FORGET, RETAIN, 0)), "one seed, one answer"
+    assert torch.equal(scores, A.LOCALIZERS[name](model, FORGET, RETAIN, 1)) == (name not in ("random", "memflex"))
+
+def test_random_scores_are_a_fair_order_of_their_own():
+    draws = [A.random_scores((3, 40), seed) for seed in range(400)]
+    assert torch.equal(A.LOCALIZERS["random"](small(), FORGET, RETAIN, 5), A.random_scores((2, 24), 5))
+    assert all(sorted(s.flatten().tolist()) == list(range(120)) for s in draws)
+    taken = mean([Region.top(s, .1).mask.double() for s in draws])
+    assert (taken - .1).abs().max() < 4.5 * math.sqrt(.09 / 400)
+    found = mean([Region.top(s, .1).recall(of=Region.sample((3, 40), .1, seed)) for seed, s in enumerate(draws)])
+    assert abs(found - .1) < 4.5 * math.sqrt(.09 / 12 / 400), "unrelated to a region drawn with the same seed"
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layer_matched_scores_keep_the_counts(seed):
+    uneven = Region(torch.rand(5, 40, generator=torch.Generator().manual_seed(seed)) < torch.tensor([0., .05, .2, .9, 1.])[:, None])
+    top = Region.top(A.random_scores((5, 40), seed, like=uneven), uneven.fraction)
+    assert [len(k) for k in top.columns] == [len(k) for k in uneven.columns] and top != uneven
+    others = [Region.top(A.random_scores((5, 40), s, like=uneven), uneven.fraction).mask[2].double() for s in range(300)]
+    share = len(uneven.columns[2]) / 40
+    assert (mean(others) - share).abs().max() < 4.5 * math.sqrt(share * (1 - share) / 300)
+
+# --- MemFlex
+
+def test_corruption_touches_half_of_the_answer_at_most():
+    e, g, changed = Example([5, 6, 7, 10, 11, 12, 13, 14, 1], 3), torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        ids, start = A.corrupted(e, torch.tensor([70, 71]), g)
+        assert start == 3 and len(ids) == 9 and ids[:3] == e.ids[:3] and ids[-1] == 1
+        changed.append([i for i, (a, b) in enumerate(zip(ids, e.ids)) if a != b])
+        assert all(ids[i] in (70, 71) for i in changed[-1])
+    assert {len(c) for c in changed} == {1, 2} and {i for c in changed for i in c} == {3, 4, 5, 6, 7} and e.ids[3] == 10
+    assert .7 < mean([len(c) == 2 for c in changed]) < .9 # two draws meet with chance 1/5
+    for short in (Example([5, 6, 1], 1), Example([5, 1], 1)): assert A.corrupted(short, torch.tensor([70]), g) == short
+
+@pytest.mark.parametrize("special, missing", [(None, {0, 1, 7}), ({3, 4}, {3, 4}), ((), set())])
+def test_special_tokens_are_not_drawn(special, missing, monkeypatch):
+    model, seen, plain = small(), [], A.corrupted
+    model.config.eos_token_id = [1, 7]
+    monkeypatch.setattr(A, "corrupted", lambda e, tokens, g: seen.append(tokens) or plain(e, tokens, g))
+    A.memflex(model, FORGET, RETAIN, copies=2, special=special)
+    assert len(seen) == 2 * (len(FORGET) + len(RETAIN)) and all(set(t.tolist()) == set(range(60)) - missing for t in seen)
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mu", [None, -.3, .5, 2., -2.])
+def test_the_ranking_loses_nothing(seed, mu):
+    g = torch.Generator().manual_seed(seed)
+    cosine, size = 2 * torch.rand(3, 50, generator=g) - 1, 10. ** torch.randint(-38, 30, (3, 50), generator=g)
+    size[1] = torch.tensor([1.5 + i * 2. ** -23 for i in range(50)]) # neighbours among float32 numbers
+    size[2, :9] = 0; size[2, 9:20] = size[2, 9]; cosine[2, :9] = 0
+    scores = A.memflex_score(cosine, size, mu=mu)
+    threshold = sorted(cosine.flatten().tolist())[74:76] if mu is None else (mu, mu)
+    key = [(c < sum(threshold) / 2, s) for c, s in zip(cosine.flatten().tolist(), size.flatten().tolist())]
+    assert scores.isfinite().all() and scores.min() == 0 and scores.flatten().tolist() == [sorted(set(key)).index(k) for k in key]
+
+def test_zero_gradients():
+    f, r = torch.tensor([[0., 1., 0.], [0., 2., 0.]]), torch.tensor([[3., 0., 0.], [4., 0., 0.]])
+    cosine, size = A.cosine_and_size(A.gradient_moments(f, r), 2)
+    assert cosine.tolist() == [0, 0, 0] and size.tolist() == [0, 1.5, 0]
+    assert A.memflex_score(cosine, size, "product").tolist() == [0, 1.5, 0] and A.memflex_score(cosine, size, mu=-.5).tolist() == [0, 1, 0]
+
+def test_fisher_ratio_without_a_denominator():
+    largest = torch.finfo(torch.float32).max
+    f, r = torch.tensor([2., 0., 3., 1e30, 0.]), torch.tensor([4., 0., 0., 1e-30, 5.])
+    for dtype in (torch.float32, torch.float64): assert A.fisher_ratio_score(f.to(dtype), r.to(dtype)).float().tolist() == [.5, 0, largest, largest, 0]
+    model = small(dtype=torch.float32)
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight[5] = 0 # its coefficient is always 0
+    assert A.fisher_ratio(model, FORGET, RETAIN)[0, 5] == 0
+
+# --- at the door
+
+TWO = ["fisher_ratio", "wagle", "wagle_weights", "memflex", "memflex_projections"]
+ONE = ["activations", "wanda", "gradient", "fisher", "integrated_gradients"]
+
+@pytest.mark.parametrize("name", ONE + TWO)
+def test_sets_of_facts_are_checked(name):
+    model, sets = small(), lambda f, r: (f, r) if name in TWO else (f,)
+    def refused(f, r, says):
+        with pytest.raises(ValueError, match=says) as error: getattr(A, name)(model, *sets(f, r))
+        assert "\n" not in str(error.value)
+    refused([], RETAIN, "the forget set is empty")
+    for start in (0, 3, 4): refused([*FORGET, Example([5, 6, 1], start)], RETAIN, rf"fact 6 of the forget set has no answer token behind its prompt \(start {start} of 3 tokens\)")
+    if name in TWO:
+        refused(FORGET, [], "the retain set is empty")
+        refused(FORGET, RETAIN + [Example(list(FORGET[2].ids), 1)], "fact 2 of the forget set is also fact 5 of the retain set")
+    getattr(A, name)(model, *sets(FORGET + FORGET[:1], RETAIN + RETAIN[:1])) # a fact may count twice in its own set
+
+@pytest.mark.parametrize("call, says", [
+    (lambda m: A.wagle(m, FORGET, RETAIN, pool="mean"), "unknown pool 'mean'; known: sum_abs, abs_sum"),
+    (lambda m: A.wagle(m, FORGET, RETAIN, gamma=0.), "gamma must be positive, got 0.0"), (lambda m: A.wagle_weights(m, FORGET, RETAIN, gamma=math.nan), "gamma must be positive, got nan"),
+    (lambda m: A.memflex(m, FORGET, RETAIN, "threshold"), "unknown variant 'threshold'; known: ranking, product"), (lambda m: A.memflex_projections(m, FORGET, RETAIN, "sum"), "unknown variant 'sum'"),
+    (lambda m: A.memflex(m, FORGET, RETAIN, copies=0), "copies must be at least 1, got 0"), (lambda m: A.integrated_gradients(m, FORGET, steps=1), "steps must be at least 2"),
+    (lambda m: A.random_scores((3, 24), 0, like=Region.sample((2, 24), .1, 0)), r"`like` is a region of shape \(2, 24\), the scores have \(3, 24\)")])
+def test_variants_are_checked_before_any_work(call, says, monkeypatch):
+    model = small()
+    monkeypatch.setattr(type(model), "forward", None)
+    monkeypatch.setattr(A, "_watched", None)
+    with pytest.raises(ValueError, match=says) as error: call(model)
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("name", [n for n in A.LOCALIZERS if n != "random"])
+def test_a_score_that_is_no_number_names_its_layer(name):
+    model = small(dtype=torch.float32)
+    with torch.no_grad(): output_projections(model)[1].weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"layer [01] has \d+ scores that are NaN or infinite"): A.LOCALIZERS[name](model, FORGET, RETAIN, 0)
+
+def test_an_overflow_names_its_layer():
+    model = small(dtype=torch.float16)
+    with torch.no_grad(): output_projections(model)[1].weight[:] = 6e4; model.model.layers[1].mlp.up_proj.weight[:] = 6e4
+    assert A.weight_norm(model)[1].min() > 2e5, "more than float16 can hold"
+    with pytest.raises(ValueError, match=r"layer 1 has \d+ scores that are NaN or infinite; check its weights, or load the model in float32 if it overflows"): A.wanda(model, FORGET)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_scores():
+    for name, localizer in A.LOCALIZERS.items():
+        want, got = (localizer(m, FORGET, RETAIN, 0) for m in (small(), small().cuda()))
+        close(got, want, rtol=1e-5, atol=1e-9)

@@ -1,0 +1,171 @@
+"What a model knows and says is what the plain way finds: one row at a time, all logits, and transformers' own greedy generate."
+import pytest, torch
+from unloc import metrics
+from unloc.evaluation import KINDS, Choices, Probe, answer_logprob, choices, evaluate, forgetting, greedy, greedy_answers, membership, rouge, score, utility
+from unloc.facts import Fact, author_world
+from unloc.masked import unlock
+from unloc.models import ARCHITECTURES, region_shape, tiny_model
+from unloc.regions import Region
+from unloc.tokens import collate, encode, train_tokenizer
+from unloc.training import finetune
+
+WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
+TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
+GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts] for facts in (WORLD.forget, WORLD.retain))
+SETS = {"forget": WORLD.forget, "retain": WORLD.retain, "real_authors": WORLD.real_authors, "world_facts": WORLD.world_facts}
+
+
+def small(arch="llama", dtype=torch.float32, n_layers=4):
+    return tiny_model(arch, vocab_size=400, d_model=16, d_ff=32, n_layers=n_layers, n_heads=2).to(dtype)
+
+def plain(model, example): # [n_answer, vocab]: all logits of one unpadded row, then the answer's
+    return model(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
+
+def plain_logprob(model, example): return plain(model, example).double().log_softmax(-1).gather(1, torch.tensor(example.ids[example.start:])[:, None])[:, 0]
+
+def taught(arch, dtype=torch.float32): # knows most of KEEP and little of GET
+    model = tiny_model(arch, vocab_size=400, d_model=48, d_ff=96, n_layers=2, n_heads=2)
+    finetune(model, KEEP, 30, 8e-3, 4, seed=0)
+    return model.to(dtype)
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request): return taught(request.param)
+
+# --- one pass
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_answer_logprob_stands_at_the_token_itself(arch):
+    model, batch = small(arch, torch.float64), collate(GET)
+    found = answer_logprob(model, batch)
+    for row, e in enumerate(GET):
+        want = torch.zeros(batch.ids.shape[1], dtype=found.dtype)
+        want[e.start:len(e.ids)] = plain_logprob(model, e)
+        torch.testing.assert_close(found[row].double(), want.double(), rtol=1e-5, atol=1e-5)
+
+def test_score_is_a_count_over_single_rows():
+    model = small()
+    finetune(model, KEEP, 8, 1e-2, 8, seed=0)
+    found = score(model, KEEP, max_tokens=100)
+    for i, e in enumerate(KEEP):
+        right = (plain(model, e).argmax(-1) == torch.tensor(e.ids[e.start:]))[:-1] # the end token does not count
+        tail = next((k for k in range(len(right)) if right[k:].all()), len(right) - 1) # the floor: one token of any answer is counted
+        assert found.exact_memorization[i] == pytest.approx(right.double().mean().item())
+        assert found.extraction_strength[i] == pytest.approx(1 - tail / len(right))
+        assert found.probability[i].item() == pytest.approx(plain_logprob(model, e).mean().exp().item(), rel=1e-4)
+    assert 0 < found.extraction_strength.mean() < 1
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_answers_behind_one_question_are_scored_as_if_alone(arch):
+    model, asked = small(arch, torch.float64), choices(TOKENIZER, WORLD.retain)
+    mixed = [e for pair in zip(asked.wrong, asked.right * 5) for e in pair] + KEEP + GET # answers of one question far apart
+    for max_tokens in (1, 200, 10**6):
+        found = score(model, mixed, max_tokens)
+        for i in range(0, len(mixed), 7):
+            logprob = plain_logprob(model, mixed[i])
+            assert found.nll[i].item() == pytest.approx(-logprob.mean().item(), rel=1e-6)
+    found, single = score(model, mixed), [score(model, [e]) for e in mixed]
+    for name in ("extraction_strength", "exact_memorization", "known"): assert torch.equal(getattr(found, name), torch.cat([getattr(s, name) for s in single]))
+
+def test_known_counts_the_tokens_before_the_first_mistake(model):
+    found = score(model, KEEP + GET).known.tolist()
+    for e, known in zip(KEEP + GET, found):
+        right = (plain(model, e).argmax(-1) == torch.tensor(e.ids[e.start:])).tolist()
+        assert known == (right.index(False) if False in right else len(right))
+    assert 0 in found and any(k == len(e.ids) - e.start for e, k in zip(KEEP, found))
+
+# --- greedy answers
+
+def generated(model, example, n): # transformers alone: one row, the bare prompt
+    ids = torch.tensor([example.ids[:example.start]])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0, use_cache=True)[0, example.start:].tolist()
+    return new[:new.index(TOKENIZER.eos_token_id)] if TOKENIZER.eos_token_id in new else new
+
+@pytest.mark.parametrize("limit", [3, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_answers_are_those_of_plain_generate(model, dtype, limit):
+    model = model.to(dtype)
+    every = KEEP + GET
+    want = [generated(model, e, limit) for e in every]
+    assert greedy_answers(model, every, score(model, every).known, limit) == want
+    assert greedy(model, [e.ids[:e.start] for e in every], [limit] * len(every), TOKENIZER.eos_token_id, max_rows=7) == want
+    model.to(torch.float32)
+
+def test_what_is_settled_is_not_decoded(model, monkeypatch):
+    every, asked = KEEP + GET, []
+    known = score(model, every).known
+    plain_generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, **more: asked.append(len(ids)) or plain_generate(self, ids, **more))
+    greedy_answers(model, every, known, 20)
+    assert sum(asked) == sum(e.start + k < len(e.ids) for e, k in zip(every, known.tolist())) < len(every)
+
+def test_answers_through_an_unlocked_region(model):
+    every = KEEP[:3] + GET[:3]
+    want = greedy_answers(model, every, score(model, every).known, 12)
+    with unlock(model, Region.sample(region_shape(model), .2, 0)): assert greedy_answers(model, every, score(model, every).known, 12) == want
+
+def test_rouge_is_recall_of_the_decoded_text(model):
+    known = score(model, KEEP).known
+    found, right = rouge(model, TOKENIZER, KEEP, known, 30), [i for i, e in enumerate(KEEP) if e.start + known[i] == len(e.ids)]
+    assert right and all(found[i] == 1 for i in right) and ((found >= 0) & (found <= 1)).all() and rouge(model, TOKENIZER, GET, score(model, GET).known, 30).mean() < found.mean()
+
+# --- membership
+
+def test_membership_is_that_of_single_tokens(model):
+    found = membership(model, TOKENIZER, KEEP, k=.4, max_tokens=100)
+    for i, e in enumerate(KEEP):
+        logits = plain(model, e).double().log_softmax(-1)
+        logprob = plain_logprob(model, e)
+        mean = (logits.exp() * logits).sum(-1); variance = (logits.exp() * (logits - mean[:, None]).square()).sum(-1)
+        z = (logprob - mean) / variance.clamp(min=1e-6).sqrt()
+        lowest = lambda x: -x[:-1].sort().values[:max(1, int(.4 * (len(x) - 1)))].mean().item()
+        assert found["loss"][i].item() == pytest.approx(-logprob.mean().item(), rel=1e-4)
+        assert found["min_k"][i].item() == pytest.approx(lowest(logprob), rel=1e-4) and found["min_k_plus_plus"][i].item() == pytest.approx(lowest(z), rel=1e-3, abs=1e-4)
+        assert found["zlib"][i] == metrics.zlib_score(found["loss"][i].item(), WORLD.retain[i].answer)
+    stranger = membership(model, TOKENIZER, GET)
+    assert metrics.membership_auc(found["loss"], stranger["loss"]) > .7
+
+# --- choices and the whole judgement
+
+def test_choices_keep_their_order():
+    asked = choices(TOKENIZER, WORLD.retain[:2])
+    assert len(asked.right) == 2 and len(asked.wrong) == 10
+    assert asked.right[1] == encode(TOKENIZER, WORLD.retain[1].question, WORLD.retain[1].paraphrased_answer) and asked.wrong[5] == encode(TOKENIZER, WORLD.retain[1].question, WORLD.retain[1].perturbed_answer[0])
+    true = choices(TOKENIZER, WORLD.world_facts[:1])
+    assert true.right[0] == encode(TOKENIZER, WORLD.world_facts[0].question, WORLD.world_facts[0].answer) and len(true.wrong) == 3
+
+@pytest.mark.parametrize("facts", [[], [Fact("Q?", "A.")], [WORLD.retain[0], WORLD.world_facts[0]]], ids=["none", "without wrong answers", "five and three"])
+def test_choices_refuse_uneven_facts(facts):
+    with pytest.raises(ValueError, match="same number of wrong answers"): choices(TOKENIZER, facts)
+
+def test_an_answer_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="has no token"): choices(TOKENIZER, [Fact("Q?", "", perturbed_answer=("B.",))])
+
+def test_evaluate_is_the_sum_of_its_parts(model):
+    probe = Probe(GET, KEEP, KEEP[:6], {name: choices(TOKENIZER, facts[:10 if name == "forget" else 6]) for name, facts in SETS.items()}, TOKENIZER, max_new_tokens=20)
+    start = evaluate(small(), probe)
+    retained = start.facts["forget_right_nll"], start.facts["forget_wrong_nll"]
+    point, facts = evaluate(model, Probe(GET, KEEP, KEEP[:6], probe.choices, TOKENIZER, retained, 20))
+    short = evaluate(model, probe, full=False)
+    assert all(point[key] == pytest.approx(value, rel=1e-5) for key, value in short.point.items()) and torch.equal(facts["forget_es"], score(model, GET).extraction_strength)
+    nll = {name: (score(model, c.right).nll, score(model, c.wrong).nll.view(len(c.right), -1)) for name, c in probe.choices.items()}
+    ratio = metrics.truth_ratio(*nll["forget"])
+    assert point["FQ"] == pytest.approx(metrics.forget_quality(ratio, metrics.truth_ratio(*retained)), rel=1e-6) and point["forget_truth_ratio"] == pytest.approx(float(metrics.forget_truth_ratio(ratio)), rel=1e-4)
+    want = {}
+    for name, examples in ({"retain": KEEP[:6]} | {name: probe.choices[name].right for name in KINDS[1:]}).items():
+        s = score(model, examples)
+        want[f"{name}_probability"] = (s.probability if name == "retain" else metrics.normalised_probability(*nll[name])).mean().item()
+        want[f"{name}_rouge"] = rouge(model, TOKENIZER, examples, s.known, 20).mean().item()
+        want[f"{name}_truth_ratio"] = float(metrics.retain_truth_ratio(metrics.truth_ratio(*nll[name])))
+    for key, value in want.items(): assert point[key] == pytest.approx(value, rel=1e-4), key
+    assert point["MU"] == pytest.approx(len(want) / sum(1 / v for v in want.values()) if all(want.values()) else 0, rel=1e-3)
+
+@pytest.mark.parametrize("convention", ["tofu-paper", "open-unlearning", "tofu-aggregate", "probability"])
+def test_any_convention_follows_from_the_stored_likelihoods(model, convention):
+    probe = Probe(GET, KEEP, KEEP[:4], {name: choices(TOKENIZER, facts[:4]) for name, facts in SETS.items()}, TOKENIZER, max_new_tokens=10)
+    point, facts = evaluate(model, probe)
+    nll = {name: (facts[f"{name}_right_nll"], facts[f"{name}_wrong_nll"]) for name in SETS}
+    found = utility(nll, score(model, KEEP[:4]).probability, facts, convention) | forgetting(nll["forget"], nll["forget"], convention)
+    assert found["FQ"] == 0 and 0 <= found["MU"] <= 1
+    for name in KINDS: assert found[f"{name}_truth_ratio"] == metrics.retain_truth_ratio(metrics.truth_ratio(*nll[name], convention), convention)
+    assert found["forget_truth_ratio"] == metrics.forget_truth_ratio(metrics.truth_ratio(*nll["forget"], convention), convention)
+    if convention == "open-unlearning": assert found["MU"] == pytest.approx(point["MU"], rel=1e-4) # the answers' own probability comes from another batch
