@@ -236,3 +236,15 @@ def test_localized_runs_change_the_highest_scores(done, arch):
     assert len(Region.load(weights)) == runs[3].json()["region"] == 4 * 16 * 32 // 4
     assert sorted(len(c) for c in Region.load(layers).columns) == [0, 0, 0, 32] # a quarter of four projections
     assert all(run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) for run in runs)
+
+def test_bfloat16_goes_the_whole_way(tmp_path):
+    store, judged = Store(tmp_path), standard(parent(precision="bfloat16"), JUDGE)
+    injected, taught = injection(judged, 0, INJECT), teaching(judged)
+    runs = sweep(store, [unlearning(injected, "Random", "npo", {"lr": 5e-3, "epochs": 1}), localized_unlearning(localization(taught, "wagle"), .1, "rmu", {"lr": 5e-3, "epochs": 1, "retain": "nll"}, 0),
+        localized_unlearning(localization(taught, "wagle_weights"), .1, "dpo", {"lr": 5e-3, "epochs": 1}, 0)])
+    for folder, name in ((store[judged["parent"]], "pretrained"), (store[judged["parent"]], "retained"), (store[taught], "original")): assert {p.dtype for p in experiment._model(folder.file(name), judged["parent"]).parameters()} == {torch.bfloat16}
+    for run in runs:
+        values = experiment._load_columns(run)
+        assert run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) and all(x.dtype == torch.float32 for _, x in values.values())
+        assert run.json()["live_fraction"] > .5
+    with pytest.raises(ValueError, match="unknown precision 'float16'; known: float32, bfloat16"): parent(precision="float16")
