@@ -248,3 +248,12 @@ def test_bfloat16_goes_the_whole_way(tmp_path):
         assert run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) and all(x.dtype == torch.float32 for _, x in values.values())
         assert run.json()["live_fraction"] > .5
     with pytest.raises(ValueError, match="unknown precision 'float16'; known: float32, bfloat16"): parent(precision="float16")
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_learning_works_in_either_precision(precision, tmp_path):
+    from unloc.tokens import encode, train_tokenizer
+    facts = author_world(n_authors=2, n_forget=1, n_holdout=0).forget
+    tokenizer = train_tokenizer((t for f in facts for t in (f.question, f.answer)), 300)
+    examples, model = [encode(tokenizer, f.question, f.answer) for f in facts], tiny_model("llama", 300, 48, 2, 96, 2)
+    experiment._learn(model, {"precision": precision}, {"epochs": 25, "lr": 6e-3, "batch_size": 4}, examples, 0, tmp_path / "model", None)
+    assert score(experiment._model(tmp_path / "model", {"precision": precision, "device": "cpu"}), examples).exact_memorization.mean() > .8

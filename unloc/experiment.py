@@ -165,7 +165,7 @@ def provenance(
     return {'profile': profile, 'data': public(first['data']), 'models': {arch: base['model'] for arch, base in bases.items()},
         'pretrain': first['pretrain'], 'retain': first['retain'], 'device': device_name(first['device']), 'precision': first['precision']} | more
 
-# %% ../nbs/13_experiment.ipynb #5c09901b
+# %% ../nbs/13_experiment.ipynb #8f0c9434
 def _ancestor(description, run, kinds): # run: that of the description's parent
     "Find the nearest run of certain kinds that a run is built on"
     while description['kind'] not in kinds: description = description['parent']
@@ -200,7 +200,7 @@ def _learn(model, base, how, examples, seed, path, progress):
     import torch
     from unloc.training import Checkpoint, finetune
     precision = getattr(torch, base['precision'])
-    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32, cache_enabled=False): # a cache would keep the first weights for the whole run
         finetune(model, examples, **how, seed=seed, checkpoint=Checkpoint(path.with_suffix('.checkpoint')), progress=progress)
     model.save_pretrained(path, state_dict={name: x.to(precision) for name, x in model.state_dict().items()})
 
