@@ -141,7 +141,7 @@ def test_names_work_without_their_number(smoke):
 
 EARLY = {
     "profile": (["--profile", "tinny"], r"unknown profile 'tinny'; did you mean 'tiny'\? \(known: smoke, tiny"), "notebook": (["--only", "tabel2"], "unknown notebook 'tabel2'"),
-    "notebook of a module": (["--only", "09_training"], "unknown notebook '09_training'"), "one of two notebooks": (["--only", "trajectories", "curves"], "unknown notebook 'curves'"),
+    "notebook of a module": (["--only", "10_training"], "unknown notebook '10_training'"), "one of two notebooks": (["--only", "trajectories", "curves"], "unknown notebook 'curves'"),
     "parameter": (["--set", "seed=3"], "unknown parameter in --set 'seed'; did you mean 'seeds'"), "type": (["--set", 'seeds="3"'], "parameter seeds of .* must be of type int, got '3'"),
     "float for int": (["--set", "seeds=2.5"], "must be of type int, got 2.5"), "bool for int": (["--set", "seeds=true"], "must be of type int, got True"), "null": (["--set", "margin=null"], "must be of type float, got None"),
     "list for dict": (["--set", 'unlearn=["wga"]'], r"unlearn of .* must be of type dict, got \['wga'\]"), "text": (["--set", "device=cpu"], "--set: device is not JSON"), "not a pair": (["--set", "seeds"], "--set takes NAME=JSON, got 'seeds'"),
