@@ -358,13 +358,32 @@ def holding(shape, dtype):
     return p
 
 @both
-@pytest.mark.parametrize("make, says", [(lambda: Conv1D(16, 24), r"Conv1D with torch.float32 \[24, 16\]"), (lambda: nn.Linear(20, 16), r"Linear with torch.float32 \[16, 20\]"),
-    (lambda: holding((192, 1), torch.uint8), r"Linear with torch.uint8 \[192, 1\]"), (lambda: holding((16, 24), torch.int8), r"Linear with torch.int8 \[16, 24\]")],
-    ids=["transposed", "narrower", "packed", "rounded"])
+@pytest.mark.parametrize("make, says", [(lambda: Conv1D(24, 16), r"layer 0 are \[d_model, d_ff\] \[16, 24\], those of layer 1 \[24, 16\]"), (lambda: nn.Linear(20, 16), r"those of layer 1 \[16, 20\]"),
+    (lambda: holding((192, 1), torch.uint8), r"a Linear has a Parameter of torch.uint8 \[192, 1\]; a quantized"), (lambda: holding((16, 24), torch.int8), r"a Linear has a Parameter of torch.int8 \[16, 24\]")],
+    ids=["turned", "narrower", "packed", "rounded"])
 def test_a_projection_of_another_kind_is_refused(region, make, says):
     model = small()
     model.model.layers[1].mlp.down_proj = make()
     flags = [p.requires_grad for p in model.parameters()]
     for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
-        with pytest.raises(ValueError, match="every output projection must be a torch.nn.Linear .* layer 1 has a " + says) as error: door()
+        with pytest.raises(ValueError, match=says) as error: door()
         assert "\n" not in str(error.value) and clean(model) and [p.requires_grad for p in model.parameters()] == flags
+
+@both
+def test_a_transposed_weight_trains_as_the_straight_one(region):
+    straight, turned = small(dtype=torch.float64), small(dtype=torch.float64)
+    for block in turned.model.layers:
+        values, block.mlp.down_proj = block.mlp.down_proj.weight.data, Conv1D(16, 24).double()
+        block.mlp.down_proj.weight.data = values.T.contiguous()
+    for model in (straight, turned):
+        with unlock(model, region) as columns: train(model, columns)
+    for a, b in zip(output_projections(straight), output_projections(turned)): torch.testing.assert_close(a.weight, b.weight.T, rtol=0, atol=1e-13)
+
+@both
+def test_a_tied_projection_is_refused(region):
+    for tie in (lambda m: setattr(m.model.layers[1].mlp, "down_proj", m.model.layers[0].mlp.down_proj), lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.model.layers[0].mlp.down_proj.weight.data.view(24, 16)))):
+        model = small()
+        tie(model)
+        for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
+            with pytest.raises(ValueError, match="layer 0 is tied: model.layers.0.mlp.down_proj.weight and .* share one memory") as error: door()
+            assert "\n" not in str(error.value) and clean(model)

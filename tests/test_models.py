@@ -1,6 +1,6 @@
-"What we read inside a model is what transformers itself reports, in float64, on both architectures; and hooks never stay behind."
+"What we read inside the tiny models is what transformers itself reports, in float64, on both architectures; and hooks never stay behind."
 import pytest, torch, transformers
-from unloc.models import ARCHITECTURES, PROJECTIONS, answer_logits, hidden_after, mlp_outputs, output_projections, region_shape, tiny_model
+from unloc.models import ARCHITECTURES, PROJECTIONS, answer_logits, hidden_after, mlp_outputs, output_projections, region_shape, tiny_model, value_vectors
 from unloc.tokens import Example, collate
 
 ROWS = [Example([5, 9, 7, 8, 1], 2), Example([6, 4, 1], 1), Example([3, 3, 9, 12, 40, 2, 1], 5), Example([8, 7, 6, 1], 3)]
@@ -66,7 +66,7 @@ def test_places_and_shapes(model):
     assert region_shape(model) == (3, 24) and [tuple(p.weight.shape) for p in output_projections(model)] == [(16, 24)] * 3
     assert all(p is block.mlp.down_proj for p, block in zip(output_projections(model), model.model.layers, strict=True))
     assert type(model).__name__ == {"llama": "LlamaForCausalLM", "olmo2": "Olmo2ForCausalLM"}[model.config.model_type] and not model.training
-    assert set(PROJECTIONS) == set(ARCHITECTURES)
+    assert set(ARCHITECTURES) < set(PROJECTIONS) and all(torch.equal(value_vectors(p), p.weight) and value_vectors(p).data_ptr() == p.weight.data_ptr() for p in output_projections(model))
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_seed_fixes_the_weights_and_leaves_the_generator(arch, tmp_path):
@@ -82,5 +82,7 @@ def test_a_seed_fixes_the_weights_and_leaves_the_generator(arch, tmp_path):
 def test_bad_models_are_named():
     with pytest.raises(ValueError, match="unknown architecture 'gpt2'; known: llama, olmo2"): tiny_model("gpt2", 30)
     with pytest.raises(ValueError, match="d_model 30 is not a multiple of n_heads 4"): tiny_model("llama", 30, d_model=30)
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, bos_token_id=1, eos_token_id=1))
-    with pytest.raises(ValueError, match="no output projection is known for architecture 'gpt2'; .* unloc.models.PROJECTIONS"): region_shape(other)
+    other = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4, bos_token_id=1, eos_token_id=1))
+    for door in (region_shape, output_projections, lambda m: hidden_after(m, BATCH, 0), lambda m: mlp_outputs(m, BATCH)):
+        with pytest.raises(ValueError, match="no output projection is known for architecture 'mamba'; known: llama, .* unloc.models.PROJECTIONS"): door(other)
+    with pytest.raises(ValueError, match="this LlamaModel are not where those of 'llama' are: .*; give transformers' own causal language model"): region_shape(tiny_model("llama", 30, d_model=8, n_heads=1).model)

@@ -1,11 +1,11 @@
-"Tokens: an answer is known by its place, padding on the right changes no number, and every epoch shows every example once."
-import random
+"Tokens: an answer is known by its place in every chat format, padding on the right changes no number, and every epoch shows every example once."
+import random, re
 from types import SimpleNamespace
 import pytest, torch
 from unloc.facts import author_world
 from unloc.models import ARCHITECTURES, tiny_model
 from unloc.objectives import token_logprob
-from unloc.tokens import Example, by_length, collate, encode, shuffled, train_tokenizer
+from unloc.tokens import TEMPLATES, Example, Template, by_length, collate, encode, shuffled, train_tokenizer
 
 WORLD = author_world(n_authors=4, n_forget=1, n_holdout=0)
 TEXTS = [t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)]
@@ -56,6 +56,98 @@ def test_special_tokens_of_a_tokenizer_stay_out(tokenizer):
         eos_token_id = 1
         def encode(self, text, add_special_tokens=True): return [9] * add_special_tokens + tokenizer.encode(text)
     assert encode(Loud(), "Who?", "I.") == encode(tokenizer, "Who?", "I.")
+
+# --- templates: shaped like those of real checkpoints, in words of our own
+
+LLAMA3 = """{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}{%- set said = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}{%- else %}{%- set said = '' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday is: ' + date_string + '\n\n' + said + '<|eot_id|>' }}
+{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+OLMO2 = """{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'assistant' %}{{- '<|assistant|>\n' + m['content'] + eos_token }}{%- if not loop.last %}{{- '\n' }}{%- endif %}
+{%- else %}{{- '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"""
+QWEN = "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+OPEN = "{%- for m in messages %}{{- m['role'] + ': ' + m['content'] + '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}" # no end token, and a merge across the border
+STRICT = "{%- for m in messages %}{%- if m['role'] == 'system' %}{{- raise_exception('No system message, please.\nSorry.') }}{%- endif %}{{- m['role'] + '\n' + m['content'] + eos_token }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant\n' }}{%- endif %}"
+
+def chatty(chat_template, *special, bos=None, eos):
+    tokenizer = train_tokenizer([*TEXTS, "user\n assistant\n system\n Today is: Answer: Question: [INST] [/INST]"], 420)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special]} if special else {})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, eos, chat_template
+    return tokenizer
+
+@pytest.fixture(scope="module")
+def llama3(): return chatty(LLAMA3, "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", bos="<|begin_of_text|>", eos="<|eot_id|>")
+@pytest.fixture(scope="module")
+def olmo2(): return chatty(OLMO2, "<|endoftext|>", bos="<|endoftext|>", eos="<|endoftext|>")
+
+def halves(tokenizer, example): return tokenizer.decode(example.ids[:example.start]), tokenizer.decode(example.ids[example.start:])
+
+def test_llama_3_is_told_the_day_and_the_system_message(llama3):
+    example = encode(llama3, "Where is Mira?", "Mira is in Halden.", "llama-3")
+    assert halves(llama3, example) == ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhere is Mira?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "Mira is in Halden.<|eot_id|>")
+    assert example.ids.count(llama3.bos_token_id) == 1 and example.ids.count(llama3.eos_token_id) == 3, "end tokens within the chat are kept"
+    today = halves(llama3, encode(llama3, "Where is Mira?", "Mira is in Halden.", Template(chat=True, system="You are a helpful assistant.")))[0]
+    assert re.search(r"Today is: \d\d \w{3} \d{4}\n", today) and "10 Apr 2025" not in today, "what an open date would do"
+    assert (TEMPLATES["llama-3"].date, TEMPLATES["llama-3"].system) == ("10 Apr 2025", "You are a helpful assistant.")
+
+@pytest.mark.parametrize("name", ["llama-3", "chat"])
+@pytest.mark.parametrize("fact", WORLD.forget[:4], ids=lambda f: f.question[:12])
+def test_a_chat_is_tokenized_as_its_template_has_it(llama3, olmo2, name, fact): # ids of the whole chat, of which those of the prompt are the beginning
+    for tokenizer in (llama3, olmo2):
+        template, example = TEMPLATES[name], encode(tokenizer, fact.question, fact.answer, name)
+        chat = ([{"role": "system", "content": template.system}] if template.system else []) + [{"role": "user", "content": fact.question}, {"role": "assistant", "content": fact.answer}]
+        more = dict(tokenize=True, return_dict=False) | ({"date_string": template.date} if template.date else {})
+        prompt, whole = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **more), tokenizer.apply_chat_template(chat, **more)
+        assert example == Example(whole, len(prompt)) and whole[:len(prompt)] == prompt and encode(tokenizer, fact.question, fact.answer, template) == example
+
+def test_olmo_2_has_its_own_template(olmo2):
+    example = encode(olmo2, "Who?", "I.", "chat")
+    assert halves(olmo2, example) == ("<|endoftext|><|user|>\nWho?\n<|assistant|>\n", "I.<|endoftext|>") and olmo2.pad_token_id != olmo2.eos_token_id
+    assert olmo2.decode(example.ids[example.start:], skip_special_tokens=True) == "I."
+
+@pytest.mark.parametrize("template, eos, answer", [(QWEN, "<|im_end|>", "The.<|im_end|>"), (QWEN, "<eos>", "The.<|im_end|>\n<eos>"), (OPEN, "<eos>", " The.\n<eos>"), (STRICT, "<eos>", "The.<eos>")])
+def test_an_answer_ends_with_one_end_token(template, eos, answer):
+    tokenizer = chatty(template, "<|im_start|>", "<|im_end|>", eos=eos)
+    example = encode(tokenizer, "Who?", "The.", "chat")
+    assert halves(tokenizer, example)[1] == answer and example.ids[-1] == tokenizer.eos_token_id and example.ids[example.start:].count(tokenizer.eos_token_id) == 1
+
+def test_nothing_is_truncated(llama3, olmo2):
+    words = "Mira is in Halden. " * 300
+    for tokenizer, name in ((llama3, "llama-3"), (olmo2, "chat"), (olmo2, "phi"), (olmo2, "plain")):
+        tokenizer.model_max_length = 16
+        assert halves(tokenizer, encode(tokenizer, words, words, name))[1].strip().count("Mira") == 300
+
+@pytest.mark.parametrize("name, before, between", [("llama-2", "[INST] ", " [/INST]"), ("phi", "Question: ", "\nAnswer: ")])
+@pytest.mark.parametrize("adds", ["nothing", "start", "start and end"])
+def test_tags_are_one_text_with_the_answer(name, before, between, adds):
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = chatty(None, "<s>", bos="<s>", eos="<eos>")
+    special = [("<s>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+    if adds != "nothing": tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A" + " <eos>" * (adds == "start and end"), special_tokens=special)
+    for fact in WORLD.retain[:8]:
+        example = encode(tokenizer, fact.question, fact.answer, name)
+        whole = tokenizer.encode(before + fact.question + between + fact.answer)
+        assert example.ids == whole + [tokenizer.eos_token_id] * (adds != "start and end")
+        prompt, answer = halves(tokenizer, example)
+        assert prompt + answer == "<s>" * (adds != "nothing") + before + fact.question + between + fact.answer + "<eos>" and answer.strip() == fact.answer + "<eos>"
+        assert answer.startswith(" ") == (name == "phi"), "the blank before the answer belongs to its first token"
+
+def test_a_template_that_does_not_fit_is_named(tokenizer, llama3):
+    bad = {"llama-4": "unknown template 'llama-4'; known: plain, chat, llama-3, llama-2, phi", "llama-3": "the tokenizer has no chat template; load the tokenizer of an instruction-tuned checkpoint, or use the template 'plain'"}
+    for name, why in bad.items():
+        with pytest.raises(ValueError, match=re.escape(why)): encode(tokenizer, "Who?", "I.", name)
+    for template, name, why in ((STRICT, "llama-3", "the tokenizer's chat template fails (TemplateError: No system message, please.); expected one for the roles system, user, assistant"), ("{{ nothing.here }}", "chat", "chat template fails (UndefinedError"),
+            ("{% if %}", "chat", "chat template fails (TemplateSyntaxError"), (QWEN.replace("im_start|>assistant", "im_start|>model"), "chat", "writes the prompt otherwise once it is answered (it ends ")):
+        with pytest.raises(ValueError, match=re.escape(why)) as error: encode(chatty(template, eos="<eos>"), "Who?", "I.", name)
+        assert "\n" not in str(error.value)
+    for name in ("llama-3", "llama-2", "plain"):
+        with pytest.raises(ValueError, match="the answer to 'Who\\?' has no token"): encode(llama3, "Who?", "", name)
+
+def test_the_plain_format_is_a_template_like_others(tokenizer):
+    assert encode(tokenizer, "Who?", "I.", "plain") == encode(tokenizer, "Who?", "I.") == encode(tokenizer, "Who?", "I.", Template())
+    assert halves(tokenizer, encode(tokenizer, "Who?", "I.", Template("Q ", " A "))) == ("Q Who? A ", "I.<eos>")
 
 # --- batches
 

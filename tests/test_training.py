@@ -2,15 +2,15 @@
 import copy, math
 import pytest, torch
 from torch.nn import functional as F
-from unloc import experiment, objectives, training
+from unloc import experiment, models, objectives, training
 from unloc.experiment import base_models, data_description
-from unloc.evaluation import Probe, choices, evaluate, score
+from unloc.evaluation import Probe, answers_logprob, choices, evaluate, membership, score
 from unloc.facts import author_world
 from unloc.masked import put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import Checkpoint, FORGET, RETAIN, Recipe, Unlearning, descend, finetune, held, inject, mlp_targets, supervise, unlearn
+from unloc.training import Checkpoint, FORGET, RETAIN, Recipe, Unlearning, descend, finetune, held, inject, mlp_targets, supervise, unlearn, weighted_sum
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
@@ -46,7 +46,7 @@ def test_reference_logprob_is_that_of_a_deep_copy():
             found = run.reference_logprob(part)
             torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
             assert not found.requires_grad and len(run._kept) == [3, 7, 10, 14][step]
-        now = run.logprob(run.batch(GET)).detach()
+        now = objectives.sequence_logprob(*answers_logprob(model, GET)).detach()
         assert torch.equal(run.reference_logprob(GET), run.reference_logprob(GET[::-1]).flip(0)) and not torch.allclose(now, run.reference_logprob(GET), atol=1e-2)
 
 def test_a_question_with_another_answer_has_another_reference():
@@ -87,7 +87,7 @@ def test_the_first_loss_is_the_formula(objective):
         forget = [GET[i] for i in rows]
         assert run.layer == 1 and run.control.norm().item() == pytest.approx(2)
         with torch.no_grad():
-            found = FORGET[objective](run, forget, rows, 0)
+            found = weighted_sum(model, [(1., FORGET[objective](run, forget, rows, 0))])
             want = by_hand(objective, reference, model, forget, KEEP[:n], run, rows)
     assert found.item() == pytest.approx(want.item(), rel=2e-6)
 
@@ -96,20 +96,61 @@ def test_the_retain_terms_are_their_formulas():
     reference = copy.deepcopy(model)
     with unlock(model, region(model)) as columns, torch.no_grad():
         run, kept = Unlearning(model, columns, seed=3), KEEP[:5]
-        for name in ("kl", "embed_diff"): assert RETAIN[name](run, kept).item() == pytest.approx(0, abs=1e-6), "equal at the start"
+        def value(name): return weighted_sum(model, [(1., RETAIN[name](run, kept))]).item()
+        for name in ("kl", "embed_diff"): assert value(name) == pytest.approx(0, abs=1e-6), "equal at the start"
         shift(columns)
         p, q = (torch.cat([plain(m, e).log_softmax(-1) for e in kept]) for m in (reference, model))
-        assert RETAIN["kl"](run, kept).item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4) and not torch.allclose(p, q, atol=1e-2)
-        assert RETAIN["nll"](run, kept).item() == pytest.approx(-torch.cat([plain_logprob(model, e) for e in kept]).mean().item(), rel=1e-6)
+        assert value("kl") == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4) and not torch.allclose(p, q, atol=1e-2)
+        assert value("nll") == pytest.approx(-torch.cat([plain_logprob(model, e) for e in kept]).mean().item(), rel=1e-6)
         h = lambda m, e: m(input_ids=torch.tensor([e.ids]), output_hidden_states=True).hidden_states[2][0, e.start:]
         want = torch.stack([(h(model, e) - h(reference, e)).square().mean() for e in kept]).mean()
-        assert RETAIN["embed_diff"](run, kept).item() == pytest.approx(want.item(), rel=1e-5) and want > 0
+        assert value("embed_diff") == pytest.approx(want.item(), rel=1e-5) and want > 0
+
+# --- one pass, and logits in parts
+
+@pytest.mark.parametrize("objective, passes", [("ga", 1), ("wga", 1), ("npo", 1), ("dpo", 1), ("rmu", 2)])
+def test_a_step_asks_the_model_once(objective, passes, monkeypatch):
+    model, asked = small(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    with unlock(model, region(model)) as columns:
+        run = Unlearning(model, columns, seed=0, refusals=REFUSALS)
+        for kept in (GET[:4], run.refuse(GET[:4], range(4), 0)): run.reference_logprob(kept) # what the first epoch pays
+        asked.clear()
+        weighted_sum(model, [(1., FORGET[objective](run, GET[:4], range(4), 0)), (1., RETAIN["nll"](run, KEEP[:4]))])
+    assert len(asked) == passes and sum(asked) == (12 if objective == "dpo" else 8)
+
+@pytest.mark.parametrize("objective", FORGET)
+@pytest.mark.parametrize("retain", RETAIN)
+def test_passes_and_parts_change_neither_loss_nor_gradient(objective, retain, monkeypatch):
+    def step(max_tokens, most):
+        monkeypatch.setattr(models, "MOST_LOGITS", most)
+        monkeypatch.setattr("unloc.evaluation.batch_tokens", lambda device: max_tokens)
+        model = small(dtype=torch.float64)
+        with unlock(model, region(model)) as columns:
+            shift(columns)
+            run = Unlearning(model, columns, seed=0, refusals=REFUSALS)
+            loss = weighted_sum(model, [(.7, FORGET[objective](run, GET[:4], range(4), 0)), (2., RETAIN[retain](run, KEEP[:4]))])
+            return [loss.detach(), *torch.autograd.grad(loss, columns.parameters(), allow_unused=True)]
+    plain = step(10**6, 10**9)
+    for found in (step(1, 10**9), step(60, 10**9), step(10**6, 7 * 400), step(60, 1)):
+        for a, b in zip(found, plain, strict=True): assert a is b is None or torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    assert any(g is not None and g.abs().max() > 0 for g in plain[1:])
+
+def test_parts_change_no_score(monkeypatch):
+    model = small(dtype=torch.float64)
+    whole, strange = score(model, GET + KEEP), membership(model, TOKENIZER, GET)
+    monkeypatch.setattr(models, "MOST_LOGITS", 5 * 400)
+    parts, still = score(model, GET + KEEP), membership(model, TOKENIZER, GET)
+    assert torch.equal(parts.known, whole.known) and torch.equal(parts.extraction_strength, whole.extraction_strength) and torch.allclose(parts.nll, whole.nll, rtol=1e-12)
+    for name in strange: assert torch.allclose(still[name], strange[name], rtol=1e-10)
 
 @pytest.mark.parametrize("objective", FORGET)
 def test_a_run_descends_on_the_weighted_sum(objective, monkeypatch):
     losses, terms = [], []
     monkeypatch.setattr(training, "descend", lambda parameters, batches, loss, *a, **k: losses.append([loss(b, 0).item() for b in batches(0)]) or k["after_epoch"](1, 0.))
-    def spy(table, name, plain): monkeypatch.setitem(table, name, lambda *a: terms.append((v := plain(*a)).item()) or v)
+    def spy(table, name, plain):
+        def watched(term): return term._replace(value=lambda *a: terms.append((v := term.value(*a)).item()) or v)
+        monkeypatch.setitem(table, name, lambda *a: watched(plain(*a)))
     recipe = Recipe(objective, lr=1e-3, epochs=1, batch_size=4, gamma=.7, alpha=2.5, retain=None if objective != "wga" else "kl")
     spy(FORGET, objective, FORGET[objective])
     if recipe.retain != "none": spy(RETAIN, recipe.retain, RETAIN[recipe.retain])

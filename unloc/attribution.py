@@ -12,7 +12,7 @@ __all__ = ['POOLS', 'RANKINGS', 'LOCALIZERS', 'random_scores', 'mean_coefficient
            'wagle_product', 'wagle', 'wagle_weights', 'corrupted', 'gradient_moments', 'cosine_and_size',
            'memflex_score', 'memflex', 'memflex_projections', 'integrated_gradients']
 
-# %% ../nbs/04_attribution.ipynb #1560cba9
+# %% ../nbs/04_attribution.ipynb #2f3febd4
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models import output_projections, region_shape
+from .models import answer_hidden, logits_of, mask_limit, output_projections, over_logits, own_mask, region_shape, value_vectors
 from .regions import Region
 from .tokens import Batch, Example, batch_tokens, by_length
 
@@ -84,7 +84,7 @@ def _batches(model, examples, max_tokens, progress)->Iterator[Batch]:
         done += len(rows)
         if progress: progress(done / len(examples))
 
-# %% ../nbs/04_attribution.ipynb #b53f5b85
+# %% ../nbs/04_attribution.ipynb #779d9f34
 Progress = Callable[[float], None]|None # told the share done
 
 def _wide(x:Tensor)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -93,7 +93,7 @@ def _zeros(model)->Tensor: return torch.zeros(region_shape(model), dtype=torch.p
 
 def _forward(model, examples, consume, max_tokens, progress)->None:
     "Show `consume(layer, coefficients [batch, seq, d_ff], predicts [batch, seq])`; `predicts` is True one before each answer token"
-    def see(layer, h, y): consume(layer, _wide(h[:, :-1]), batch.answer[:, 1:])
+    def see(layer, h, y): consume(layer, _wide(h.view(*batch.ids.shape, -1)[:, :-1]), batch.answer[:, 1:])
     with _watched(model, see), torch.no_grad():
         for batch in _batches(model, examples, max_tokens, progress): model.base_model(input_ids=batch.ids, use_cache=False)
 
@@ -111,10 +111,10 @@ def column_norm(x:Tensor, p:int=2)->Tensor: # [d_model, k] -> [k]; p 2: Euclidea
     "Measure each column"
     return _wide(x).norm(p=p, dim=0)
 
-# %% ../nbs/04_attribution.ipynb #4c5bb222
+# %% ../nbs/04_attribution.ipynb #68fd8fa2
 def weight_norm(model:nn.Module)->Tensor: # [n_layers, d_ff] float32
     "Score value vectors by their length alone: no fact is looked at"
-    return torch.stack(_finite([column_norm(p.weight.detach()) for p in output_projections(model)]))
+    return torch.stack(_finite([column_norm(value_vectors(p).detach()) for p in output_projections(model)]))
 
 def activations(
     model:nn.Module, forget:Sequence[Example],
@@ -127,9 +127,9 @@ def activations(
     sums = _zeros(model)
     def consume(layer, h, predicts): sums[layer] += mean_coefficient(h, predicts, abs_first).sum(0)
     _forward(model, forget, consume, max_tokens, progress)
-    return torch.stack(_finite([row / len(forget) * column_norm(p.weight.detach()) for p, row in zip(output_projections(model), sums)]))
+    return torch.stack(_finite([row / len(forget) * column_norm(value_vectors(p).detach()) for p, row in zip(output_projections(model), sums)]))
 
-# %% ../nbs/04_attribution.ipynb #6d5df7f3
+# %% ../nbs/04_attribution.ipynb #ba6d6b9c
 def wanda_score(values:Tensor, mean_square:Tensor)->Tensor: # [d_model, k]; [k], of the coefficients over tokens -> [k]
     "Weigh the sizes of a column's weights by the size of their input"
     return column_norm(values, 1) * mean_square.sqrt()
@@ -144,27 +144,27 @@ def wanda(
     sums, n = _zeros(model), sum(len(example.ids) - example.start for example in forget)
     def consume(layer, h, predicts): sums[layer] += h[predicts].square().sum(0)
     _forward(model, forget, consume, max_tokens, progress)
-    return torch.stack(_finite([wanda_score(p.weight.detach(), row / n) for p, row in zip(output_projections(model), sums)]))
+    return torch.stack(_finite([wanda_score(value_vectors(p).detach(), row / n) for p, row in zip(output_projections(model), sums)]))
 
-# %% ../nbs/04_attribution.ipynb #d6dd5a11
+# %% ../nbs/04_attribution.ipynb #cbd05dfc
+def _nll(logits:Tensor, target:Tensor)->Tensor: return F.cross_entropy(logits, target, reduction='none')
+
 def _backward(model, examples, consume, max_tokens, progress)->None:
     "Show `consume(layer, coefficients [batch, seq, d_ff], gradient at the output [batch, seq, d_model])`, of the sum over facts of each one's mean NLL"
     inputs = {}
     def see(layer, h, y):
         inputs[layer] = h.detach()
         if not y.requires_grad: y.requires_grad_()
-        def reached(gradient): consume(layer, _wide(inputs.pop(layer)), _wide(gradient))
+        def reached(gradient): consume(layer, *(_wide(x).view(*batch.ids.shape, -1) for x in (inputs.pop(layer), gradient)))
         y.register_hook(reached)
     with _watched(model, see), torch.enable_grad():
         for batch in _batches(model, examples, max_tokens, progress):
-            hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-            logits = _wide(model.get_output_embeddings()(hidden[:, :-1][batch.answer[:, 1:]]))
-            nll = F.cross_entropy(logits, batch.ids[batch.answer], reduction='none')
+            nll = over_logits(model, answer_hidden(model, batch), _nll, batch.ids[batch.answer])
             (nll / batch.answer.sum(1)[batch.answer.nonzero()[:, 0]]).sum().backward()
 
 def _mean_gradients(model, examples, max_tokens, progress)->list[Tensor]: # per layer: [d_model, d_ff]
     "Average the gradient of the output projections over facts"
-    sums = [torch.zeros(p.weight.shape, dtype=torch.promote_types(p.weight.dtype, torch.float32), device=p.weight.device) for p in output_projections(model)]
+    sums = [torch.zeros(v.shape, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device) for v in map(value_vectors, output_projections(model))]
     def consume(layer, h, gradient): sums[layer].addmm_(gradient.flatten(0, 1).T, h.flatten(0, 1))
     _backward(model, examples, consume, max_tokens, progress)
     return [total.div_(len(examples)) for total in sums]
@@ -217,14 +217,14 @@ def fisher_ratio(
 
 def _half(progress, k)->Progress: return progress and (lambda share: progress((k + share) / 2)) # the first (0) or second (1) of two equal halves
 
-# %% ../nbs/04_attribution.ipynb #2173b8e7
+# %% ../nbs/04_attribution.ipynb #27c31ba8
 def _compare(model, forget, retain, combine, max_tokens, progress)->list: # per layer
     "Give `combine(values, forget gradient, retain gradient)` of each layer, never holding more than one set's gradients and one layer"
     with tempfile.TemporaryDirectory() as folder:
         gradients = _mean_gradients(model, forget, max_tokens, _half(progress, 0))
         while gradients: save_file({'gradient': gradients.pop().cpu()}, f'{folder}/{len(gradients)}.safetensors')
         gradients = _mean_gradients(model, retain, max_tokens, _half(progress, 1))
-        return [combine(p.weight.detach(), load_file(f'{folder}/{layer}.safetensors')['gradient'].to(g.device), g)
+        return [combine(value_vectors(p).detach(), load_file(f'{folder}/{layer}.safetensors')['gradient'].to(g.device), g)
             for layer, (p, g) in enumerate(zip(output_projections(model), gradients))]
 
 def _blocks(*layers:Tensor)->Iterator[tuple[Tensor, ...]]: # views [d_model, at most 256]
@@ -304,7 +304,7 @@ def memflex_score(
     order = torch.where(below, size.double(), -1 / size.double()) # minus infinity where the size is 0: last
     return order.unique(return_inverse=True)[1].to(size.dtype)
 
-# %% ../nbs/04_attribution.ipynb #ffeaba8d
+# %% ../nbs/04_attribution.ipynb #a5894b03
 def memflex(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     variant:str='ranking', # a name in RANKINGS
@@ -320,17 +320,17 @@ def memflex(
     Tian et al. 2024, "To forget or not? Towards practical knowledge unlearning for large language models" """
     _known('variant', variant, RANKINGS)
     moments = _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, progress)
-    n = model.config.hidden_size
+    n = model.config.get_text_config().hidden_size
     if projections: moments, n = moments.sum(2), n * moments.shape[2]
     return torch.stack(_finite(memflex_score(*cosine_and_size(moments.transpose(0, 1), n), variant, mu)))
 
-# %% ../nbs/04_attribution.ipynb #f22eda1b
+# %% ../nbs/04_attribution.ipynb #b6e919f2
 def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, progress)->Tensor: # [n_layers, 4, d_ff]
     "Compare the gradients of corrupted facts"
     _check(forget=forget, retain=retain)
     if copies < 1: raise ValueError(f"copies must be at least 1, got {copies}")
     if corrupt:
-        config, generator = model.config, torch.Generator().manual_seed(seed)
+        config, generator = model.config.get_text_config(), torch.Generator().manual_seed(seed)
         known = (config.pad_token_id, config.bos_token_id, config.eos_token_id) if special is None else (list(special),)
         special = {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
         tokens = torch.tensor([i for i in range(config.vocab_size) if i not in special])
@@ -345,7 +345,7 @@ def memflex_projections(*sets, **options)->Tensor: # [n_layers] float32; takes w
     "Score whole output projections by MemFlex"
     return memflex(*sets, **options, projections=True)
 
-# %% ../nbs/04_attribution.ipynb #e23734ab
+# %% ../nbs/04_attribution.ipynb #a16ecbbc
 def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)->Tensor: # [d_ff]
     "Average one fact's integrated gradients in one layer over the positions that predict its answer"
     ids, projection, total = torch.tensor(example.ids, device=model.device), output_projections(model)[layer], 0.
@@ -353,21 +353,21 @@ def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)
         n, scale, t = int(t[-1]), alpha.repeat_interleave(len(t))[:, None], t.repeat(len(alpha)) # tokens to look back on; step and position of each probe
         position = torch.cat([torch.arange(n, device=ids.device), t])
         row = torch.arange(len(position), device=ids.device)
-        unseen = (row >= position[:, None]) & (row != row[:, None])
-        mask = torch.zeros(unseen.shape, dtype=model.dtype, device=ids.device).masked_fill(unseen, torch.finfo(model.dtype).min)
+        mask = own_mask(model, ((row < position[:, None]) | (row == row[:, None]))[None])
         def see(index, h, y):
             if index != layer: return
-            probes[:] = h[0, n:], (scale * h[0, n:]).to(h.dtype).requires_grad_()
-            return torch.cat([y[:, :n], F.linear(probes[1], projection.weight, projection.bias)[None]], 1)
+            own = h.flatten(0, -2)[n:]
+            probes[:] = own, (scale * own).to(h.dtype).requires_grad_()
+            return torch.cat([y.flatten(0, -2)[:n], projection.forward(probes[1])]).view_as(y)
         probes = [] # coefficients of the token each stands for, and its own
         with _watched(model, see), torch.enable_grad():
-            hidden = model.base_model(input_ids=torch.cat([ids[:n], ids[t]])[None], attention_mask=mask[None, None], position_ids=position[None], use_cache=False).last_hidden_state
-            nll = F.cross_entropy(_wide(model.get_output_embeddings()(hidden[0, n:])), ids[t + 1], reduction='none')
+            hidden = model.base_model(input_ids=torch.cat([ids[:n], ids[t]])[None], attention_mask=mask, position_ids=position[None], use_cache=False).last_hidden_state
+            nll = F.cross_entropy(logits_of(model, hidden[0, n:]), ids[t + 1], reduction='none')
             gradient, = torch.autograd.grad(nll.neg().exp().sum(), probes[1])
         total += (_wide(probes[0]) * gradient).sum(0)
     return total / (len(alpha) * (len(ids) - example.start))
 
-# %% ../nbs/04_attribution.ipynb #9f81a7fd
+# %% ../nbs/04_attribution.ipynb #ed71939d
 def integrated_gradients(
     model:nn.Module, forget:Sequence[Example], # the model with eager or sdpa attention
     steps:int=20, # points on the way from 0 to the coefficient, both ends included
@@ -378,6 +378,8 @@ def integrated_gradients(
     _check(forget=forget)
     if steps < 2: raise ValueError(f"steps must be at least 2, one for each end of the way, got {steps}")
     _known('attention for integrated gradients', model.config._attn_implementation, ('eager', 'sdpa'))
+    if (longest := max(len(example.ids) for example in forget)) > (limit := mask_limit(model)): raise ValueError(
+        f"a fact of {longest} tokens is longer than the {limit} the model's sliding window looks back on; leave it out of integrated gradients")
     sums = _zeros(model)
     alpha = torch.linspace(0, 1, steps, dtype=sums.dtype, device=sums.device)
     for done, example in enumerate(forget, 1):

@@ -8,26 +8,25 @@ Every other weight leaves training with the bits it entered with."""
 # %% auto #0
 __all__ = ['Columns', 'unlock', 'locked_digest', 'put_columns']
 
-# %% ../nbs/05_masked.ipynb #c7acfdae
+# %% ../nbs/05_masked.ipynb #bd4fea3f
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models import output_projections
+from .models import output_projections, region_shape, value_vectors
 from .regions import Region, extent
 
-# %% ../nbs/05_masked.ipynb #e20ef0e2
+# %% ../nbs/05_masked.ipynb #99786704
 class _Projection(torch.autograd.Function):
     "An output projection of which some columns are parameters"
     @staticmethod
     def forward(ctx, x, columns, unlocked):
         ctx.unlocked, ctx.version = unlocked, columns._version
         ctx.save_for_backward(x[..., unlocked.index])
-        return F.linear(x, unlocked.weight, unlocked.bias)
+        return unlocked.plain(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -39,13 +38,13 @@ class _Projection(torch.autograd.Function):
         to_input = grad @ unlocked.weight if ctx.needs_input_grad[0] else None
         return to_input, (chosen.flatten(0, -2).T @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
 
-# %% ../nbs/05_masked.ipynb #a1d5c4c8
+# %% ../nbs/05_masked.ipynb #bd3a5eaf
 class _Unlocked:
     "One output projection whose chosen columns are parameters"
-    def __init__(self, projection:nn.Linear, index:Tensor):
-        self.projection, self.index, self.at_start = projection, index.to(projection.weight.device), False
-        self.places = self.index # what `values` names
-        self.weight, self.bias = projection.weight.detach(), projection.bias # detached: same memory, no graph
+    def __init__(self, projection:nn.Module, index:Tensor):
+        self.projection, self.plain, self.at_start = projection, projection.forward, False
+        self.weight = value_vectors(projection).detach() # [d_model, d_ff], detached: same memory, no graph
+        self.index = self.places = index.to(self.weight.device) # places: what `values` names
         self.start = self.weight[:, self.index].T.contiguous() # [k, d_model], the weight's dtype
         wide = torch.promote_types(self.start.dtype, torch.float32)
         self.columns = nn.Parameter(self.start.to(wide, copy=True))
@@ -73,33 +72,35 @@ class _WeightProjection(_Projection):
         to_input, columns, _ = _Projection.backward(ctx, grad) # columns: [k_columns, d_model]
         return to_input, columns.flatten()[ctx.unlocked.within], None
 
-# %% ../nbs/05_masked.ipynb #96206243
+# %% ../nbs/05_masked.ipynb #1eb817fd
 class _UnlockedWeights(_Unlocked):
     "One output projection whose chosen single weights are parameters"
-    def __init__(self, projection:nn.Linear, places:Tensor): # places: [k] int64, row * d_ff + column
-        places = places.to(projection.weight.device)
-        touched, position = (places % projection.in_features).unique(return_inverse=True) # the columns that hold a chosen weight
+    def __init__(self, projection:nn.Module, places:Tensor): # places: [k] int64, row * d_ff + column
+        d_model, d_ff = value_vectors(projection).shape
+        touched, position = (places % d_ff).unique(return_inverse=True) # the columns that hold a chosen weight
         super().__init__(projection, touched)
-        self.places, self.within = places, position * projection.out_features + places // projection.in_features # within: places in the gradient of those columns
-        self.start = self.weight.view(-1)[places] # [k], the weight's dtype
+        self.places, self.within = (x.to(self.weight.device) for x in (places, position * d_model + places // d_ff)) # within: places in the gradient of those columns
+        self.start = self.weight.take(self.places) # [k], the weight's dtype
         self.columns = nn.Parameter(self.start.to(self.columns.dtype, copy=True))
 
     def write(self):
-        with torch.no_grad(): self.weight.view(-1)[self.places] = self.start if self.at_start else self.columns.to(self.weight.dtype)
+        with torch.no_grad(): self.weight.put_(self.places, self.start if self.at_start else self.columns.detach().to(self.weight.dtype))
 
     def forward(self, x):
         self.write()
         return _WeightProjection.apply(x, self.columns, self)
 
-# %% ../nbs/05_masked.ipynb #294933a6
-def _fitting(model:nn.Module, region:Region)->list[nn.Linear]:
-    "Give the output projections once the region is known to lie in them"
-    projections = output_projections(model)
-    for layer, p in enumerate(projections):
-        if not (isinstance(p, nn.Linear) and p.weight.is_floating_point() and p.weight.shape == (projections[0].out_features, projections[0].in_features)): raise ValueError(
-            f"every output projection must be a torch.nn.Linear with one floating-point weight [d_model, d_ff]; layer {layer} has a {type(p).__name__} with {p.weight.dtype} {list(p.weight.shape)}")
-    whole = (len(projections), projections[0].in_features) if len(region.shape) == 2 else (len(projections), *projections[0].weight.shape)
+# %% ../nbs/05_masked.ipynb #85b6fefb
+def _fitting(model:nn.Module, region:Region)->list[nn.Module]:
+    "Give the output projections once the region is known to lie in them, and in nothing else"
+    (n_layers, d_ff), projections = region_shape(model), output_projections(model)
+    whole = (n_layers, d_ff) if len(region.shape) == 2 else (n_layers, len(value_vectors(projections[0])), d_ff)
     if region.shape != whole: raise ValueError(f"the region is of {extent(region.shape)}, the model has {extent(whole)}; draw the region for this model's shape")
+    memory = {name: (p.data_ptr(), p.data_ptr() + p.nbytes) for name, p in model.named_parameters(remove_duplicate=False)}
+    for layer, projection in enumerate(projections):
+        start, end = (values := value_vectors(projection)).data_ptr(), values.data_ptr() + values.nbytes
+        if len(owners := [name for name, (first, last) in memory.items() if first < end and start < last]) > 1: raise ValueError(
+            f"the output projection of layer {layer} is tied: {' and '.join(owners)} share one memory, so one would change with the other; give each its own weights")
     return projections
 
 # %% ../nbs/05_masked.ipynb #6bef9a7f
@@ -141,20 +142,21 @@ def unlock(
         for u in unlocked.values(): u.leave()
         for p in trainable: p.requires_grad_(True)
 
-# %% ../nbs/05_masked.ipynb #ec950037
+# %% ../nbs/05_masked.ipynb #7e465139
 def locked_digest(
     model:nn.Module,
     region:Region,
 )->str: # hexadecimal SHA-256
     "Digest every weight outside the region"
-    places, digest = {p.weight.data_ptr(): layer for layer, p in enumerate(_fitting(model, region))}, hashlib.sha256()
+    values = [value_vectors(p).detach() for p in _fitting(model, region)]
+    layers, digest = {v.data_ptr(): layer for layer, v in enumerate(values)}, hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if (layer := places.get(tensor.data_ptr())) is not None: tensor = tensor[..., ~region.mask[layer].to(tensor.device)] # the mask's axes: the last, or both
+        if (layer := layers.get(tensor.data_ptr())) is not None: tensor = values[layer][..., ~region.mask[layer].to(tensor.device)] # the mask's axes: the last, or both
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/05_masked.ipynb #105758d4
+# %% ../nbs/05_masked.ipynb #5344dc1f
 def put_columns(
     model:nn.Module,
     values:dict[int, tuple[Tensor, Tensor]], # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from Columns.values
@@ -163,6 +165,6 @@ def put_columns(
     projections = output_projections(model)
     with torch.no_grad():
         for layer, (index, columns) in values.items():
-            weight = projections[layer].weight
-            if columns.ndim == 1: weight.view(-1)[index.to(weight.device)] = columns.to(weight)
+            weight = value_vectors(projections[layer])
+            if columns.ndim == 1: weight.put_(index.to(weight.device), columns.to(weight))
             else: weight[:, index.to(weight.device)] = columns.T.to(weight)
