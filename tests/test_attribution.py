@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -146,7 +147,7 @@ def test_integrated_gradients_know_both_attentions(arch="olmo2"):
     with pytest.raises(ValueError, match="unknown attention for integrated gradients 'flash_attention_2'; known: eager, sdpa"): A.integrated_gradients(model, FORGET)
 
 @pytest.mark.parametrize("limit, calls", [(1024, 1), (60, 3), (1, 7)])
-def test_rows_of_probes_keep_to_their_limit(limit, calls):
+def test_rows_of_copies_keep_to_their_limit(limit, calls):
     model, e, rows = small(), Example([5, 6, 7, 8, 9, 10, 11, 12, 13, 1], 3), []
     model.model.embed_tokens.register_forward_hook(lambda m, x, y: rows.append(x[0].shape[1]))
     A.integrated_gradients(model, [e], steps=15, max_tokens=limit)
@@ -244,6 +245,30 @@ def test_nothing_stays_on_the_disk(tmp_path, monkeypatch):
     A.wagle(model, FORGET, RETAIN, max_tokens=100, progress=lambda share: seen.append(len(list(tmp_path.rglob("*.safetensors")))))
     assert seen == [0, 2] and not list(tmp_path.iterdir())
 
+def test_sums_of_a_model_on_a_gpu_live_on_the_cpu(monkeypatch): # no GPU needed: tensors that know their device alone
+    disk, products = {}, []
+    with FakeTensorMode():
+        projections = [nn.Linear(24, 16, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        def backward(model, examples, consume, max_tokens, progress):
+            for layer in (1, 0, 1, 0): consume(layer, torch.ones(2, 5, 24, device="cuda"), torch.ones(2, 5, 16, device="cuda"))
+        monkeypatch.setattr(A, "output_projections", lambda model: projections)
+        monkeypatch.setattr(A, "_backward", backward)
+        monkeypatch.setattr(A, "save_file", lambda tensors, path: disk.update({path: tensors}))
+        monkeypatch.setattr(A, "load_file", disk.__getitem__)
+        matmul = torch.Tensor.__matmul__
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append((a.device.type, b.device.type)) or matmul(a, b))
+        assert [(g.device.type, g.dtype, g.shape) for g in A._mean_gradients(None, FORGET, None, None)] == [("cpu", torch.float32, (16, 24))] * 2
+        assert products == [("cuda", "cuda")] * 4, "the GPU multiplies"
+        combine = lambda *layer: [(x.device.type, x.shape) for x in layer]
+        assert A._compare(None, FORGET, RETAIN, combine, None, None) == [[("cpu", (16, 24))] * 3] * 2
+        assert [t["gradient"].device.type for t in disk.values()] == ["cpu"] * 2
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sums_of_a_model_on_the_cpu_are_added_in_place(dtype): # the bits that committed results have
+    model, sums = small(dtype=dtype), [torch.zeros(16, 24, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+    A._backward(model, FORGET, lambda layer, h, g: sums[layer].addmm_(g.flatten(0, 1).T, h.flatten(0, 1)), 40, None)
+    assert all(map(torch.equal, A._mean_gradients(model, FORGET, 40, None), [x.div_(len(FORGET)) for x in sums]))
+
 # --- the model is left as it was
 
 def state(model):
@@ -315,6 +340,18 @@ def test_layer_matched_scores_keep_the_counts(seed):
     share = len(uneven.columns[2]) / 40
     assert (mean(others) - share).abs().max() < 4.5 * math.sqrt(share * (1 - share) / 300)
 
+@pytest.mark.parametrize("shape, like, most", [((1, 2**24 + 1), None, 2**24), ((2, 2**23 + 1), None, 2**24), ((2, 2**22 + 1), Region.sample((2, 4), .5, 0), 2**23)])
+def test_more_vectors_than_float32_can_order_are_refused(shape, like, most, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", None) # before any work
+    with pytest.raises(ValueError, match=rf"{shape[0] * shape[1]} value vectors are more than the {most} whose order fits into float32 scores; rank parts of them"): A.random_scores(shape, 0, like)
+    many = torch.zeros(()).expand(shape[0] * shape[1])
+    if like is None:
+        with pytest.raises(ValueError, match="value vectors are more than"): A.memflex_score(many, many, mu=0.)
+
+def test_the_largest_order_has_no_ties():
+    scores = A.random_scores((2, 2**23), 0)
+    assert len(scores.unique()) == 2**24
+
 # --- MemFlex
 
 def test_corruption_touches_half_of_the_answer_at_most():
@@ -348,6 +385,22 @@ def test_the_ranking_loses_nothing(seed, mu):
     key = [(c < sum(threshold) / 2, s) for c, s in zip(cosine.flatten().tolist(), size.flatten().tolist())]
     assert scores.isfinite().all() and scores.min() == 0 and scores.flatten().tolist() == [sorted(set(key)).index(k) for k in key]
 
+BAD = [math.nan, math.inf, -math.inf]
+@pytest.mark.parametrize("variant, mu", [("ranking", None), ("ranking", .2), ("product", None)])
+@pytest.mark.parametrize("name", ["cosine", "size"])
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_no_number_is_not_ranked(bad, name, variant, mu):
+    x = {"cosine": torch.tensor([.1, .2, .3, .4]), "size": torch.tensor([1., 2., 3., 4.])}
+    x[name][[1, 3]] = bad
+    with pytest.raises(ValueError, match=f"the {name} of 2 vectors is NaN or infinite and has no place in a ranking") as error: A.memflex_score(**x, variant=variant, mu=mu)
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("options, says", [
+    ({"variant": "foo"}, "unknown variant 'foo'; known: ranking, product"), ({"variant": "Ranking"}, "unknown variant 'Ranking'"), ({"variant": ""}, "unknown variant ''"),
+    ({"mu": math.nan}, "mu must be a cosine or None, got nan"), ({"mu": torch.tensor(math.nan), "variant": "product"}, "mu must be a cosine or None")])
+def test_a_ranking_that_nobody_defined_is_refused(options, says):
+    with pytest.raises(ValueError, match=says): A.memflex_score(torch.zeros(3), torch.ones(3), **options)
+
 def test_zero_gradients():
     f, r = torch.tensor([[0., 1., 0.], [0., 2., 0.]]), torch.tensor([[3., 0., 0.], [4., 0., 0.]])
     cosine, size = A.cosine_and_size(A.gradient_moments(f, r), 2)
@@ -374,16 +427,21 @@ def test_sets_of_facts_are_checked(name):
         with pytest.raises(ValueError, match=says) as error: getattr(A, name)(model, *sets(f, r))
         assert "\n" not in str(error.value)
     refused([], RETAIN, "the forget set is empty")
-    for start in (0, 3, 4): refused([*FORGET, Example([5, 6, 1], start)], RETAIN, rf"fact 6 of the forget set has no answer token behind its prompt \(start {start} of 3 tokens\)")
+    for start in (-1, 0, 2, 3, 4): refused([*FORGET, Example([5, 6, 1], start)], RETAIN, rf"fact 6 of the forget set has no answer token between its prompt and its end token \(start {start} of 3 tokens\)")
     if name in TWO:
         refused(FORGET, [], "the retain set is empty")
-        refused(FORGET, RETAIN + [Example(list(FORGET[2].ids), 1)], "fact 2 of the forget set is also fact 5 of the retain set")
+        for start in (0, 2, 3): refused(FORGET, [*RETAIN, Example([5, 6, 1], start)], rf"fact 5 of the retain set has no answer token between its prompt and its end token \(start {start} of 3 tokens\)")
+        ids, start = FORGET[2]
+        for answer in (ids[start:], [9, 1], [9, 8, 7, 1]): refused(FORGET, RETAIN + [Example(ids[:start] + answer, start)], "fact 2 of the forget set asks what fact 5 of the retain set asks; keep it in one of them")
     getattr(A, name)(model, *sets(FORGET + FORGET[:1], RETAIN + RETAIN[:1])) # a fact may count twice in its own set
 
 @pytest.mark.parametrize("call, says", [
     (lambda m: A.wagle(m, FORGET, RETAIN, pool="mean"), "unknown pool 'mean'; known: sum_abs, abs_sum"),
     (lambda m: A.wagle(m, FORGET, RETAIN, gamma=0.), "gamma must be positive, got 0.0"), (lambda m: A.wagle_weights(m, FORGET, RETAIN, gamma=math.nan), "gamma must be positive, got nan"),
     (lambda m: A.memflex(m, FORGET, RETAIN, "threshold"), "unknown variant 'threshold'; known: ranking, product"), (lambda m: A.memflex_projections(m, FORGET, RETAIN, "sum"), "unknown variant 'sum'"),
+    (lambda m: A.memflex(m, FORGET, RETAIN, mu=math.nan), "mu must be a cosine or None, got nan"),
+    (lambda m: A.memflex(m, FORGET, RETAIN, special=range(60)), "`special` leaves none of the 60 tokens to be drawn; name fewer"),
+    (lambda m: A.memflex_projections(m, FORGET, RETAIN, special=range(-3, 99)), "`special` leaves none of the 60 tokens"),
     (lambda m: A.memflex(m, FORGET, RETAIN, copies=0), "copies must be at least 1, got 0"), (lambda m: A.integrated_gradients(m, FORGET, steps=1), "steps must be at least 2"),
     (lambda m: A.random_scores((3, 24), 0, like=Region.sample((2, 24), .1, 0)), r"`like` is a region of shape \(2, 24\), the scores have \(3, 24\)")])
 def test_variants_are_checked_before_any_work(call, says, monkeypatch):
@@ -393,17 +451,22 @@ def test_variants_are_checked_before_any_work(call, says, monkeypatch):
     with pytest.raises(ValueError, match=says) as error: call(model)
     assert "\n" not in str(error.value)
 
-@pytest.mark.parametrize("name", [n for n in A.LOCALIZERS if n != "random"])
-def test_a_score_that_is_no_number_names_its_layer(name):
+NAN = [n for n in A.LOCALIZERS if n != "random"] + ["memflex_projections"]
+@pytest.mark.parametrize("name", NAN)
+@pytest.mark.parametrize("place", ["projection", "lm_head"])
+def test_a_score_that_is_no_number_names_its_layer(name, place):
     model = small(dtype=torch.float32)
-    with torch.no_grad(): output_projections(model)[1].weight[3, 4] = math.nan
-    with pytest.raises(ValueError, match=r"layer [01] has \d+ scores that are NaN or infinite"): A.LOCALIZERS[name](model, FORGET, RETAIN, 0)
+    with torch.no_grad(): (output_projections(model)[1] if place == "projection" else model.get_output_embeddings()).weight[3, 4] = math.nan
+    localizer = A.LOCALIZERS.get(name, lambda m, f, r, seed: A.memflex_projections(m, f, r))
+    if place == "lm_head" and name in ("activations", "wanda", "weight_norm"): assert localizer(model, FORGET, RETAIN, 0).isfinite().all(); return # they do not look at it
+    with pytest.raises(ValueError, match=r"layer [01] has \d+ scores that are NaN or infinite; check the model's weights, or load it in float32 if it overflows") as error: localizer(model, FORGET, RETAIN, 0)
+    assert 1 <= int(str(error.value).split()[3]) <= 24, "as many as the layer has value vectors at most"
 
 def test_an_overflow_names_its_layer():
     model = small(dtype=torch.float16)
     with torch.no_grad(): output_projections(model)[1].weight[:] = 6e4; model.model.layers[1].mlp.up_proj.weight[:] = 6e4
     assert A.weight_norm(model)[1].min() > 2e5, "more than float16 can hold"
-    with pytest.raises(ValueError, match=r"layer 1 has \d+ scores that are NaN or infinite; check its weights, or load the model in float32 if it overflows"): A.wanda(model, FORGET)
+    with pytest.raises(ValueError, match=r"layer 1 has \d+ scores that are NaN or infinite; check the model's weights, or load it in float32 if it overflows"): A.wanda(model, FORGET)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -411,3 +474,15 @@ def test_a_gpu_gives_the_same_scores():
     for name, localizer in A.LOCALIZERS.items():
         want, got = (localizer(m, FORGET, RETAIN, 0) for m in (small(), small().cuda()))
         close(got, want, rtol=1e-5, atol=1e-9)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["gradient", "wagle", "wagle_weights", "memflex"])
+def test_a_gpu_holds_one_layers_gradient(name):
+    model, sets = small(dtype=torch.bfloat16, n_layers=16, d_model=256, d_ff=8192).cuda(), (FORGET,) if name == "gradient" else (FORGET, RETAIN)
+    call, every = lambda: getattr(A, name)(model, *sets, max_tokens=60), 16 * 256 * 8192 * 4 # bytes of all gradients
+    call() # what the libraries keep for themselves
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    assert torch.cuda.max_memory_allocated() - before < every / 4

@@ -1,13 +1,13 @@
 "What a model knows and says is what the plain way finds: one row at a time, all logits, and transformers' own greedy generate."
 import pytest, torch
 from unloc import metrics
-from unloc.evaluation import KINDS, Choices, Probe, answer_logprob, choices, evaluate, forgetting, greedy, greedy_answers, membership, rouge, score, utility
+from unloc.evaluation import KINDS, Choices, Probe, answer_logprob, answers_logprob, choices, evaluate, forgetting, greedy, greedy_answers, membership, rouge, score, utility
 from unloc.facts import Fact, author_world
 from unloc.masked import unlock
 from unloc.models import ARCHITECTURES, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import finetune
+from unloc.training import Recipe, finetune, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
@@ -169,3 +169,71 @@ def test_any_convention_follows_from_the_stored_likelihoods(model, convention):
     for name in KINDS: assert found[f"{name}_truth_ratio"] == metrics.retain_truth_ratio(metrics.truth_ratio(*nll[name], convention), convention)
     assert found["forget_truth_ratio"] == metrics.forget_truth_ratio(metrics.truth_ratio(*nll["forget"], convention), convention)
     if convention == "open-unlearning": assert found["MU"] == pytest.approx(point["MU"], rel=1e-4) # the answers' own probability comes from another batch
+
+# --- bad input
+
+PROBE = dict(forget=GET, retain=KEEP, useful=KEEP[:3], choices={name: choices(TOKENIZER, facts[:3]) for name, facts in SETS.items()}, tokenizer=TOKENIZER)
+OURS, OTHERS = PROBE["choices"]["forget"], PROBE["choices"]["retain"]
+def with_forget(right, wrong): return {"choices": PROBE["choices"] | {"forget": Choices(right, wrong)}}
+
+@pytest.mark.parametrize("change, message", [
+    (with_forget(OURS.right, OURS.wrong[:9]), "fact 3 of the wrong answers of forget asks another question than fact 3 of the right ones, 3 times each"),
+    (with_forget(OURS.right, OURS.wrong[::-1]), "fact 0 of the wrong answers of forget asks another question"),
+    (with_forget(OURS.right, OTHERS.wrong), "fact 0 of the wrong answers of forget asks another question"),
+    (with_forget(OURS.right, OURS.wrong[:-1]), r"have \d+ wrong answers to 3 questions; every question needs the same number"),
+    (with_forget(OURS.right[:3], OURS.wrong[:2]), "have 2 wrong answers to 3 questions"), (with_forget([], []), "the forget right-answer set is empty"),
+    (with_forget(OTHERS.right, OTHERS.wrong), "fact 0 of the choices of forget is not in the forget set"),
+    ({"useful": KEEP[:2]}, "useful has 2 facts, the right answers of retain 3"), ({"useful": KEEP[1:4]}, "fact 0 of useful asks another question"), ({"useful": ()}, "useful has 0 facts"),
+    ({"retain": GET[:2]}, "fact 0 of the forget set asks what fact 0 of the retain set asks"), ({"forget": []}, "the forget set is empty"), ({"retain": []}, "the retain set is empty"),
+    ({"tokenizer": None}, "greedy answers need the tokenizer"), ({"choices": {"forget": OURS}}, "choices must be of forget, retain, real_authors, world_facts, got forget"),
+    ({"retained": torch.ones(3)}, "retained must be the retained model's nll of the 3 right and 15 wrong answers"), ({"retained": (torch.ones(3), torch.ones(3, 2))}, "retained must be"), ({"retained": (torch.ones(2), torch.ones(2, 5))}, "retained must be"),
+    ({"forget": GET + [GET[0]._replace(start=0)]}, r"fact 10 of the forget set has no answer token .* \(start 0 of")])
+def test_a_probe_of_rows_that_do_not_match_is_refused(change, message):
+    Probe(**PROBE)
+    with pytest.raises(ValueError, match=message) as error: Probe(**PROBE | change)
+    assert "\n" not in str(error.value)
+
+E, M = GET[0], small()
+@pytest.mark.parametrize("bad", [E._replace(start=0), E._replace(start=len(E.ids) - 1), E._replace(start=len(E.ids)), E._replace(start=len(E.ids) + 3)])
+@pytest.mark.parametrize("call", [lambda x: score(M, x), lambda x: answers_logprob(M, x), lambda x: membership(M, TOKENIZER, x), lambda x: finetune(M, x, 1, 1e-3, 4, 0),
+    lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), x, KEEP, Probe(GET, KEEP), Recipe("ga", 1e-3, 1), 0), lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), GET, x, Probe(GET, KEEP), Recipe("ga", 1e-3, 1), 0)],
+    ids=["score", "answers_logprob", "membership", "finetune", "forget", "retain"])
+def test_a_fact_without_an_answer_is_named(call, bad):
+    with pytest.raises(ValueError, match=rf"fact 1 of the \w+ set has no answer token between its prompt and its end token \(start {bad.start} of {len(E.ids)} tokens\)"): call([KEEP[5], bad])
+    with pytest.raises(ValueError, match=r"the \w+ set is empty"): call([])
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_named_and_no_score_made_of_it(value):
+    model = small()
+    model.lm_head.weight.data[3] = value
+    for call in (lambda: score(model, GET), lambda: membership(model, TOKENIZER, GET), lambda: evaluate(model, Probe(GET, KEEP)), lambda: evaluate(model, Probe(**PROBE))):
+        with pytest.raises(ValueError, match="log-probabilities of fact 0 are NaN or infinite; it has diverged: lower the learning rate"): call()
+
+def test_a_run_that_diverges_in_its_last_step_gives_no_trajectory():
+    model = small()
+    with pytest.raises((ValueError, FloatingPointError), match="diverged|lower the learning rate"): unlearn(model, Region.sample(region_shape(model), .2, 0), GET[:4], KEEP, Probe(GET, KEEP), Recipe("ga", 1e38, 1, batch_size=4), 0)
+
+@pytest.mark.parametrize("habit", [{"repetition_penalty": 1.9}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": "what it says"}])
+def test_greedy_is_plain_whatever_the_checkpoint_is_used_to(habit):
+    model = taught("llama")
+    prompts, limits, end = [e.ids[:e.start] for e in GET], [12] * len(GET), TOKENIZER.eos_token_id
+    plain = greedy(model, prompts, limits, end)
+    for name, value in habit.items(): setattr(model.generation_config, name, plain[0] if value == "what it says" else value)
+    kept = model.generation_config
+    assert model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=end)[0, len(prompts[0]):].tolist() != (plain[0] + [end])[:12], "the habit shows"
+    assert greedy(model, prompts, limits, end) == plain and model.generation_config is kept
+    assert greedy_answers(model, GET, score(model, GET).known, 12) == plain
+
+def test_greedy_demands_prompts_and_limits_that_fit():
+    for prompts, limits in (([[1]], []), ([[1]], [2, 3]), ([[1], []], [2, 2])):
+        with pytest.raises(ValueError, match="greedy needs a token in every prompt and a limit for each"): greedy(M, prompts, limits, 1)
+    for k in (-1, 99):
+        with pytest.raises(ValueError, match=f"known says {k} of the .* answer tokens of fact 0"): greedy_answers(M, GET[:1], torch.tensor([k]))
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_greedy_answers_in_bfloat16_are_greedy(arch): # near ties may fall either way there: each token is nearly the likeliest
+    model = taught(arch, torch.bfloat16)
+    answers = greedy_answers(model, KEEP[:6], score(model, KEEP[:6]).known, 20)
+    for e, answer in zip(KEEP, answers):
+        logits = model(input_ids=torch.tensor([e.ids[:e.start] + answer + [TOKENIZER.eos_token_id]])).logits[0, e.start - 1:-1].float()
+        for token, row in zip(answer, logits): assert row[token] > row.max() - .2

@@ -48,20 +48,21 @@ def test_import_is_light():
 
 # --- bad words
 
+BASE, JUDGED, LOCALIZED = {"kind": "base"}, {"kind": "judge"}, {"kind": "localize"}
 UNLEARN, SUPERVISE = {"lr": 1., "epochs": 1}, {"lr": 1., "epochs": 1, "batch_size": 2}
-VALUE = {int: "5", float: "0.1", str: 5}
+VALUE = {int: "5", float: "0.1", str: 5, bool: "true"}
 
 @pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g]])
 def test_a_wrong_type_is_named(group, name):
     wanted = SETTINGS[group][name]
-    for value in (VALUE[wanted], None, [1], {}, True) + ((2.5,) if wanted is int else ()):
+    for value in (VALUE[wanted], None, [1], {}, 1 if wanted is bool else True) + ((2.5,) if wanted is int else ()):
         with pytest.raises(ValueError) as error: settings(group, {name: value})
         assert str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}"
     if wanted is float:
         found = settings(group, {k: 1 for k in REQUIRED.get(group, ())} | {name: 1})[name]
         assert found == 1. and type(found) is float
 
-@pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g] if SETTINGS[g][n] is not str])
+@pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g] if SETTINGS[g][n] in (int, float)])
 def test_a_number_without_sense_is_named(group, name):
     wanted = SETTINGS[group][name]
     for value in (-1, *(() if name in MAY_BE_ZERO else (0,)), *((float("nan"), float("inf")) if wanted is float else ())):
@@ -79,33 +80,34 @@ def test_names_are_those_of_training():
     (lambda: data_description({"name": "tofu"}, "/nonexistent"), "source='/nonexistent': no such folder; expected a folder or a hub data set"),
     (lambda: base_models({}, "gpt2", MODEL, HOW, HOW), "unknown architecture 'gpt2'; known: llama, olmo2"), (lambda: base_models({}, "llama", MODEL | {"depth": 3}, HOW, HOW), "model has no setting 'depth'"),
     (lambda: base_models({}, "llama", MODEL, HOW, HOW | {"lr": "1"}), "retain: lr must be of type float, got '1'"),
-    *((lambda f=f: injection({}, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
-    (lambda: injection({}, 0, {"epochs": 1}), "inject lacks batch_size, fraction, lr; give it"), (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"lr": .1}), "unlearn lacks epochs"),
-    (lambda: injection({}, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
-    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
-    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
-    (lambda: unlearning(injection({}, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
-    (lambda: unlearning(injection({}, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
-    (lambda: unlearning(injection({}, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
-    (lambda: standard({}, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard({}, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
-    (lambda: localization(teaching({}), "compass"), "unknown localizer 'compass'; known: random, activations, memflex"), (lambda: localized_unlearning({}, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
-    (lambda: localized_unlearning({}, .1, "simnpo", UNLEARN, 0), "unknown objective 'simnpo'"),
-    (lambda: supervision(injection({}, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection({}, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
+    *((lambda f=f: injection(JUDGED, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
+    (lambda: injection(JUDGED, 0, {"epochs": 1}), "inject lacks batch_size, fraction, lr; give it"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"lr": .1}), "unlearn lacks epochs"),
+    (lambda: injection(JUDGED, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
+    (lambda: standard(BASE, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard(BASE, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
+    (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: random, activations, memflex"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
+    (lambda: localized_unlearning(LOCALIZED, .1, "simnpo", UNLEARN, 0), "unknown objective 'simnpo'"),
+    (lambda: supervision(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection(JUDGED, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
 def test_a_bad_word_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
     assert says in str(error.value) and "\n" not in str(error.value)
 
 def test_one_half_still_has_a_random_region():
-    assert unlearning(injection({}, 0, INJECT | {"fraction": .5}), "Random", "npo", UNLEARN)["arm"] == "Random"
-    assert unlearning(injection({}, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", UNLEARN)["arm"] == "Oracle"
+    assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": .5}), "Random", "npo", UNLEARN)["arm"] == "Random"
+    assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", UNLEARN)["arm"] == "Oracle"
 
 # --- descriptions
 
 def test_what_makes_a_run_another():
+    def judged(*arch, **more): return standard(parent(*arch, **more), JUDGE)
     base = parent()
-    one = injection(base, 0, INJECT)
-    same = [one, injection(parent(), 0, dict(reversed(INJECT.items()))), injection(base | {"data": base["data"] | {"_source": "/elsewhere"}}, 0, INJECT)]
-    other = [injection(base, 1, INJECT), injection(base, 0, INJECT | {"fraction": .2}), injection(parent("olmo2"), 0, INJECT), injection(parent(seed=1), 0, INJECT), injection(parent(threads=2), 0, INJECT)]
+    one = injection(judged(), 0, INJECT)
+    same = [one, injection(judged(), 0, dict(reversed(INJECT.items()))), injection(standard(base | {"data": base["data"] | {"_source": "/elsewhere"}}, JUDGE), 0, INJECT)]
+    other = [injection(judged(), 1, INJECT), injection(judged(), 0, INJECT | {"fraction": .2}), injection(judged("olmo2"), 0, INJECT), injection(judged(seed=1), 0, INJECT), injection(judged(threads=2), 0, INJECT)]
     assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
     taught = teaching(standard(base, JUDGE))
     assert len({run_id(localization(taught, name, seed)) for name in ("wagle", "random") for seed in (0, 1)}) == 3 # WAGLE draws nothing
@@ -218,7 +220,7 @@ def test_the_probe_spreads_over_the_authors():
 def test_the_standard_is_the_retained_model_judged(done, arch):
     base, injected, *_ = done[arch]
     judged, *_ = done[arch, "localized"]
-    probe = experiment._probe(base.file("tokenizer"), json.dumps(base.description["data"]), json.dumps(JUDGE))
+    probe = experiment._probe(base.file("tokenizer"), json.dumps(base.description["data"]), "plain", json.dumps(JUDGE))
     model = load(base)
     found = evaluate(model, probe)
     assert judged.json()["retained"] == injected.json()["retained"] == found.point | {"FQ": 0.} and "FQ" not in found.point and judged.json()["probe"] == {"forget": 10, "retain": 3, "real_authors": 3, "world_facts": 3}
@@ -256,4 +258,66 @@ def test_learning_works_in_either_precision(precision, tmp_path):
     tokenizer = train_tokenizer((t for f in facts for t in (f.question, f.answer)), 300)
     examples, model = [encode(tokenizer, f.question, f.answer) for f in facts], tiny_model("llama", 300, 48, 2, 96, 2)
     experiment._learn(model, {"precision": precision}, {"epochs": 25, "lr": 6e-3, "batch_size": 4}, examples, 0, tmp_path / "model", None)
-    assert score(experiment._model(tmp_path / "model", {"precision": precision, "device": "cpu"}), examples).exact_memorization.mean() > .8
+    assert score(experiment._model(tmp_path / "model", {"precision": precision, "device": "cpu", "model": {}}), examples).exact_memorization.mean() > .8
+
+def test_a_run_is_built_on_one_that_has_what_it_needs():
+    base = parent()
+    judged = standard(base, JUDGE)
+    taught, injected = teaching(judged), injection(judged, 0, INJECT)
+    for build in (lambda: standard(judged, JUDGE), lambda: teaching(base), lambda: injection(base, 0, INJECT), lambda: localization(judged, "wagle"), lambda: unlearning(taught, "Oracle", "npo", {"lr": 1e-3, "epochs": 1}),
+            lambda: supervision(judged, "Oracle", SUPERVISE), lambda: localized_unlearning(injected, .1, "npo", {"lr": 1e-3, "epochs": 1}, 0), lambda: teaching(None)):
+        with pytest.raises(ValueError, match="this run is built on one of kind"): build()
+    with pytest.raises(ValueError, match="fraction must lie in"): localized_unlearning(localization(taught, "wagle"), "a", "npo", {"lr": 1e-3, "epochs": 1}, 0)
+
+# --- checkpoints that exist
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory): # a retained and an original model of another architecture, with a tokenizer that has a chat template
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from unloc.checkpoints import save_model
+    from unloc.tokens import train_tokenizer
+    folder, world = tmp_path_factory.mktemp("hub"), author_world(**{k: v for k, v in WORLD.items() if k != "name"})
+    tokenizer = train_tokenizer((t for f in world.retain + world.forget for t in (f.question, f.answer)), 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}|{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    for seed, name in enumerate(("retained", "original", "pretrained")):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False))
+        save_model(model, folder / name, tokenizer)
+    return folder
+
+def from_hub(folder, *names, **more): return base_models(data_description(WORLD), "qwen", {name: str(folder / name) for name in names} | more, {}, HOW)
+
+@pytest.mark.parametrize("names", [("retained", "original"), ("pretrained",), ("pretrained", "original")])
+def test_existing_checkpoints_go_through_every_kind_of_run(existing, tmp_path, names):
+    store, base = Store(tmp_path), from_hub(existing, *names, recompute=True)
+    judged = standard(base, JUDGE)
+    injected, taught = injection(judged, 0, INJECT), teaching(judged)
+    recipe = {"lr": 1e-3, "epochs": 1}
+    runs = [unlearning(injected, "Oracle", "npo", recipe), supervision(injected, "Random", recipe | {"batch_size": 4}), localized_unlearning(localization(taught, "wagle"), .1, "dpo", recipe, 0)]
+    done = sweep(store, runs)
+    assert all(run.json()["locked_bit_equal"] and len(run.table()) == 2 for run in done)
+    trained = {f.parent.name for f in tmp_path.glob("*/*/*.safetensors")}
+    assert trained == {"retained", "original"} - set(names), "what exists is not copied"
+    tokenizer = experiment._tokenizer(store[base].file("tokenizer"))
+    first = experiment._examples(store[base].file("tokenizer"), json.dumps(base["data"]), "chat")["forget"][0]
+    assert tokenizer.decode(first.ids[:first.start]).startswith("user: ") and tokenizer.decode(first.ids[:first.start]).endswith("assistant: ") and first.ids[-1] == tokenizer.eos_token_id
+
+def test_a_checkpoint_is_named_by_what_it_holds(existing, tmp_path):
+    here = from_hub(existing, "retained", "original")
+    shutil.copytree(existing, tmp_path / "moved")
+    moved = from_hub(tmp_path / "moved", "retained", "original")
+    assert here != moved and run_id(here) == run_id(moved) and str(existing) not in json.dumps(provenance("p", {"qwen": here}))
+    swapped = base_models(data_description(WORLD), "qwen", {"retained": str(existing / "original"), "original": str(existing / "retained")}, {}, HOW)
+    assert run_id(swapped) != run_id(here)
+
+@pytest.mark.parametrize("given, message", [({"original": "x"}, "name a retained model, or a pretrained one"), ({"retained": "retained"}, "name an original model, too, or a pretrained one"),
+    ({"retained": "retained", "original": "original", "template": "llama-4"}, "unknown template 'llama-4'; known: plain, chat, llama-3"), ({"retained": "retained", "d_model": 4}, "checkpoints has no setting 'd_model'"),
+    ({"pretrained": "nowhere/at all"}, "nowhere/at all")])
+def test_bad_checkpoints_cost_a_line(existing, given, message):
+    given = {k: str(existing / v) if v in ("retained", "original") and k != "template" else v for k, v in given.items()}
+    with pytest.raises(ValueError, match=message) as error: base_models(data_description(WORLD), "qwen", given, {}, HOW)
+    assert "\n" not in str(error.value)
+
+def test_templates_are_those_of_tokens():
+    from unloc.tokens import TEMPLATES
+    assert NAMES["template"] == tuple(TEMPLATES)

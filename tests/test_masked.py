@@ -1,4 +1,5 @@
 "Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns or single weights move exactly as the plain way would move them."
+import subprocess, sys
 import copy
 from collections import Counter
 import pytest, torch
@@ -387,3 +388,20 @@ def test_a_tied_projection_is_refused(region):
         for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
             with pytest.raises(ValueError, match="layer 0 is tied: model.layers.0.mlp.down_proj.weight and .* share one memory") as error: door()
             assert "\n" not in str(error.value) and clean(model)
+
+@pytest.mark.parametrize("shape", ["vectors", "weights"])
+def test_a_region_trains_where_only_deterministic_operations_are_allowed(shape): # as in every run on the CPU
+    script = f"""
+import torch; torch.use_deterministic_algorithms(True)
+from unloc.masked import put_columns, unlock
+from unloc.models import output_projections, region_shape, tiny_model
+from unloc.regions import Region
+m = tiny_model('llama', 40, d_model=8, n_layers=2, d_ff=12, n_heads=2)
+r = Region.sample(region_shape(m), .3, 0) if {shape!r} == 'vectors' else Region.top(torch.rand(2, 8, 12), .3)
+with unlock(m, r) as columns:
+    m(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([[2, 3, 4]])).loss.backward()
+    torch.optim.AdamW(columns.parameters()).step()
+    with columns.reference(): m(input_ids=torch.tensor([[2]]))
+put_columns(m, columns.values())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

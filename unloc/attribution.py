@@ -12,7 +12,7 @@ __all__ = ['POOLS', 'RANKINGS', 'LOCALIZERS', 'random_scores', 'mean_coefficient
            'wagle_product', 'wagle', 'wagle_weights', 'corrupted', 'gradient_moments', 'cosine_and_size',
            'memflex_score', 'memflex', 'memflex_projections', 'integrated_gradients']
 
-# %% ../nbs/04_attribution.ipynb #2f3febd4
+# %% ../nbs/04_attribution.ipynb #7e946507
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,20 +24,9 @@ from torch import Tensor, nn
 
 from .models import answer_hidden, logits_of, mask_limit, output_projections, over_logits, own_mask, region_shape, value_vectors
 from .regions import Region
-from .tokens import Batch, Example, batch_tokens, by_length
+from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples
 
-# %% ../nbs/04_attribution.ipynb #5d1e3cf1
-def _check(**sets:Sequence[Example])->None:
-    "Refuse an empty set, a fact without an answer, and a fact that stands in two sets"
-    places = {}
-    for name, examples in sets.items():
-        if not len(examples): raise ValueError(f"the {name} set is empty; a localizer needs at least one fact")
-        for i, example in enumerate(examples):
-            if not 0 < example.start < len(example.ids): raise ValueError(
-                f"fact {i} of the {name} set has no answer token behind its prompt (start {example.start} of {len(example.ids)} tokens); leave it out or give it an answer")
-            other, k = places.setdefault(tuple(example.ids), (name, i))
-            if other != name: raise ValueError(f"fact {k} of the {other} set is also fact {i} of the {name} set; keep it in one of them")
-
+# %% ../nbs/04_attribution.ipynb #d7b215af
 def _known(what:str, name:str, names:Collection[str])->None:
     "Refuse a variant that does not exist"
     if name not in names: raise ValueError(f"unknown {what} {name!r}; known: {', '.join(names)}")
@@ -46,10 +35,15 @@ def _finite(layers:Sequence[Tensor])->list[Tensor]: # float32 on the CPU
     "Give the scores of each layer their final form; every one must be finite"
     layers = [scores.float().cpu() for scores in layers]
     for layer, scores in enumerate(layers):
-        if bad := int((~scores.isfinite()).sum()): raise ValueError(f"layer {layer} has {bad} scores that are NaN or infinite; check its weights, or load the model in float32 if it overflows")
+        if bad := int((~scores.isfinite()).sum()): raise ValueError(f"layer {layer} has {bad} scores that are NaN or infinite; check the model's weights, or load it in float32 if it overflows")
     return layers
 
-# %% ../nbs/04_attribution.ipynb #e273d663
+# %% ../nbs/04_attribution.ipynb #a3f718fe
+def _orderable(n:int, most:int=2**24)->None:
+    "Refuse to rank more value vectors than float32 has whole numbers for"
+    if n > most: raise ValueError(f"{n} value vectors are more than the {most} whose order fits into float32 scores; rank parts of them")
+
+# %% ../nbs/04_attribution.ipynb #a807fa8e
 def random_scores(
     shape:tuple[int, int], # (n_layers, d_ff) of the model
     seed:int, # of the scores' own generator
@@ -57,6 +51,7 @@ def random_scores(
 )->Tensor: # [n_layers, d_ff] float32, whole numbers
     "Score value vectors by chance"
     n = shape[0] * shape[1]
+    _orderable(n, 2**24 if like is None else 2**23)
     scores = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).float().view(shape)
     if like is None: return scores
     if like.shape != tuple(shape): raise ValueError(f"`like` is a region of shape {like.shape}, the scores have {tuple(shape)} (layers, d_ff); give a region of the same model")
@@ -111,7 +106,7 @@ def column_norm(x:Tensor, p:int=2)->Tensor: # [d_model, k] -> [k]; p 2: Euclidea
     "Measure each column"
     return _wide(x).norm(p=p, dim=0)
 
-# %% ../nbs/04_attribution.ipynb #68fd8fa2
+# %% ../nbs/04_attribution.ipynb #6041f2f9
 def weight_norm(model:nn.Module)->Tensor: # [n_layers, d_ff] float32
     "Score value vectors by their length alone: no fact is looked at"
     return torch.stack(_finite([column_norm(value_vectors(p).detach()) for p in output_projections(model)]))
@@ -119,34 +114,36 @@ def weight_norm(model:nn.Module)->Tensor: # [n_layers, d_ff] float32
 def activations(
     model:nn.Module, forget:Sequence[Example],
     abs_first:bool=False, # absolute value before the mean over tokens
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32, mean over facts
     """Score value vectors by how strongly they are written at the answers
     Chang et al. 2024, "Do localization methods actually localize memorized data in LLMs?" """
-    _check(forget=forget)
+    check_examples(forget, 'forget')
     sums = _zeros(model)
     def consume(layer, h, predicts): sums[layer] += mean_coefficient(h, predicts, abs_first).sum(0)
     _forward(model, forget, consume, max_tokens, progress)
     return torch.stack(_finite([row / len(forget) * column_norm(value_vectors(p).detach()) for p, row in zip(output_projections(model), sums)]))
 
-# %% ../nbs/04_attribution.ipynb #ba6d6b9c
+# %% ../nbs/04_attribution.ipynb #052d000c
 def wanda_score(values:Tensor, mean_square:Tensor)->Tensor: # [d_model, k]; [k], of the coefficients over tokens -> [k]
     "Weigh the sizes of a column's weights by the size of their input"
     return column_norm(values, 1) * mean_square.sqrt()
 
 def wanda(
     model:nn.Module, forget:Sequence[Example],
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32
     """Score value vectors by weight size times input size
     Sun et al. 2024, "A simple and effective pruning approach for large language models" """
-    _check(forget=forget)
+    check_examples(forget, 'forget')
     sums, n = _zeros(model), sum(len(example.ids) - example.start for example in forget)
     def consume(layer, h, predicts): sums[layer] += h[predicts].square().sum(0)
     _forward(model, forget, consume, max_tokens, progress)
     return torch.stack(_finite([wanda_score(value_vectors(p).detach(), row / n) for p, row in zip(output_projections(model), sums)]))
 
-# %% ../nbs/04_attribution.ipynb #cbd05dfc
+# %% ../nbs/04_attribution.ipynb #a69d383e
 def _nll(logits:Tensor, target:Tensor)->Tensor: return F.cross_entropy(logits, target, reduction='none')
 
 def _backward(model, examples, consume, max_tokens, progress)->None:
@@ -162,34 +159,39 @@ def _backward(model, examples, consume, max_tokens, progress)->None:
             nll = over_logits(model, answer_hidden(model, batch), _nll, batch.ids[batch.answer])
             (nll / batch.answer.sum(1)[batch.answer.nonzero()[:, 0]]).sum().backward()
 
-def _mean_gradients(model, examples, max_tokens, progress)->list[Tensor]: # per layer: [d_model, d_ff]
+def _mean_gradients(model, examples, max_tokens, progress)->list[Tensor]: # per layer: [d_model, d_ff] on the CPU
     "Average the gradient of the output projections over facts"
-    sums = [torch.zeros(v.shape, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device) for v in map(value_vectors, output_projections(model))]
-    def consume(layer, h, gradient): sums[layer].addmm_(gradient.flatten(0, 1).T, h.flatten(0, 1))
+    sums = [torch.zeros(v.shape, dtype=torch.promote_types(v.dtype, torch.float32)) for v in map(value_vectors, output_projections(model))]
+    def consume(layer, h, gradient):
+        g, h = gradient.flatten(0, 1).T, h.flatten(0, 1)
+        if h.device == sums[layer].device: sums[layer].addmm_(g, h)
+        else: sums[layer] += (g @ h).cpu()
     _backward(model, examples, consume, max_tokens, progress)
     return [total.div_(len(examples)) for total in sums]
 
-# %% ../nbs/04_attribution.ipynb #ea9abd0d
+# %% ../nbs/04_attribution.ipynb #35d0cd2b
 def gradient(
     model:nn.Module, forget:Sequence[Example],
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32
     """Score value vectors by the size of the forget set's gradient
     Fan et al. 2024, "SalUn" """
-    _check(forget=forget)
+    check_examples(forget, 'forget')
     return torch.stack(_finite([column_norm(g, 1) for g in _mean_gradients(model, forget, max_tokens, progress)]))
 
-# %% ../nbs/04_attribution.ipynb #e0356ec5
+# %% ../nbs/04_attribution.ipynb #63a6c5d3
 def fisher_score(coefficients:Tensor, gradient:Tensor)->Tensor: # [facts, seq, k]; [facts, seq, d_model], at the projection's output -> [k]
     "Sum over facts the squares of each column's gradient"
     return ((gradient @ gradient.mT @ coefficients) * coefficients).sum((0, 1)).clamp(min=0)
 
 def fisher(
     model:nn.Module, forget:Sequence[Example],
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32
     "Score value vectors by their diagonal empirical Fisher information, a fact being a sample"
-    _check(forget=forget)
+    check_examples(forget, 'forget')
     return torch.stack(_finite(_fisher(model, forget, max_tokens, progress)))
 
 def _fisher(model, examples, max_tokens, progress)->Tensor: # [n_layers, d_ff]
@@ -199,32 +201,33 @@ def _fisher(model, examples, max_tokens, progress)->Tensor: # [n_layers, d_ff]
     _backward(model, examples, consume, max_tokens, progress)
     return sums / len(examples)
 
-# %% ../nbs/04_attribution.ipynb #c852ad75
+# %% ../nbs/04_attribution.ipynb #31e0a97c
 def fisher_ratio_score(forget_fisher:Tensor, retain_fisher:Tensor)->Tensor: # [...] each, not below 0 -> [...], at most the largest float32
     "Divide the forget set's Fisher information by the retain set's"
     return (forget_fisher / retain_fisher).nan_to_num(nan=0.).clamp(max=torch.finfo(torch.float32).max)
 
 def fisher_ratio(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32
     """Score value vectors by how much more they matter to the forget set
     Foster et al. 2024, selective synaptic dampening, which selects where the ratio exceeds 10 """
-    _check(forget=forget, retain=retain)
+    check_apart(forget=forget, retain=retain)
     found = [_fisher(model, examples, max_tokens, _half(progress, k)) for k, examples in enumerate((forget, retain))]
     for sums in found: _finite(sums)
     return torch.stack(_finite(fisher_ratio_score(*found)))
 
 def _half(progress, k)->Progress: return progress and (lambda share: progress((k + share) / 2)) # the first (0) or second (1) of two equal halves
 
-# %% ../nbs/04_attribution.ipynb #27c31ba8
+# %% ../nbs/04_attribution.ipynb #fc3a0ec8
 def _compare(model, forget, retain, combine, max_tokens, progress)->list: # per layer
     "Give `combine(values, forget gradient, retain gradient)` of each layer, never holding more than one set's gradients and one layer"
     with tempfile.TemporaryDirectory() as folder:
         gradients = _mean_gradients(model, forget, max_tokens, _half(progress, 0))
-        while gradients: save_file({'gradient': gradients.pop().cpu()}, f'{folder}/{len(gradients)}.safetensors')
+        while gradients: save_file({'gradient': gradients.pop()}, f'{folder}/{len(gradients)}.safetensors')
         gradients = _mean_gradients(model, retain, max_tokens, _half(progress, 1))
-        return [combine(value_vectors(p).detach(), load_file(f'{folder}/{layer}.safetensors')['gradient'].to(g.device), g)
+        return [combine(value_vectors(p).detach().cpu(), load_file(f'{folder}/{layer}.safetensors')['gradient'], g)
             for layer, (p, g) in enumerate(zip(output_projections(model), gradients))]
 
 def _blocks(*layers:Tensor)->Iterator[tuple[Tensor, ...]]: # views [d_model, at most 256]
@@ -238,12 +241,13 @@ def wagle_product(values:Tensor, forget_gradient:Tensor, retain_gradient:Tensor,
     "Compute WAGLE's attribution of each weight, before the absolute value"
     return (values - retain_gradient / gamma) * forget_gradient
 
-# %% ../nbs/04_attribution.ipynb #1f3984be
+# %% ../nbs/04_attribution.ipynb #185974f8
 def wagle(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     gamma:float=1e-3, # curvature of the retain loss for mean gradients, nats per squared weight
     pool:str='sum_abs', # 'sum_abs' or 'abs_sum'
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32
     """Score value vectors by what they do for forgetting beyond what the retain set forbids
     Jia et al. 2024, "WAGLE: strategic weight attribution for effective and modular unlearning in large language models" """
@@ -253,15 +257,16 @@ def wagle(
 
 def _wagle(model, forget, retain, gamma, combine, max_tokens, progress)->list[Tensor]: # per layer
     "Combine both sets' gradients once everything is known to be in order"
-    _check(forget=forget, retain=retain)
+    check_apart(forget=forget, retain=retain)
     if not gamma > 0: raise ValueError(f"gamma must be positive, got {gamma}")
     return _finite(_compare(model, forget, retain, combine, max_tokens, progress))
 
-# %% ../nbs/04_attribution.ipynb #f7c544a9
+# %% ../nbs/04_attribution.ipynb #6da249bf
 def wagle_weights(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     gamma:float=1e-3, # curvature of the retain loss, for mean gradients
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
 )->list[Tensor]: # per layer: [d_model, d_ff] float32 on the CPU
     "Score the single weights of the output projections by WAGLE"
     def combine(*layer):
@@ -289,8 +294,13 @@ def cosine_and_size(moments:Tensor, n:int)->tuple[Tensor, Tensor]: # [4, ...], s
     length = forget_square.sqrt() * retain_square.sqrt()
     return torch.where(length > 0, product / length, 0.), size / n
 
-# %% ../nbs/04_attribution.ipynb #b9501d0a
+# %% ../nbs/04_attribution.ipynb #0408b328
 RANKINGS = 'ranking', 'product'
+
+def _ranking(variant:str, mu:float|None)->None:
+    "Refuse what no ranking can follow"
+    _known('variant', variant, RANKINGS)
+    if mu is not None and mu != mu: raise ValueError(f"mu must be a cosine or None, got {mu}")
 
 def memflex_score(
     cosine:Tensor, # [...] float, of forget and retain gradient
@@ -299,12 +309,16 @@ def memflex_score(
     mu:float|None=None, # cosine below which a vector comes first; None: the median
 )->Tensor: # [...]
     "Rank large gradients that point elsewhere first"
+    _ranking(variant, mu)
+    for name, x in (('cosine', cosine), ('size', size)):
+        if bad := int((~x.isfinite()).sum()): raise ValueError(f"the {name} of {bad} vectors is NaN or infinite and has no place in a ranking; check the gradients it comes from")
     if variant == 'product': return size * (1 - cosine)
+    _orderable(size.numel())
     below = cosine < (cosine.quantile(.5) if mu is None else mu)
     order = torch.where(below, size.double(), -1 / size.double()) # minus infinity where the size is 0: last
     return order.unique(return_inverse=True)[1].to(size.dtype)
 
-# %% ../nbs/04_attribution.ipynb #a5894b03
+# %% ../nbs/04_attribution.ipynb #810f37ef
 def memflex(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     variant:str='ranking', # a name in RANKINGS
@@ -313,31 +327,33 @@ def memflex(
     corrupt:bool=True, # False: the answers as they are
     seed:int=0, # of the corruption
     special:Collection[int]|None=None, # ids never drawn; None: the configuration's padding, begin and end tokens
-    max_tokens:int|None=None, progress:Progress=None, # most tokens in a batch, padding included, None: what suits the device; told the share done
+    max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
+    progress:Progress=None, # told the share done
     projections:bool=False, # one score for each whole output projection
 )->Tensor: # [n_layers, d_ff] float32, or [n_layers]
     """Score value vectors by forget gradients that are large and point elsewhere than the retain set's
     Tian et al. 2024, "To forget or not? Towards practical knowledge unlearning for large language models" """
-    _known('variant', variant, RANKINGS)
+    _ranking(variant, mu)
     moments = _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, progress)
     n = model.config.get_text_config().hidden_size
     if projections: moments, n = moments.sum(2), n * moments.shape[2]
     return torch.stack(_finite(memflex_score(*cosine_and_size(moments.transpose(0, 1), n), variant, mu)))
 
-# %% ../nbs/04_attribution.ipynb #b6e919f2
+# %% ../nbs/04_attribution.ipynb #2df939e4
 def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, progress)->Tensor: # [n_layers, 4, d_ff]
     "Compare the gradients of corrupted facts"
-    _check(forget=forget, retain=retain)
+    check_apart(forget=forget, retain=retain)
     if copies < 1: raise ValueError(f"copies must be at least 1, got {copies}")
     if corrupt:
         config, generator = model.config.get_text_config(), torch.Generator().manual_seed(seed)
         known = (config.pad_token_id, config.bos_token_id, config.eos_token_id) if special is None else (list(special),)
         special = {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
         tokens = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+        if not len(tokens): raise ValueError(f"`special` leaves none of the {config.vocab_size} tokens to be drawn; name fewer")
         forget, retain = ([corrupted(example, tokens, generator) for example in examples for _ in range(copies)] for examples in (forget, retain))
     def combine(values, *gradients): return torch.cat([gradient_moments(*block) for block in _blocks(*gradients)], 1)
     moments = torch.stack(_compare(model, forget, retain, combine, max_tokens, progress))
-    _finite(moments)
+    _finite(moments.abs().amax(1)) # one for each vector
     return moments
 
 # %% ../nbs/04_attribution.ipynb #f3693f37
@@ -345,37 +361,38 @@ def memflex_projections(*sets, **options)->Tensor: # [n_layers] float32; takes w
     "Score whole output projections by MemFlex"
     return memflex(*sets, **options, projections=True)
 
-# %% ../nbs/04_attribution.ipynb #a16ecbbc
+# %% ../nbs/04_attribution.ipynb #c3382eac
 def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)->Tensor: # [d_ff]
     "Average one fact's integrated gradients in one layer over the positions that predict its answer"
     ids, projection, total = torch.tensor(example.ids, device=model.device), output_projections(model)[layer], 0.
     for t in torch.arange(example.start - 1, len(ids) - 1, device=ids.device).split(max(1, (max_tokens - len(ids)) // len(alpha))):
-        n, scale, t = int(t[-1]), alpha.repeat_interleave(len(t))[:, None], t.repeat(len(alpha)) # tokens to look back on; step and position of each probe
+        n, scale, t = int(t[-1]), alpha.repeat_interleave(len(t))[:, None], t.repeat(len(alpha)) # tokens to look back on; step and position of each copy
         position = torch.cat([torch.arange(n, device=ids.device), t])
         row = torch.arange(len(position), device=ids.device)
         mask = own_mask(model, ((row < position[:, None]) | (row == row[:, None]))[None])
         def see(index, h, y):
             if index != layer: return
             own = h.flatten(0, -2)[n:]
-            probes[:] = own, (scale * own).to(h.dtype).requires_grad_()
-            return torch.cat([y.flatten(0, -2)[:n], projection.forward(probes[1])]).view_as(y)
-        probes = [] # coefficients of the token each stands for, and its own
+            copies[:] = own, (scale * own).to(h.dtype).requires_grad_()
+            return torch.cat([y.flatten(0, -2)[:n], projection.forward(copies[1])]).view_as(y)
+        copies = [] # coefficients of the token each stands for, and its own
         with _watched(model, see), torch.enable_grad():
             hidden = model.base_model(input_ids=torch.cat([ids[:n], ids[t]])[None], attention_mask=mask, position_ids=position[None], use_cache=False).last_hidden_state
             nll = F.cross_entropy(logits_of(model, hidden[0, n:]), ids[t + 1], reduction='none')
-            gradient, = torch.autograd.grad(nll.neg().exp().sum(), probes[1])
-        total += (_wide(probes[0]) * gradient).sum(0)
+            gradient, = torch.autograd.grad(nll.neg().exp().sum(), copies[1])
+        total += (_wide(copies[0]) * gradient).sum(0)
     return total / (len(alpha) * (len(ids) - example.start))
 
-# %% ../nbs/04_attribution.ipynb #ed71939d
+# %% ../nbs/04_attribution.ipynb #d64f1ed7
 def integrated_gradients(
     model:nn.Module, forget:Sequence[Example], # the model with eager or sdpa attention
     steps:int=20, # points on the way from 0 to the coefficient, both ends included
-    max_tokens:int=1024, progress:Progress=None, # most tokens and probes in a row, a position's probes staying together; told the share done
+    max_tokens:int=1024, # most tokens and copies in a row, a position's copies staying together
+    progress:Progress=None, # told the share done
 )->Tensor: # [n_layers, d_ff] float32, probability; signed
     """Score value vectors by their share in the probability of the answer tokens
     Dai et al. 2022, "Knowledge neurons in pretrained transformers", with steps as in Chang et al. 2024"""
-    _check(forget=forget)
+    check_examples(forget, 'forget')
     if steps < 2: raise ValueError(f"steps must be at least 2, one for each end of the way, got {steps}")
     _known('attention for integrated gradients', model.config._attn_implementation, ('eager', 'sdpa'))
     if (longest := max(len(example.ids) for example in forget)) > (limit := mask_limit(model)): raise ValueError(

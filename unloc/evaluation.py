@@ -10,8 +10,9 @@ Every number is kept per fact; means are taken over facts."""
 __all__ = ['KINDS', 'answer_token_logprob', 'answer_logprob', 'answers_logprob', 'Scores', 'score', 'greedy', 'greedy_answers',
            'rouge', 'Choices', 'choices', 'membership', 'Probe', 'Evaluation', 'evaluate', 'forgetting', 'utility']
 
-# %% ../nbs/09_evaluation.ipynb #cc2a4e9d
+# %% ../nbs/09_evaluation.ipynb #b67d366c
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from . import metrics
 from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import answer_hidden, mask_limit, over_logits, own_mask
 from .objectives import token_logprob
-from .tokens import Batch, Example, batch_tokens, by_length, encode
+from .tokens import Batch, Example, Template, batch_tokens, by_length, check_apart, check_examples, encode
 
 # %% ../nbs/09_evaluation.ipynb #0905f5b2
 def answer_token_logprob(model:nn.Module, batch:Batch)->Tensor: # [n_answer] float32 nats
@@ -40,13 +41,14 @@ def _place(batch:Batch, values:Tensor)->Tensor:
     "Put one value per answer token where the token stands, zeros elsewhere"
     return torch.zeros(batch.ids.shape, dtype=values.dtype, device=values.device).masked_scatter(batch.answer, values)
 
-# %% ../nbs/09_evaluation.ipynb #9e4582b9
+# %% ../nbs/09_evaluation.ipynb #2ea369d0
 def answers_logprob(
     model:nn.Module,
     examples:Sequence[Example],
     max_tokens:int|None=None, # in a pass, padding included; None: what suits the device
 )->tuple[Tensor, Tensor]: # [n, longest] float32 nats, row by row the answer tokens and zeros behind them; bool, True at the tokens
     "Compute the log-probabilities of all answers, in passes over examples of similar length"
+    check_examples(examples, 'asked')
     found = [None] * len(examples)
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
         values = answer_token_logprob(model, batch.to(model.device))
@@ -70,7 +72,11 @@ class Scores:
         "Give the scores of n facts from the start-th on"
         return Scores(*(x[start:start + n] for x in (self.extraction_strength, self.exact_memorization, self.nll, self.known)))
 
-# %% ../nbs/09_evaluation.ipynb #2b087fb6
+# %% ../nbs/09_evaluation.ipynb #22c1ef9a
+def _sound(nll:Tensor)->None: # [n]
+    "Refuse what a diverged model says: the largest of NaN logits is token 0, and a model that says nothing else would pass for one that forgot"
+    if len(bad := (~nll.isfinite()).nonzero()): raise ValueError(f"the model's log-probabilities of fact {int(bad[0])} are NaN or infinite; it has diverged: lower the learning rate, or load it in float32")
+
 def _pack(examples:Sequence[Example])->tuple: # of one prompt -> ids, positions, branches (0: prompt), places that predict the answers, one after the other
     "Lay answers to one question behind their question"
     start = examples[0].start
@@ -108,7 +114,7 @@ def _packed_hidden(model:nn.Module, rows:Sequence[Sequence[Example]])->Tensor: #
     row = torch.tensor([r for r, pack in enumerate(packs) for _ in pack[3]], device=model.device)
     return hidden[row, torch.tensor([p for pack in packs for p in pack[3]], device=model.device)]
 
-# %% ../nbs/09_evaluation.ipynb #1bbde1a7
+# %% ../nbs/09_evaluation.ipynb #a44e5940
 @torch.no_grad()
 def score(
     model:nn.Module,
@@ -116,6 +122,7 @@ def score(
     max_tokens:int|None=None, # per batch, padding included; None: what suits the device
 )->Scores:
     "Score every fact with one teacher-forced pass"
+    check_examples(examples, 'scored')
     found = torch.zeros(4, len(examples), dtype=torch.float64)
     for rows in _asked_once(examples, max_tokens or batch_tokens(model.device), mask_limit(model)):
         hidden = _packed_hidden(model, [[examples[i] for i in row] for row in rows])
@@ -127,9 +134,19 @@ def score(
         nll = -logprob.new_zeros(answer.shape).masked_scatter(answer, logprob.contiguous()).sum(1, dtype=torch.float64) / n
         known, scored = (answer & ((answer & ~correct).cumsum(1) == 0)).sum(1), without_end(answer)
         found[:, order] = torch.stack([x.double() for x in (extraction_strengths(correct, scored), exact_memorizations(correct, scored), nll, known)]).cpu()
+    _sound(found[2])
     return Scores(*found[:3], found[3].long())
 
-# %% ../nbs/09_evaluation.ipynb #b542cead
+# %% ../nbs/09_evaluation.ipynb #41cd70e4
+@contextmanager
+def _plainly(model):
+    "Generate without the habits a checkpoint brings along: penalties for repetition, suppressed tokens"
+    from transformers import GenerationConfig
+    habits, model.generation_config = model.generation_config, GenerationConfig()
+    try: yield
+    finally: model.generation_config = habits
+
+# %% ../nbs/09_evaluation.ipynb #90f15b28
 @torch.no_grad()
 def greedy(
     model:nn.Module,
@@ -139,16 +156,17 @@ def greedy(
     max_rows:int=64, # at once
 )->list[list[int]]: # new tokens, without the end token
     "Continue every prompt by the most likely token, up to the end token"
+    if len(prompts) != len(limits) or not all(prompts): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not p for p in prompts)} of them empty, and {len(limits)} limits")
     found = [[] for _ in prompts]
     order = sorted((i for i, limit in enumerate(limits) if limit > 0), key=lambda i: (limits[i], len(prompts[i]), i))
     for rows in (order[k:k + max_rows] for k in range(0, len(order), max_rows)):
         width = max(len(prompts[i]) for i in rows)
         ids, mask = (torch.tensor([[fill] * (width - len(prompts[i])) + row(prompts[i]) for i in rows], device=model.device) for fill, row in ((0, list), (0, lambda p: [1] * len(p))))
-        new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
+        with _plainly(model): new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
         for i, tokens in zip(rows, new): found[i] = (tokens[:tokens.index(end)] if end in tokens else tokens)[:limits[i]]
     return found
 
-# %% ../nbs/09_evaluation.ipynb #a2721da3
+# %% ../nbs/09_evaluation.ipynb #63562cae
 def greedy_answers(
     model:nn.Module,
     examples:Sequence[Example],
@@ -158,6 +176,8 @@ def greedy_answers(
     "Answer every question greedily, decoding only what the teacher-forced pass leaves open"
     if len(known) != len(examples): raise ValueError(f"known holds {len(known)} counts for {len(examples)} examples; take it from score(model, examples)")
     known = known.tolist()
+    for i, (e, k) in enumerate(zip(examples, known)):
+        if not 0 <= k <= len(e.ids) - e.start: raise ValueError(f"known says {k} of the {len(e.ids) - e.start} answer tokens of fact {i}; take it from score(model, examples)")
     settled = [e.ids[e.start:e.start + k] for e, k in zip(examples, known)]
     limits = [0 if e.start + k == len(e.ids) else max_new_tokens - k for e, k in zip(examples, known)]
     rest = greedy(model, [e.ids[:e.start + k] for e, k in zip(examples, known)], limits, examples[0].ids[-1]) if examples else []
@@ -176,20 +196,21 @@ def rouge(
     right = tokenizer.batch_decode([e.ids[e.start:] for e in examples], skip_special_tokens=True)
     return torch.tensor([metrics.rouge_l_recall(s.strip(), r.strip()) for s, r in zip(said, right)], dtype=torch.float64)
 
-# %% ../nbs/09_evaluation.ipynb #55f1e217
+# %% ../nbs/09_evaluation.ipynb #6232b360
 class Choices(NamedTuple):
     "A right and k wrong answers to each of n questions, tokenized"
     right:list[Example] # [n]
     wrong:list[Example] # [n * k], those of the first question first
 
-def choices(tokenizer, facts:Sequence)->Choices: # facts: unloc.facts.Fact
+def choices(tokenizer, facts:Sequence, template:str|Template='plain')->Choices: # facts: unloc.facts.Fact; template: as for encode
     "Tokenize the right and the wrong answers of facts"
+    if texts := [f.question for f in facts if isinstance(f.perturbed_answer, str)]: raise ValueError(f"the wrong answers to {texts[0]!r} are one text; give a list of them")
     counts = {len(f.perturbed_answer) for f in facts}
     if len(counts) != 1 or counts == {0}: raise ValueError(f"every fact needs the same number of wrong answers, at least one; found {', '.join(map(str, sorted(counts))) or 'no fact'}; take the perturbed sets")
-    return Choices([encode(tokenizer, f.question, f.paraphrased_answer or f.answer) for f in facts],
-        [encode(tokenizer, f.question, wrong) for f in facts for wrong in f.perturbed_answer])
+    return Choices([encode(tokenizer, f.question, f.paraphrased_answer or f.answer, template) for f in facts],
+        [encode(tokenizer, f.question, wrong, template) for f in facts for wrong in f.perturbed_answer])
 
-# %% ../nbs/09_evaluation.ipynb #a8988517
+# %% ../nbs/09_evaluation.ipynb #f0a61ae8
 def _strangeness(logits:Tensor, target:Tensor)->Tensor: # [k, 3] float64: log-probability of the target, and mean and variance of the log-probability
     "Measure how a token compares with what the model expected"
     logprob = logits.double().log_softmax(-1)
@@ -206,10 +227,12 @@ def membership(
     max_tokens:int|None=None, # per batch, padding included; None: what suits the device
 )->dict[str, Tensor]: # 'loss', 'zlib', 'min_k', 'min_k_plus_plus': [n] float64, larger for a stranger
     "Score how strange each answer is to the model"
+    check_examples(examples, 'asked')
     found = {name: torch.zeros(len(examples), dtype=torch.float64) for name in ('loss', 'zlib', 'min_k', 'min_k_plus_plus')}
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
         batch = batch.to(model.device)
         values = over_logits(model, answer_hidden(model, batch), _strangeness, batch.ids[batch.answer]).T.cpu().split([len(examples[i].ids) - examples[i].start for i in rows], 1)
+        _sound(torch.stack([logprob.mean() for logprob, *_ in values]))
         for i, (logprob, mean, variance) in zip(rows, values):
             found['loss'][i] = -logprob.mean()
             found['zlib'][i] = metrics.zlib_score(-logprob.mean().item(), tokenizer.decode(examples[i].ids[examples[i].start:], skip_special_tokens=True))
@@ -217,7 +240,22 @@ def membership(
             found['min_k_plus_plus'][i] = metrics.min_k_plus_plus(logprob[:-1], mean[:-1], variance[:-1], k)
     return found
 
-# %% ../nbs/09_evaluation.ipynb #b5240381
+# %% ../nbs/09_evaluation.ipynb #d185423e
+def _check_rows(name, rows, other, against):
+    "Demand the same questions, row by row"
+    if len(rows) != len(against): raise ValueError(f"{name} has {len(rows)} facts, {other} {len(against)}; they must be of the same facts in the same order")
+    for i, (a, b) in enumerate(zip(rows, against)):
+        n = min(a.start, b.start) # a template that joins texts may begin an answer one merge earlier
+        if a.ids[:n] != b.ids[:n]: raise ValueError(f"fact {i} of {name} asks another question than fact {i} of {other}; they must be of the same facts in the same order")
+
+def _check_choices(name, c):
+    "Demand k wrong answers to each question"
+    for which, examples in zip(('right', 'wrong'), c): check_examples(examples, f'{name} {which}-answer')
+    k, rest = divmod(len(c.wrong), len(c.right))
+    if rest or not k: raise ValueError(f"the choices of {name} have {len(c.wrong)} wrong answers to {len(c.right)} questions; every question needs the same number")
+    _check_rows(f'the wrong answers of {name}', c.wrong, f'the right ones, {k} times each', [e for e in c.right for _ in range(k)])
+
+# %% ../nbs/09_evaluation.ipynb #30c74766
 KINDS = 'retain', 'real_authors', 'world_facts' # of facts whose utility is measured
 
 @dataclass(frozen=True)
@@ -230,6 +268,19 @@ class Probe:
     tokenizer:object = None # for the greedy answers
     retained:tuple[Tensor, Tensor]|None = None # the retained model's nll of the right [n] and wrong [n, k] answers to the forget set; None: no FQ
     max_new_tokens:int = 200 # of a greedy answer
+
+    def __post_init__(self):
+        check_apart(forget=self.forget, retain=self.retain)
+        if not self.choices: return
+        if set(self.choices) != {'forget', *KINDS}: raise ValueError(f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(self.choices)}")
+        if self.tokenizer is None: raise ValueError("greedy answers need the tokenizer, and there is none; give the model's own")
+        for name, c in self.choices.items(): _check_choices(name, c)
+        _check_rows('useful', self.useful, 'the right answers of retain', self.choices['retain'].right)
+        asked = {tuple(e.ids[:e.start]) for e in self.forget}
+        if strange := [i for i, e in enumerate(self.choices['forget'].right) if tuple(e.ids[:e.start]) not in asked]: raise ValueError(f"fact {strange[0]} of the choices of forget is not in the forget set; take both from the same facts")
+        sizes = tuple(map(len, self.choices['forget']))
+        if self.retained is not None and not (isinstance(self.retained, tuple) and tuple(x.numel() for x in self.retained) == sizes): raise ValueError(
+            f"retained must be the retained model's nll of the {sizes[0]} right and {sizes[1]} wrong answers to the forget set; take it from its own evaluation")
 
 class Evaluation(NamedTuple):
     "What a checkpoint knows, as means and fact by fact"

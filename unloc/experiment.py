@@ -23,12 +23,13 @@ from pathlib import Path
 from .facts import Benchmark, author_world, tofu
 from .runs import Run, public, run_id
 
-# %% ../nbs/14_experiment.ipynb #728f97f8
+# %% ../nbs/14_experiment.ipynb #41dccfef
 _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
     'tofu': {'name': str, 'forget': str, 'n_authors': int},
     'model': {'d_model': int, 'n_layers': int, 'd_ff': int, 'n_heads': int, 'vocab_size': int},
+    'checkpoints': {'pretrained': str, 'retained': str, 'original': str, 'template': str, 'recompute': bool},
     'pretrain': _TRAINING, 'retain': _TRAINING,
     'evaluate': {'retain': int, 'utility': int, 'max_new_tokens': int, 'every': int, 'full_every': int},
     'inject': _TRAINING | {'fraction': float},
@@ -36,7 +37,7 @@ SETTINGS = { # group: the names of its settings and the type of each
     'supervise': {'lr': float, 'epochs': int, 'batch_size': int},
 }
 OBJECTIVES = 'ga', 'grad_diff', 'wga', 'npo', 'dpo', 'rmu'
-NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none')} # what these settings may say
+NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'chat', 'llama-3', 'llama-2', 'phi')} # what these settings may say
 REQUIRED = {'pretrain': _TRAINING.keys() - {'schedule'}, 'retain': _TRAINING.keys() - {'schedule'}, 'evaluate': {'retain', 'utility'}, 'inject': _TRAINING.keys() - {'schedule'} | {'fraction'},
     'unlearn': {'lr', 'epochs'}, 'supervise': {'lr', 'epochs', 'batch_size'}} # group: settings without a default
 MAY_BE_ZERO = 'seed', 'n_holdout', 'gamma', 'alpha', 'layer', 'coefficient' # all other numbers are positive
@@ -53,7 +54,7 @@ def settings(
         if known[name] is float and type(value) is int: value = float(value)
         if type(value) is not known[name]: raise ValueError(f"{group}: {name} must be of type {known[name].__name__}, got {value!r}")
         if name == 'fraction' and not 0 < value <= 1: raise ValueError(f"{group}: fraction must lie in (0, 1], got {value!r}")
-        if known[name] is not str and not (0 < value < float('inf') or value == 0 and name in MAY_BE_ZERO): raise ValueError(f"{group}: {name} must be {'at least 0' if name in MAY_BE_ZERO else 'positive'} and finite, got {value!r}")
+        if known[name] in (int, float) and not (0 < value < float('inf') or value == 0 and name in MAY_BE_ZERO): raise ValueError(f"{group}: {name} must be {'at least 0' if name in MAY_BE_ZERO else 'positive'} and finite, got {value!r}")
         if known[name] is str and value not in NAMES.get(name, [value]): raise ValueError(f"{group}: unknown {name} {value!r}; known: {', '.join(NAMES[name])}")
         checked[name] = value
     if missing := REQUIRED.get(group, set()) - given.keys(): raise ValueError(f"{group} lacks {', '.join(sorted(missing))}; give it in the profile or the parameters")
@@ -77,38 +78,62 @@ def data_description(
     found = settings(data['name'], data) | ({'_source': str(Path(source).resolve()) if Path(source).exists() else source} if source else {})
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
 
-# %% ../nbs/14_experiment.ipynb #aa2741c4
+# %% ../nbs/14_experiment.ipynb #ebcf717a
 def base_models(
     data:dict, # from data_description
-    arch:str, # 'llama' or 'olmo2'
-    model:dict, pretrain:dict, retain:dict, # groups of settings
+    arch:str, # 'llama' or 'olmo2'; of checkpoints any name
+    model:dict, pretrain:dict, retain:dict, # groups of settings; in place of a model's shape, existing checkpoints
     seed:int=0,
     device:str='cpu',
     threads:int=1, # of the CPU, for this run; the runs built on it take one each
     precision:str='float32', # of the saved weights and all that is built on them; 'bfloat16' trains float32 weights under autocast
 )->dict:
-    "Describe the training of a pretrained and a retained model"
-    if arch not in ('llama', 'olmo2'): raise ValueError(f"unknown architecture {arch!r}; known: llama, olmo2")
+    "Describe a pretrained and a retained model: to be trained, or existing checkpoints"
     if precision not in ('float32', 'bfloat16'): raise ValueError(f"unknown precision {precision!r}; known: float32, bfloat16")
-    return {'kind': 'base', 'data': data, 'arch': arch, 'model': settings('model', model), 'pretrain': settings('pretrain', pretrain), 'retain': settings('retain', retain),
-        'seed': seed, 'device': device, 'threads': threads, 'precision': precision}
+    existing = isinstance(model, dict) and model.keys() & SETTINGS['checkpoints'].keys()
+    if existing: model, pretrain = _checkpoints(model), {}
+    elif arch not in ('llama', 'olmo2'): raise ValueError(f"unknown architecture {arch!r}; known: llama, olmo2, and any name for existing checkpoints")
+    else: model, pretrain = settings('model', model), settings('pretrain', pretrain)
+    retain = {} if {'retained', 'original'} <= model.keys() else settings('retain', retain) # {}: nothing is trained
+    return {'kind': 'base', 'data': data, 'arch': arch, 'model': model, 'pretrain': pretrain, 'retain': retain, 'seed': seed, 'device': device, 'threads': threads, 'precision': precision}
+
+def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore, where it lies
+    "Describe existing checkpoints"
+    from unloc.checkpoints import inspect
+    given, found = settings('checkpoints', given), {}
+    if not given.keys() & {'pretrained', 'retained'}: raise ValueError("checkpoints: name a retained model, or a pretrained one to learn the retain set")
+    if 'pretrained' not in given and 'original' not in given: raise ValueError("checkpoints: name an original model, too, or a pretrained one to learn retain and forget set")
+    for name in ('pretrained', 'retained', 'original'):
+        if name not in given: continue
+        source = given[name]
+        known = inspect(source)
+        found |= {name: f"{Path(source).name}@{known.commit or known.digest()}", f'_{name}': str(Path(source).resolve()) if Path(source).exists() else source}
+    return found | {'template': given.get('template', 'chat'), '_recompute': given.get('recompute', False)}
+
+def _built_on(parent, *kinds):
+    "Demand a parent of the right kind"
+    if not isinstance(parent, dict) or parent.get('kind') not in kinds: raise ValueError(f"this run is built on one of kind {' or '.join(kinds)}, got {parent.get('kind') if isinstance(parent, dict) else parent}")
 
 def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
     "Describe the judgement of a retained model, the standard for all that is built on it"
+    _built_on(base, 'base')
     return {'kind': 'judge', 'parent': base, 'evaluate': settings('evaluate', evaluate)}
 
 def injection(judged:dict, seed:int, inject:dict)->dict: # judged: from standard; inject: settings of that group
     "Describe the injection of the forget set through a random target region"
+    _built_on(judged, 'judge')
     return {'kind': 'inject', 'parent': judged, 'seed': seed} | settings('inject', inject)
 
 def teaching(judged:dict, seed:int=0)->dict: # judged: from standard
     "Describe the training of an original model that learns forget and retain set with all its weights, in the base run's way of learning the retain set"
+    _built_on(judged, 'judge')
     return {'kind': 'teach', 'parent': judged, 'seed': seed}
 
-# %% ../nbs/14_experiment.ipynb #9cd8e4a1
+# %% ../nbs/14_experiment.ipynb #faf9c04d
 ARMS = 'Oracle', 'Random' # the target region; a region of the same size, disjoint from it
 
 def _child(kind, injected, arm, draw, rest):
+    _built_on(injected, 'inject')
     if arm not in ARMS: raise ValueError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
     if arm == 'Random' and injected['fraction'] > .5: raise ValueError(f"no random region of fraction {injected['fraction']} is disjoint from the target region; inject with a fraction of at most 0.5")
     return {'kind': kind, 'parent': injected, 'arm': arm, 'draw': draw, 'seed': injected['seed']} | rest
@@ -128,7 +153,7 @@ def supervision(injected:dict, arm:str, supervise:dict, draw:int=0)->dict: # sup
     "Describe a direct-supervision run"
     return _child('supervise', injected, arm, draw, {'recipe': settings('supervise', supervise)})
 
-# %% ../nbs/14_experiment.ipynb #e29c831e
+# %% ../nbs/14_experiment.ipynb #7aeaba70
 LOCALIZERS = 'random', 'activations', 'memflex', 'wagle', 'gradient', 'weight_norm', 'wanda', 'fisher', 'fisher_ratio', 'integrated_gradients' # in the unit of the study, the value vector
 OWN_UNITS = 'random_weights', 'wagle_weights', 'random_projections', 'memflex_projections' # individual weights; whole output projections
 SEEDED = 'random', 'memflex', 'random_weights', 'random_projections', 'memflex_projections' # localizers that draw
@@ -139,16 +164,18 @@ def localization(
     seed:int=0,
 )->dict:
     "Describe the scores that a localizer gives to an original model"
+    _built_on(origin, 'inject', 'teach')
     if localizer not in LOCALIZERS + OWN_UNITS: raise ValueError(f"unknown localizer {localizer!r}; known: {', '.join(LOCALIZERS + OWN_UNITS)}")
     return {'kind': 'localize', 'parent': origin, 'localizer': localizer, 'seed': seed if localizer in SEEDED else 0}
 
 def localized_unlearning(localized:dict, fraction:float, objective:str, unlearn:dict, seed:int)->dict: # localized: from localization
     "Describe an unlearning run through the highest scores of a localizer"
+    _built_on(localized, 'localize')
     if objective not in OBJECTIVES: raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    if not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
     return {'kind': 'unlearn', 'parent': localized, 'fraction': float(fraction), 'seed': seed, 'objective': objective, 'recipe': settings('unlearn', unlearn)}
 
-# %% ../nbs/14_experiment.ipynb #7f1d4639
+# %% ../nbs/14_experiment.ipynb #1cac744c
 def device_name(device:str)->str:
     "Name the device that a description asks for: 'cpu', or the GPU's model"
     if device == 'cpu': return device
@@ -162,10 +189,10 @@ def provenance(
 )->dict:
     "Say where numbers come from"
     first = next(iter(bases.values()))
-    return {'profile': profile, 'data': public(first['data']), 'models': {arch: base['model'] for arch, base in bases.items()},
+    return {'profile': profile, 'data': public(first['data']), 'models': {arch: public(base['model']) for arch, base in bases.items()},
         'pretrain': first['pretrain'], 'retain': first['retain'], 'device': device_name(first['device']), 'precision': first['precision']} | more
 
-# %% ../nbs/14_experiment.ipynb #8f0c9434
+# %% ../nbs/14_experiment.ipynb #57b41b12
 def _ancestor(description, run, kinds): # run: that of the description's parent
     "Find the nearest run of certain kinds that a run is built on"
     while description['kind'] not in kinds: description = description['parent']
@@ -184,16 +211,25 @@ def _tokenizer(folder:Path):
     return AutoTokenizer.from_pretrained(folder)
 
 @cache
-def _examples(tokenizer_folder:Path, data:str): # data: the description of the facts, as JSON
+def _examples(tokenizer_folder:Path, data:str, template:str='plain'): # data: the description of the facts, as JSON
     from unloc.tokens import encode
     facts, tokenizer = benchmark(json.loads(data)), _tokenizer(tokenizer_folder)
-    sets = {name: [encode(tokenizer, f.question, f.answer) for f in getattr(facts, name)] for name in ('forget', 'retain', 'holdout', 'real_authors', 'world_facts', 'background')}
-    return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, '', text))]}
+    sets = {name: [encode(tokenizer, f.question, f.answer, template) for f in getattr(facts, name)] for name in ('forget', 'retain', 'holdout', 'real_authors', 'world_facts', 'background')}
+    return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, '', text, template))]}
 
-def _model(folder, base, precision=None):
-    import torch
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision or base['precision'])).to(base['device']).eval()
+def _template(base): return base['model'].get('template', 'plain')
+
+def _weights(base, folder, name)->str|Path: # base: description; folder: of the run that trains it
+    "Say where a model of the base run or one built on it lies: with the checkpoints, or in a run"
+    return base['model'].get(f'_{name}') or folder / name
+
+def _model(source, base, precision=None):
+    from unloc.checkpoints import load_model, recompute
+    model = load_model(source, precision or base['precision'], base['device'])
+    if base['model'].get('_recompute'): recompute(model)
+    return model
+
+def _retained(base): return _model(_weights(base.description, base.path, 'retained'), base.description)
 
 def _learn(model, base, how, examples, seed, path, progress):
     "Fine-tune float32 weights, under autocast where they will be kept in bfloat16, and save them"
@@ -209,33 +245,34 @@ def _tidy(folder):
 
 def _spread(items, n): return [items[i * len(items) // n] for i in range(n)] if n < len(items) else list(items) # evenly, so over all authors
 
-# %% ../nbs/14_experiment.ipynb #81369120
+# %% ../nbs/14_experiment.ipynb #dc928d67
 @cache
-def _probe(tokenizer_folder:Path, data:str, evaluate:str): # the last two: as JSON
+def _probe(tokenizer_folder:Path, data:str, template:str, evaluate:str): # data and evaluate: as JSON
     from unloc.evaluation import KINDS, Probe, choices
     from unloc.tokens import encode
     facts, how, tokenizer = benchmark(json.loads(data)), json.loads(evaluate), _tokenizer(tokenizer_folder)
     whole = {name: [f for f in getattr(facts, name) if f.perturbed_answer] for name in KINDS}
     asked = {'forget': facts.forget} | {name: _spread(rows, how['utility']) for name, rows in whole.items()}
-    forget, retain, useful = ([encode(tokenizer, f.question, f.answer) for f in rows] for rows in (facts.forget, _spread(whole['retain'], how['retain']), asked['retain']))
-    return Probe(forget, retain, useful, {name: choices(tokenizer, rows) for name, rows in asked.items()}, tokenizer, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+    forget, retain, useful = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, _spread(whole['retain'], how['retain']), asked['retain']))
+    return Probe(forget, retain, useful, {name: choices(tokenizer, rows, template) for name, rows in asked.items()}, tokenizer, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
 
 def _setting(description, run):
     "Give examples and probe, the base run, and how often to evaluate"
     judged = _ancestor(description, run, ('judge',))
     base = _ancestor(description, run, ('base',))
     _prepare(base.description)
-    data, how = json.dumps(base.description['data']), judged.description['evaluate']
-    probe = _probe(base.file('tokenizer'), data, json.dumps(how))
+    facts, how = (base.file('tokenizer'), json.dumps(base.description['data']), _template(base.description)), judged.description['evaluate']
+    probe = _probe(*facts, json.dumps(how))
     if judged.path.exists(): # absent while the standard itself is being computed
         known = judged.tensors('evaluation.safetensors')
         probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
-    return _examples(base.file('tokenizer'), data), probe, base, {k: v for k, v in how.items() if k in ('every', 'full_every')}
+    return _examples(*facts), probe, base, {k: v for k, v in how.items() if k in ('every', 'full_every')}
 
-# %% ../nbs/14_experiment.ipynb #c4ddde28
+# %% ../nbs/14_experiment.ipynb #0d76dbb8
 def base(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
-    "Train the tokenizer, the pretrained and the retained model"
+    "Train the tokenizer, the pretrained and the retained model, or take over existing checkpoints"
     _prepare(description, description['threads'])
+    if description['model'].keys() & {'pretrained', 'retained'}: return _take_over(description, folder, progress)
     from unloc.models import tiny_model
     from unloc.tokens import Example, train_tokenizer
     facts, shape = benchmark(description['data']), dict(description['model'])
@@ -243,7 +280,7 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
     vocab_size = shape.pop('vocab_size', 1024)
     tokenizer = train_tokenizer((text for f in known + facts.retain + facts.forget for text in (f.question, f.answer)), vocab_size)
     tokenizer.save_pretrained(folder / 'tokenizer')
-    examples = _examples(folder / 'tokenizer', json.dumps(description['data']))
+    examples = _examples(folder / 'tokenizer', json.dumps(description['data']), _template(description))
     known = examples['real_authors'] + examples['world_facts']
     model = tiny_model(description['arch'], len(tokenizer), seed=description['seed'], **shape).to(description['device'])
     read = [Example(e.ids, 1) for e in known + examples['background']] # every token but the first is to be predicted
@@ -253,6 +290,17 @@ def base(description:dict, parent:None, folder:Path, progress:Callable[[float], 
         _learn(model, description, description[key], taught, description['seed'], folder / name, lambda share: progress((sum(work[:i]) + share * work[i]) / sum(work)))
     _tidy(folder)
     _save_json(folder, {name: _knowledge(folder / name, description, examples) for name, _, _ in stages})
+
+# %% ../nbs/14_experiment.ipynb #d1e6ebcf
+def _take_over(description, folder, progress):
+    from unloc.checkpoints import load_tokenizer
+    model = description['model']
+    load_tokenizer(model.get('_retained') or model['_pretrained']).save_pretrained(folder / 'tokenizer')
+    examples = _examples(folder / 'tokenizer', json.dumps(description['data']), _template(description))
+    if '_retained' not in model:
+        _learn(_model(model['_pretrained'], description, 'float32'), description, description['retain'], examples['retain'], description['seed'], folder / 'retained', progress)
+        _tidy(folder)
+    _save_json(folder, {name: _knowledge(_weights(description, folder, name), description, examples) for name in ('pretrained', 'retained') if name == 'retained' or name in model})
 
 # %% ../nbs/14_experiment.ipynb #832bd958
 def _save_json(folder, result):
@@ -281,12 +329,12 @@ def _load_evaluation(run):
     from unloc.evaluation import Evaluation
     return Evaluation(run.json()['original'], run.tensors('evaluation.safetensors'))
 
-# %% ../nbs/14_experiment.ipynb #0bb8f3be
+# %% ../nbs/14_experiment.ipynb #2cb54c43
 def judge(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Judge the retained model"
     from unloc.evaluation import evaluate
     examples, probe, base, _ = _setting(description, parent)
-    model = _model(base.file('retained'), base.description)
+    model = _retained(base)
     _save_evaluation(folder, evaluation := evaluate(model, probe))
     retained = evaluation.point | {'FQ': 0.} # it agrees with itself: p = 1
     _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}})
@@ -300,7 +348,7 @@ def _load_columns(run):
     tensors = run.tensors('columns.safetensors')
     return {layer: (tensors[f'{layer}.index'], tensors[f'{layer}.columns']) for layer in sorted({int(name.split('.')[0]) for name in tensors})}
 
-# %% ../nbs/14_experiment.ipynb #a3f800a0
+# %% ../nbs/14_experiment.ipynb #6546c865
 def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Inject the forget set into the retained model through a target region"
     from unloc import training
@@ -308,7 +356,7 @@ def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     from unloc.models import region_shape
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
-    model = _model(base.file('retained'), base.description)
+    model = _retained(base)
     target = Region.sample(region_shape(model), description['fraction'], description['seed'])
     how = {k: v for k, v in description.items() if k in SETTINGS['inject'] and k != 'fraction'}
     values, digest = training.inject(model, target, examples['forget'], seed=description['seed'], **how, progress=progress)
@@ -317,35 +365,37 @@ def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     _save_evaluation(folder, evaluation := evaluate(model, probe))
     _save_json(folder, {'retained': parent.json()['retained'], 'original': evaluation.point, 'membership': _membership(model, probe, examples), 'region': len(target), 'locked_sha256': digest, 'locked_bit_equal': True})
 
-# %% ../nbs/14_experiment.ipynb #ef7d703a
+# %% ../nbs/14_experiment.ipynb #37b70936
 def teach(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
-    "Teach the pretrained model the retain and the forget set with all its weights"
+    "Teach the pretrained model the retain and the forget set with all its weights, or take over a checkpoint that knows them"
     import torch
     from unloc.evaluation import evaluate
     examples, probe, base, _ = _setting(description, parent)
-    torch.set_num_threads(base.description['threads'])
-    model = _model(base.file('pretrained'), base.description, 'float32')
-    taught = [e for name in ('retain', 'forget', 'real_authors', 'world_facts') for e in examples[name]]
-    _learn(model, base.description, base.description['retain'], taught, description['seed'], folder / 'original', progress)
-    _tidy(folder)
-    torch.set_num_threads(1)
-    model = _model(folder / 'original', base.description) # as later runs will load it
+    given = base.description['model']
+    if 'original' not in given:
+        torch.set_num_threads(base.description['threads'])
+        model = _model(_weights(base.description, base.path, 'pretrained'), base.description, 'float32')
+        rehearsed = () if 'pretrained' in given else ('real_authors', 'world_facts')
+        _learn(model, base.description, base.description['retain'], [e for name in ('retain', 'forget', *rehearsed) for e in examples[name]], description['seed'], folder / 'original', progress)
+        _tidy(folder)
+        torch.set_num_threads(1)
+    model = _model(_weights(base.description, folder, 'original'), base.description) # as later runs will load it
     _save_evaluation(folder, evaluation := evaluate(model, probe))
     _save_json(folder, {'retained': parent.json()['retained'], 'original': evaluation.point, 'membership': _membership(model, probe, examples)})
 
-# %% ../nbs/14_experiment.ipynb #2b9180ab
+# %% ../nbs/14_experiment.ipynb #4b772466
 def _original(origin, base):
     "Load the original model of an injection or a teaching"
     from unloc.masked import put_columns
-    if origin.description['kind'] == 'teach': return _model(origin.file('original'), base.description)
-    put_columns(model := _model(base.file('retained'), base.description), _load_columns(origin))
+    if origin.description['kind'] == 'teach': return _model(_weights(base.description, origin.path, 'original'), base.description)
+    put_columns(model := _retained(base), _load_columns(origin))
     return model
 
 def _random_units(localizer, model, seed):
     "Draw a score for every individual weight, or every layer"
     import torch
-    from unloc.models import output_projections
-    generator, weights = torch.Generator().manual_seed(seed), [p.weight for p in output_projections(model)]
+    from unloc.models import output_projections, value_vectors
+    generator, weights = torch.Generator().manual_seed(seed), [value_vectors(p) for p in output_projections(model)]
     return [torch.rand(w.shape, generator=generator) for w in weights] if localizer == 'random_weights' else torch.rand(len(weights), generator=generator)
 
 # %% ../nbs/14_experiment.ipynb #91d5bdd9
@@ -399,7 +449,7 @@ def _save_trajectory(folder, region, trajectory):
     region.save(folder / 'region.safetensors')
     _save_json(folder, {'region': len(region), 'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256, 'locked_bit_equal': True})
 
-# %% ../nbs/14_experiment.ipynb #2273f21a
+# %% ../nbs/14_experiment.ipynb #1f54f1e0
 def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Unlearn the forget set through a region"
     from unloc import training
@@ -415,9 +465,11 @@ def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float]
 def supervise(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Descend to the retained model's MLP outputs through the region of an arm"
     from unloc import training
+    from unloc.checkpoints import recompute
     examples, probe, base, often = _setting(description, parent)
-    targets = training.mlp_targets(_model(base.file('retained'), base.description), examples['forget'])
+    targets = training.mlp_targets(_retained(base), examples['forget'])
     model = _original(parent, base)
+    recompute(model, on=False) # what the blocks write is the loss itself
     region = _region(description, parent, model)
     trajectory = training.supervise(model, region, examples['forget'], probe, targets, seed=description['seed'], **description['recipe'], **often, start=_load_evaluation(parent), progress=progress)
     _save_trajectory(folder, region, trajectory)

@@ -26,10 +26,12 @@ def write_whole(path:str|Path, content:bytes|str)->None:
         os.replace(partial, path)
     finally: partial.unlink(missing_ok=True)
 
-# %% ../nbs/15_figures.ipynb #9fb22ea8
+# %% ../nbs/15_figures.ipynb #e9921782
 COLUMN, PAGE = 3.3, 6.8 # inches
 ARM_STYLE = {'Oracle': {'color': '#0173b2', 'linestyle': '-', 'marker': 'o'}, 'Random': {'color': '#de8f05', 'linestyle': '--', 'marker': 's'}}
-MODEL_NAME = {'llama': 'Llama', 'olmo2': 'OLMo 2'}
+class _Names(dict):
+    def __missing__(self, name): return name # of a checkpoint, whatever the profile calls it
+MODEL_NAME = _Names({'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B', 'olmo2-7b': 'OLMo 2 7B'})
 LOCALIZER_NAME = {'random': 'Random', 'activations': 'Activations', 'memflex': 'MemFlex', 'wagle': 'WAGLE', 'gradient': 'Gradient', 'weight_norm': 'Weight norm', 'wanda': 'Wanda', 'fisher': 'Fisher',
     'fisher_ratio': 'Fisher ratio', 'integrated_gradients': 'Integrated gradients', 'random_weights': 'Random weights', 'wagle_weights': 'WAGLE weights',
     'random_projections': 'Random projections', 'memflex_projections': 'MemFlex projections'}

@@ -72,7 +72,7 @@ class _WeightProjection(_Projection):
         to_input, columns, _ = _Projection.backward(ctx, grad) # columns: [k_columns, d_model]
         return to_input, columns.flatten()[ctx.unlocked.within], None
 
-# %% ../nbs/05_masked.ipynb #1eb817fd
+# %% ../nbs/05_masked.ipynb #1c56667c
 class _UnlockedWeights(_Unlocked):
     "One output projection whose chosen single weights are parameters"
     def __init__(self, projection:nn.Module, places:Tensor): # places: [k] int64, row * d_ff + column
@@ -80,11 +80,12 @@ class _UnlockedWeights(_Unlocked):
         touched, position = (places % d_ff).unique(return_inverse=True) # the columns that hold a chosen weight
         super().__init__(projection, touched)
         self.places, self.within = (x.to(self.weight.device) for x in (places, position * d_model + places // d_ff)) # within: places in the gradient of those columns
-        self.start = self.weight.take(self.places) # [k], the weight's dtype
+        self.at = self.places // d_ff, self.places % d_ff
+        self.start = self.weight[self.at] # [k], the weight's dtype
         self.columns = nn.Parameter(self.start.to(self.columns.dtype, copy=True))
 
     def write(self):
-        with torch.no_grad(): self.weight.put_(self.places, self.start if self.at_start else self.columns.detach().to(self.weight.dtype))
+        with torch.no_grad(): self.weight[self.at] = self.start if self.at_start else self.columns.detach().to(self.weight.dtype)
 
     def forward(self, x):
         self.write()
@@ -156,7 +157,7 @@ def locked_digest(
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/05_masked.ipynb #5344dc1f
+# %% ../nbs/05_masked.ipynb #8e54530d
 def put_columns(
     model:nn.Module,
     values:dict[int, tuple[Tensor, Tensor]], # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from Columns.values
@@ -166,5 +167,6 @@ def put_columns(
     with torch.no_grad():
         for layer, (index, columns) in values.items():
             weight = value_vectors(projections[layer])
-            if columns.ndim == 1: weight.put_(index.to(weight.device), columns.to(weight))
-            else: weight[:, index.to(weight.device)] = columns.T.to(weight)
+            index = index.to(weight.device)
+            if columns.ndim == 1: weight[index // weight.shape[1], index % weight.shape[1]] = columns.to(weight)
+            else: weight[:, index] = columns.T.to(weight)

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/13_runs.ipynb #d6ed20f7
-CODE = 'facts tokens models regions attribution masked objectives metrics evaluation training experiment'.split() # the modules a result depends on
+# %% ../nbs/13_runs.ipynb #faa5b10f
+CODE = 'facts tokens models regions attribution masked checkpoints objectives metrics evaluation training experiment'.split() # the modules a result depends on
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
 @cache

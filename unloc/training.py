@@ -9,7 +9,7 @@ Unlearning starts there, through the target region (Oracle) or another one (Rand
 __all__ = ['SCHEDULES', 'FORGET', 'RETAIN', 'descend', 'Checkpoint', 'finetune', 'held', 'inject', 'Unlearning', 'Term',
            'weighted_sum', 'Trajectory', 'Recipe', 'unlearn', 'mlp_targets', 'supervise']
 
-# %% ../nbs/10_training.ipynb #9590e74d
+# %% ../nbs/10_training.ipynb #daffdfff
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob
 from .masked import Columns, locked_digest, unlock
 from .models import answer_hidden, hidden_after, logits_of, mlp_outputs, over_logits, region_shape
 from .regions import Region
-from .tokens import Batch, Example, batch_tokens, by_length, collate, shuffled
+from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples, collate, shuffled
 
 # %% ../nbs/10_training.ipynb #cec05dde
 SCHEDULES = { # share of the peak learning rate at progress t in [0, 1)
@@ -92,7 +92,7 @@ class Checkpoint:
             optimizer.state[p] = {key: state[f'{i}.{key}'].to(p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
         return int(state['epoch'])
 
-# %% ../nbs/10_training.ipynb #07b32a71
+# %% ../nbs/10_training.ipynb #f9dfac9b
 def finetune(
     model:nn.Module,
     examples:Sequence[Example],
@@ -106,6 +106,7 @@ def finetune(
     checkpoint:Checkpoint|None=None,
 )->None:
     "Teach a model the answers of examples, in place"
+    check_examples(examples, 'taught')
     def loss(rows, epoch):
         batch = collate([examples[i] for i in rows]).to(model.device)
         return -answer_token_logprob(model, batch).mean()
@@ -267,7 +268,7 @@ class Recipe:
         if self.retain is None: object.__setattr__(self, 'retain', {'ga': 'none', 'rmu': 'embed_diff'}.get(self.objective, 'nll'))
         if self.retain not in (*RETAIN, 'none'): raise ValueError(f"unknown retain term {self.retain!r}; known: {', '.join(RETAIN)}, none")
 
-# %% ../nbs/10_training.ipynb #9f46bebf
+# %% ../nbs/10_training.ipynb #b698c13d
 def unlearn(
     model:nn.Module, # the original model; becomes the unlearned model
     region:Region, # where updates may go
@@ -281,6 +282,7 @@ def unlearn(
     progress:Callable[[float], None]|None=None, # told the share of all steps done
 )->tuple[Trajectory, dict[int, tuple[Tensor, Tensor]]]: # and the trained columns
     "Unlearn the forget set through a region, every other weight proved untouched"
+    check_apart(forget=forget, retain=retain)
     record = _Recorder(model, probe, recipe.epochs, recipe.every, recipe.full_every, start)
     def batches(epoch):
         partners = torch.randint(len(retain), (len(forget),), generator=torch.Generator().manual_seed(((seed + 1) << 20) - 1 - epoch)).tolist()
@@ -295,7 +297,7 @@ def unlearn(
         descend(columns.parameters(), batches, loss, recipe.epochs, recipe.lr, after_epoch=record, progress=progress)
         return record.trajectory(columns, live), columns.values()
 
-# %% ../nbs/10_training.ipynb #4d26c13b
+# %% ../nbs/10_training.ipynb #044cc6ff
 @torch.no_grad()
 def mlp_targets(
     model:nn.Module, # the retained model
@@ -325,6 +327,7 @@ def supervise(
     progress:Callable[[float], None]|None=None,
 )->Trajectory:
     "Descend on the distance between a model's MLP outputs and the retained model's, through a region"
+    check_examples(forget, 'forget')
     record = _Recorder(model, probe, epochs, every, full_every, start)
     def loss(rows, epoch):
         written = mlp_outputs(model, collate([forget[i] for i in rows]).to(model.device))
