@@ -248,10 +248,11 @@ def test_nothing_stays_on_the_disk(tmp_path, monkeypatch):
 def test_sums_of_a_model_on_a_gpu_live_on_the_cpu(monkeypatch): # no GPU needed: tensors that know their device alone
     disk, products = {}, []
     with FakeTensorMode():
-        projections = [nn.Linear(24, 16, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        values = [torch.empty(16, 24, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         def backward(model, examples, consume, max_tokens, progress):
             for layer in (1, 0, 1, 0): consume(layer, torch.ones(2, 5, 24, device="cuda"), torch.ones(2, 5, 16, device="cuda"))
-        monkeypatch.setattr(A, "output_projections", lambda model: projections)
+        monkeypatch.setattr(A, "output_projections", lambda model: values)
+        monkeypatch.setattr(A, "value_vectors", lambda projection: projection)
         monkeypatch.setattr(A, "_backward", backward)
         monkeypatch.setattr(A, "save_file", lambda tensors, path: disk.update({path: tensors}))
         monkeypatch.setattr(A, "load_file", disk.__getitem__)
