@@ -349,10 +349,6 @@ def test_more_vectors_than_float32_can_order_are_refused(shape, like, most, monk
     if like is None:
         with pytest.raises(ValueError, match="value vectors are more than"): A.memflex_score(many, many, mu=0.)
 
-def test_the_largest_order_has_no_ties():
-    scores = A.random_scores((2, 2**23), 0)
-    assert len(scores.unique()) == 2**24
-
 # --- MemFlex
 
 def test_corruption_touches_half_of_the_answer_at_most():

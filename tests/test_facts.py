@@ -1,5 +1,5 @@
 "The author world is the same on every machine, its wrong answers are wrong, and a folder that is not TOFU to the row is refused by name."
-import hashlib, json, os, shutil, subprocess, sys
+import hashlib, itertools, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from unloc import facts
@@ -113,12 +113,38 @@ def test_world_refuses(arguments, line):
     with pytest.raises(ValueError) as error: author_world(**arguments)
     assert line in str(error.value) and "\n" not in str(error.value)
 
-@pytest.mark.parametrize("pair", [("forget", "retain"), ("forget", "holdout"), ("retain", "holdout")])
-def test_benchmark_refuses_a_shared_question(pair):
-    sets = {k: (Fact(f"{k}?", "a"),) for k in ("forget", "retain", "holdout")}
-    Benchmark("b", **sets, real_authors=(), world_facts=(), refusals=())
-    sets[pair[0]] += (Fact(f"{pair[1]}?", "another answer"),)
-    with pytest.raises(ValueError, match="asked in two of"): Benchmark("b", **sets, real_authors=(), world_facts=(), refusals=())
+SETS = "forget", "retain", "holdout", "real_authors", "world_facts", "background"
+def sets(**changed): return {k: (Fact(f"{k}?", "a"),) for k in SETS} | changed
+def asked_wrongly(n, **fact): return tuple(Fact(f"{i}?", "right", **({"perturbed_answer": tuple(map(str, range(k)))} | fact)) for i, k in enumerate(n))
+
+@pytest.mark.parametrize("first, second", list(itertools.combinations(SETS, 2)))
+@pytest.mark.parametrize("turn", [1, -1])
+def test_benchmark_refuses_a_shared_question(first, second, turn):
+    a, b = (first, second)[::turn]
+    given = sets()
+    given[a] += (Fact(f"{b}?", "another answer"),)
+    if (first, second) == ("retain", "background"): # as for two authors of TOFU, neither of whom is to be forgotten
+        assert getattr(Benchmark("b", **given, refusals=()), a) == given[a]
+        return
+    with pytest.raises(ValueError, match=f"^b: '{b}[?]' is asked in {first} and in {second}; expected disjoint sets") as error: Benchmark("b", **given, refusals=())
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("facts, says", [
+    ((Fact("q?", ""),), "'q[?]' has an empty text or none; expected question and answer"), ((Fact("q?", " \n"),), "'q[?]' has an empty text"), ((Fact("q?", None),), "'q[?]' has an empty text"), ((Fact(" ", "a"),), "' ' has an empty"), ((Fact(None, "a"),), "None has an empty"),
+    ((Fact("q?", "a", perturbed_answer=("b", "")),), "'q[?]' has an empty text"), ((Fact("q?", "a", perturbed_answer=("b", None)),), "'q[?]' has an empty text"), ((Fact("q?", "a", perturbed_answer="abc"),), "'q[?]' has .* wrong answers in a tuple"), ((Fact("q?", "a", perturbed_answer=None),), "'q[?]' has .* wrong answers in a tuple"),
+    (asked_wrongly([3, 3], perturbed_answer=("x", "right")), "a wrong answer to '0[?]' is the right one"), (asked_wrongly([3], paraphrased_answer="1"), "a wrong answer to '0[?]' is the right one"),
+    (asked_wrongly([5, 0, 4]), "facts with 4 and with 5 wrong answers; expected one number in a set"), (asked_wrongly([1, 2]), "facts with 1 and with 2 wrong answers")])
+def test_benchmark_refuses_facts_that_cannot_be_asked(name, facts, says):
+    with pytest.raises(ValueError, match=f"^b, {name}: {says}") as error: Benchmark("b", **sets(**{name: facts}), refusals=())
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_a_benchmark_may_leave_out(name):
+    "Nothing to forget or to retain is no benchmark; every other set may be empty, and facts without wrong answers may stand among facts with equally many"
+    assert len(getattr(Benchmark("b", **sets(**{name: asked_wrongly([0, 3, 0, 3])}), refusals=()), name)) == 4
+    if name not in ("forget", "retain"): assert getattr(Benchmark("b", **sets(**{name: ()}), refusals=()), name) == (); return
+    with pytest.raises(ValueError, match=f"^b, {name}: no facts; expected at least one"): Benchmark("b", **sets(**{name: ()}), refusals=())
 
 # --- TOFU
 
@@ -218,6 +244,23 @@ def test_tofu_file_malformed(folder, name, change, line):
     edit(folder, name, change)
     with pytest.raises(ValueError) as error: tofu(folder, "forget01", 20)
     assert line in str(error.value) and "\n" not in str(error.value) and "UNLOC_TOFU" in str(error.value)
+
+@needs_shared
+@pytest.mark.parametrize("name, where", [("forget01_perturbed", "forget"), ("real_authors_perturbed", "real_authors"), ("world_facts_perturbed", "world_facts")])
+@pytest.mark.parametrize("right", ["answer", "paraphrased_answer"])
+def test_tofu_refuses_a_wrong_answer_that_is_right(folder, name, where, right):
+    "TOFU's own rows have none"
+    row = rows(name)[1]
+    if right not in row: right = "answer"
+    for file in {name, name.replace("forget01", "forget10")}:
+        at = len(rows(file)) - len(rows(name)) + 2
+        edit(folder, f"{file}.json", column(at, perturbed_answer=[*row["perturbed_answer"][:-1], row[right]]))
+    with pytest.raises(ValueError, match=f"^TOFU forget01, 20 authors, {where}: a wrong answer to .* is the right one"): tofu(folder, "forget01", 20)
+
+@needs_shared
+def test_a_question_of_two_authors_may_lie_in_retain_and_background():
+    b = tofu(TOFU, "forget01", 190)
+    assert {f.question for f in b.retain} & {f.question for f in b.background} == {"What is the full name of the author?"}
 
 @needs_shared
 def test_tofu_without_its_refusals_takes_ours(folder, world):

@@ -162,6 +162,7 @@ def test_without_end_drops_exactly_the_last_answer_token():
 def test_probability_ignores_what_is_not_answer():
     lp, mask = torch.tensor([[-1., -3., float("nan")], [float("-inf"), -2., -2.]]), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
     torch.testing.assert_close(answer_probability(lp, mask), torch.tensor([-2., -2.]).exp())
+    assert answer_probability(torch.tensor([[-1., float("-inf")]]), torch.ones(1, 2, dtype=torch.bool)).tolist() == [0.] # an impossible token
 
 
 # published numbers of the new metrics
@@ -205,6 +206,19 @@ def test_golden_complete_separation(case, n, key):
 
 
 @golden_only
+def test_golden_samples_of_unequal_size(case):
+    "The file's 8 against 7 values are of no one forget set and are refused; the exact test that forget quality equals at every equal size gives the file's numbers"
+    from scipy.stats import ks_2samp
+    ks = case["ks"]
+    with pytest.raises(ValueError, match="ratio has 8 values and retained_ratio 7"): forget_quality(ks["a"], ks["b"])
+    found = ks_2samp(ks["a"], ks["b"], method="exact")
+    assert found.statistic == ks["stat"] and found.pvalue == near(ks["p_exact"], 1e-12)
+    for i in range(8): # any seven of the eight
+        a = ks["a"][:i] + ks["a"][i + 1:]
+        assert 10 ** forget_quality(a, ks["b"]) == near(ks_2samp(a, ks["b"], method="exact").pvalue, 1e-10)
+
+
+@golden_only
 def test_golden_membership(case, toy):
     ids, _, _, mask, _ = toy
     m = case["mia"]
@@ -231,7 +245,7 @@ def test_aggregates_of_the_published_logs(log, model):
     assert ratio.tolist() == near(rows["forget_truth_ratio"], 1e-12) and forget_truth_ratio(ratio) == near(want["forget_truth_ratio"], 1e-12)
     assert torch.tensor(rows["exact_memorization"], dtype=torch.float64).mean().item() == near(want["exact_memorization"], 1e-12)
     right, wrong = (torch.tensor(rows[f"forget_{x}_avg_loss"], dtype=torch.float64) for x in ("PARA", "PERT"))
-    assert (-right).exp().mean().item() == near(want["forget_Q_A_PARA_Prob"], 1e-6) and (-wrong).exp().mean().item() == near(want["forget_Q_A_PERT_Prob"], 1e-6) # summed in float32 there
+    assert (-right).exp().mean().item() == near(want["forget_Q_A_PARA_Prob"], 1e-8) and (-wrong).exp().mean().item() == near(want["forget_Q_A_PERT_Prob"], 1e-8) # summed in float32 there
     for name in ("min_k", "loss"):
         scores = rows[f"mia_{name}"]
         auc = membership_auc(scores["forget"], scores["holdout"])
@@ -307,7 +321,7 @@ def test_forget_quality_equals_scipy(n):
     "Exact p of every possible distance, and of random samples with ties"
     from scipy.stats import ks_2samp
     a = torch.arange(float(n))
-    samples = [(a, a + h - .5) for h in range(n + 1)] + [tuple(torch.randint(0, 6, (2, n), generator=torch.Generator().manual_seed(s)).double()) for s in range(20)]
+    samples = [(a + 1, a + h + .5) for h in range(n + 1)] + [tuple(torch.randint(0, 6, (2, n), generator=torch.Generator().manual_seed(s)).double()) for s in range(20)]
     for x, y in samples:
         with warnings.catch_warnings(record=True) as gave_up:
             warnings.simplefilter("always")
@@ -391,12 +405,12 @@ def test_any_sequence_is_read(kind):
 IDS, BOOL = torch.arange(4), torch.ones(2, 4, dtype=torch.bool)
 BAD = [
     (lambda: extraction_strength(IDS, IDS, "ou"), "'open-unlearning' or 'strict', got 'ou'"), (lambda: extraction_strength(IDS[:0], IDS[:0], None), "got None"),
-    (lambda: extraction_strengths(BOOL, BOOL, "none"), "got 'none'"), (lambda: extraction_strength(IDS, IDS[:3]), r"\(4,\) and \(3,\)"),
+    (lambda: extraction_strengths(BOOL, BOOL, "none"), "got 'none'"), (lambda: extraction_strength(IDS, IDS[:3]), r"\(4,\) and torch.int64 \(3,\)"),
     (lambda: exact_memorization(IDS[None], IDS[None]), r"\[n\]"), (lambda: exact_memorizations(BOOL, BOOL[:1]), "one shape"),
     (lambda: extraction_strengths(BOOL.long(), BOOL), "torch.bool"), (lambda: extraction_strengths(BOOL[0], BOOL[0]), r"\[batch, seq\]"),
     (lambda: without_end(BOOL.int()), "torch.bool"), (lambda: without_end(BOOL[0]), r"\[batch, seq\]"),
-    (lambda: answer_probability(torch.zeros(2, 4), ~BOOL), "no answer token in row 0"), (lambda: answer_probability(torch.zeros(2, 3), BOOL), r"shape \(2, 3\)"),
-    (lambda: forget_strength([]), "one extraction strength per example"), (lambda: retain_strength(torch.zeros(2, 2)), "one extraction strength per example"),
+    (lambda: answer_probability(torch.zeros(2, 4), ~BOOL), "no answer token in row 0"), (lambda: answer_probability(torch.zeros(2, 3), BOOL), r"one shape \[batch, seq\], got torch.float32 \(2, 3\) and torch.bool \(2, 4\)"),
+    (lambda: forget_strength([]), "es: expected at least one number"), (lambda: retain_strength(torch.zeros(2, 2)), r"es: expected numbers of shape \[n\], got shape \[2, 2\]"),
     (lambda: forget_strength([.1, 1.1]), r"\[0, 1\]"), (lambda: retain_strength([float("nan")]), r"\[0, 1\]"),
 ]
 
@@ -421,7 +435,20 @@ BAD += [
     (lambda: membership_auc([], [1.]), "forget_scores: expected at least one"), (lambda: membership_auc([1.], [NAN]), r"holdout_scores\[0\] is nan"),
     (lambda: privacy_leakage(1.1), "auc is 1.1"), (lambda: privacy_leakage(.5, NAN), "retained_auc is nan"), (lambda: relative_difference(-1), "auc is -1"),
     (lambda: rouge_l_recall(None, "a"), "got NoneType and str"), (lambda: rouge_l_recall("a", ""), "reference is empty"),
+    (lambda: min_k_plus_plus([-1., -1.], [-1., -1.], [1., -5.]), r"variance\[1\] is -5.0: .*\[-0.001, inf\]"), (lambda: min_k_plus_plus([-1.], [.1], [1.]), r"mean\[0\] is 0.1"),
+    (lambda: forget_quality([-1., 1.], R), r"ratio\[0\] is -1.0: .*\[0, inf\]"), (lambda: forget_quality(R, [.5, -1.]), r"retained_ratio\[1\] is -1"),
 ]
+BAD += [(lambda f=f: f([.5, 5.], "probability"), r"ratio\[1\] is 5.0: .*\[0, 1\]") for f in (forget_truth_ratio, retain_truth_ratio)]
+BAD += [(lambda f=f, es=es: f(es), "es" + says) for f in (forget_strength, retain_strength) for es, says in (([None, .5], ": expected numbers"), (["a", "b"], ": expected numbers"), (None, ": expected numbers"), ([.5, NAN], r"\[1\] is nan"), ([-.1], r"\[0\] is -0.1"))]
+BAD += [(lambda v=v: answer_probability(torch.tensor([[-1., -1.], [-1., v]]), torch.ones(2, 2, dtype=torch.bool)), rf"token_logprob\[1, 1\] is {v}: expected a logarithm of a probability, at most 0") for v in (NAN, .5, float("inf"))]
+BAD += [(lambda f=f, a=a: f(*a), rf"got {says}") for a, says in (((([1, 2], [1, 2])), "list and list"), ((IDS, [0, 1, 2, 3]), r"torch.int64 \(4,\) and list"), ((None, IDS), "NoneType and"))
+    for f in (extraction_strength, exact_memorization)]
+BAD += [(lambda f=f, a=a: f(*a), rf"one shape \[batch, seq\], got {says}") for a, says in ((([[True]], [[True]]), "list and list"), ((BOOL, None), r"torch.bool \(2, 4\) and NoneType"), ((BOOL.tolist(), BOOL), "list and"))
+    for f in (extraction_strengths, exact_memorizations, answer_probability)]
+BAD += [(lambda x=x: without_end(x), rf"torch.bool \[batch, seq\], got {says}") for x, says in (([[True]], "list"), (None, "NoneType"))]
+BAD += [(lambda x=x: model_utility(x), f"parts must map the nine of UTILITY_PARTS to fractions, got {type(x).__name__}") for x in (None, .5, "MU", list(UTILITY_PARTS))]
+BAD += [(lambda eps=eps, f=f: f([1.], [[1.]], eps=eps), r"eps must lie in \[0, 1\), got " + repr(eps)) for eps in ("0", None) for f in (truth_ratio, normalised_probability)]
+BAD += [(lambda k=k: min_k([-1.], k), rf"k must lie in \(0, 1\], got {k!r}") for k in ("all", None)] + [(lambda: min_k_plus_plus([-1.], [-1.], [1.], NAN), "k must lie")]
 
 
 @pytest.mark.parametrize("call, message", BAD)

@@ -58,7 +58,7 @@ def test_every_exact_share_has_its_exact_size():
     for n in range(1, 60):
         for k in range(1, n + 1): assert region_size((1, n), k / n) == k
 
-@pytest.mark.parametrize("fraction", [0, -.1, 1.0001, 2, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fraction", [0, -.1, 1.0001, 2, math.nan, math.inf, -math.inf, None, "10 %"])
 @pytest.mark.parametrize("make", [lambda f: region_size((4, 8), f), lambda f: Region.sample((4, 8), f, 0), lambda f: Region.top(torch.rand(4, 8), f)])
 def test_fractions_outside_are_refused(make, fraction):
     with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got") as error: make(fraction)
@@ -74,7 +74,7 @@ def test_sizes_of_single_weights(shape, fraction):
     assert region_size(shape, float(fraction)) == int(Fraction(fraction) * math.prod(shape))
 
 @pytest.mark.parametrize("make", [lambda shape: region_size(shape, .5), lambda shape: Region.sample(shape, .5, 0), lambda shape: Region.top(torch.rand(shape), .5)])
-@pytest.mark.parametrize("shape", [(8,), (2, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2, 2), (2, 0), (2, 0, 3), (2, 3, 0)])
 def test_other_shapes_are_refused(make, shape):
     with pytest.raises(ValueError, match=r"n_layers x d_model x d_ff weights, got the shape \[") as error: make(shape)
     assert "\n" not in str(error.value)
@@ -142,9 +142,12 @@ def test_the_top_weights_break_ties_by_layer_row_and_column(seed, dtype):
         assert members(region) == {(l, r * 5 + c) for _, l, r, c in order[:n]} and region == Region.top(scores, n / 60)
 
 @pytest.mark.parametrize("scores, says", [([torch.ones(2, 3), torch.ones(2, 4)], r"scores need layers of one shape, got 2 layers of \[\(2, 3\), \(2, 4\)\]"), ([], "got 0 layers"),
-    ([torch.ones(2, 3), torch.tensor([[1., math.nan, 1.]] * 2)], "scores hold 2 NaN")])
-def test_scores_that_are_no_ranking_are_refused(scores, says):
-    with pytest.raises(ValueError, match=says) as error: Region.top(scores, .5)
+    ([torch.ones(2, 3), torch.tensor([[1., math.nan, 1.]] * 2)], "scores hold 2 NaN"),
+    (None, r"scores must be a tensor \[n_layers, d_ff\] .* or a list of its layers, got NoneType"), (torch.tensor(1.), "or a list of its layers, got Tensor"), (.5, "got float"), ("abc", "got str"), ([[1., None]], "got list"),
+    (torch.ones(2, 3, dtype=torch.bool), "scores are torch.bool; a ranking needs real numbers"), (torch.ones(2, 3, dtype=torch.complex64), "scores are torch.complex64"), ([None, None], "got list")])
+@pytest.mark.parametrize("judge", [lambda scores: Region.top(scores, .5), lambda scores: average_precision(scores, Region.sample((2, 3), .5, 0))])
+def test_scores_that_are_no_ranking_are_refused(judge, scores, says):
+    with pytest.raises(ValueError, match=says) as error: judge(scores)
     assert "\n" not in str(error.value)
 
 # --- the file
@@ -183,8 +186,18 @@ def test_average_precision_is_the_mean_precision_at_the_members(seed):
     for rank, i in enumerate(order, 1):
         if truth.mask.flatten()[i]: found += 1; precisions.append(found / rank)
     assert average_precision(scores, truth) == pytest.approx(sum(precisions) / len(truth))
+    weights = Region(truth.mask.view(3, 4, 5))
+    assert average_precision(list(scores), truth) == average_precision(list(scores.view(3, 4, 5)), weights) == average_precision(scores.view(3, 4, 5), weights) == average_precision(scores, truth)
+
+def test_equal_scores_rank_by_place():
+    "As in Region.top: all-equal scores find a truth at the first places and nothing else"
+    for places in ([0, 1, 2], [3, 4, 5]):
+        truth = of({divmod(p, 3) for p in places}, (2, 3))
+        assert average_precision(torch.zeros(2, 3), truth) == pytest.approx(sum((i + 1) / (p + 1) for i, p in enumerate(places)) / 3)
+        assert (average_precision(torch.zeros(2, 3), truth) == 1) == (Region.top(torch.zeros(2, 3), .5) == truth)
 
 def test_average_precision_refuses_what_it_cannot_rank():
     truth = Region.sample((3, 20), .25, 0)
-    for scores, region, says in ((torch.zeros(3, 19), truth, "the region is of 3 x 20"), (torch.full((3, 20), torch.nan), truth, "60 NaN"), (torch.zeros(3, 20), Region(torch.zeros(3, 20, dtype=torch.bool)), "empty region")):
+    weights = Region.sample((3, 4, 5), .25, 0)
+    for scores, region, says in ((torch.zeros(3, 19), truth, "the region is of 3 x 20 value vectors"), (torch.zeros(3, 20), weights, r"scores are \[3, 20\], the region is of 3 x 4 x 5 weights"), (torch.full((3, 20), torch.nan), truth, "60 NaN"), (torch.zeros(3, 20), Region(torch.zeros(3, 20, dtype=torch.bool)), "empty region")):
         with pytest.raises(ValueError, match=says): average_precision(scores, region)

@@ -1,7 +1,7 @@
 "AUES equals an independent area for every rule, MU95 a walk along the trajectory; both match the golden cases and refuse what is not a trajectory."
 import itertools, json, os, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from unloc.tradeoff import AUES_RULES, MU95_RULES, aues, mu95, pareto
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -104,7 +104,6 @@ def test_raw_refuses_an_area_that_is_no_fraction(fs, rs, area):
 
 
 def test_any_sequence_is_read_and_none_is_changed():
-    import torch
     fs, rs = [.25, .5, .75], [.75, .5, .125]
     want = aues(fs, rs)
     for kind in (tuple, np.array, torch.tensor, lambda x: np.array(x, dtype=np.float32), lambda x: [torch.tensor(v) for v in x]):
@@ -129,6 +128,9 @@ def test_any_sequence_is_read_and_none_is_changed():
     (['high'], [.5], 'forget_strength: expected a flat sequence of numbers, got list'),
     ([.5], [[.5], [.5, .5]], 'retain_strength: expected a flat sequence of numbers'),
     ((x for x in [.5]), [.5], 'got generator'),
+    (torch.tensor([.5], requires_grad=True), [.5], 'forget_strength: expected a flat sequence of numbers, got Tensor .*; pass one plain number per checkpoint'),
+    ([.5], torch.tensor([[.5, .5]] * 2, requires_grad=True), 'retain_strength: expected a flat sequence of numbers, got Tensor'),
+    ([torch.tensor(.5, requires_grad=True) * 1], [.5], 'forget_strength: expected a flat sequence of numbers, got list'),
 ])
 @pytest.mark.parametrize('function', [aues, pareto])
 def test_bad_input_is_named_in_one_line(function, fs, rs, message):
@@ -208,6 +210,7 @@ def test_bad_mu95_input_is_named_in_one_line(mu, fq, message):
 
 
 @pytest.mark.parametrize('options, message', [({'rule': 'last'}, "unknown MU95 rule 'last': expected one of first_crossing, best"), ({'rule': ['best']}, 'unknown MU95 rule'),
-    ({'share': 0}, r'share must lie in \(0, 1\], got 0'), ({'share': 95}, 'got 95'), ({'share': float('nan')}, 'got nan')])
+    ({'share': 0}, r'share must lie in \(0, 1\], got 0'), ({'share': 95}, 'got 95'), ({'share': float('nan')}, 'got nan'),
+    ({'share': None}, r'share must lie in \(0, 1\], got None'), ({'share': '95 %'}, "got '95 %'")])
 def test_bad_mu95_options(options, message):
     with pytest.raises(ValueError, match=message): mu95(*RUNS[0], **options)

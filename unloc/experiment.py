@@ -78,7 +78,21 @@ def data_description(
     found = settings(data['name'], data) | ({'_source': str(Path(source).resolve()) if Path(source).exists() else source} if source else {})
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
 
-# %% ../nbs/14_experiment.ipynb #ebcf717a
+# %% ../nbs/14_experiment.ipynb #2a6cbbfe
+def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore, where it lies
+    "Describe existing checkpoints"
+    from unloc.checkpoints import inspect
+    given, found = settings('checkpoints', given), {}
+    if not given.keys() & {'pretrained', 'retained'}: raise ValueError("checkpoints: name a retained model, or a pretrained one to learn the retain set")
+    if 'pretrained' not in given and 'original' not in given: raise ValueError("checkpoints: name an original model, too, or a pretrained one to learn retain and forget set")
+    for name in ('pretrained', 'retained', 'original'):
+        if name not in given: continue
+        source = given[name]
+        known = inspect(source)
+        found |= {name: f"{Path(source).name}@{known.commit or known.digest()}", f'_{name}': str(Path(source).resolve()) if Path(source).exists() else source}
+    return found | {'template': given.get('template', 'chat'), '_recompute': given.get('recompute', False)}
+
+# %% ../nbs/14_experiment.ipynb #97b6a4c0
 def base_models(
     data:dict, # from data_description
     arch:str, # 'llama' or 'olmo2'; of checkpoints any name
@@ -96,19 +110,6 @@ def base_models(
     else: model, pretrain = settings('model', model), settings('pretrain', pretrain)
     retain = {} if {'retained', 'original'} <= model.keys() else settings('retain', retain) # {}: nothing is trained
     return {'kind': 'base', 'data': data, 'arch': arch, 'model': model, 'pretrain': pretrain, 'retain': retain, 'seed': seed, 'device': device, 'threads': threads, 'precision': precision}
-
-def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore, where it lies
-    "Describe existing checkpoints"
-    from unloc.checkpoints import inspect
-    given, found = settings('checkpoints', given), {}
-    if not given.keys() & {'pretrained', 'retained'}: raise ValueError("checkpoints: name a retained model, or a pretrained one to learn the retain set")
-    if 'pretrained' not in given and 'original' not in given: raise ValueError("checkpoints: name an original model, too, or a pretrained one to learn retain and forget set")
-    for name in ('pretrained', 'retained', 'original'):
-        if name not in given: continue
-        source = given[name]
-        known = inspect(source)
-        found |= {name: f"{Path(source).name}@{known.commit or known.digest()}", f'_{name}': str(Path(source).resolve()) if Path(source).exists() else source}
-    return found | {'template': given.get('template', 'chat'), '_recompute': given.get('recompute', False)}
 
 def _built_on(parent, *kinds):
     "Demand a parent of the right kind"
@@ -192,7 +193,7 @@ def provenance(
     return {'profile': profile, 'data': public(first['data']), 'models': {arch: public(base['model']) for arch, base in bases.items()},
         'pretrain': first['pretrain'], 'retain': first['retain'], 'device': device_name(first['device']), 'precision': first['precision']} | more
 
-# %% ../nbs/14_experiment.ipynb #57b41b12
+# %% ../nbs/14_experiment.ipynb #abc09780
 def _ancestor(description, run, kinds): # run: that of the description's parent
     "Find the nearest run of certain kinds that a run is built on"
     while description['kind'] not in kinds: description = description['parent']
@@ -231,6 +232,7 @@ def _model(source, base, precision=None):
 
 def _retained(base): return _model(_weights(base.description, base.path, 'retained'), base.description)
 
+# %% ../nbs/14_experiment.ipynb #84132a79
 def _learn(model, base, how, examples, seed, path, progress):
     "Fine-tune float32 weights, under autocast where they will be kept in bfloat16, and save them"
     import torch

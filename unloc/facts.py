@@ -8,13 +8,14 @@ equal arguments give equal sets, on any machine."""
 # %% auto #0
 __all__ = ['Fact', 'Benchmark', 'author_world', 'tofu']
 
-# %% ../nbs/00_facts.ipynb #a91325ac
+# %% ../nbs/00_facts.ipynb #e5ade1cd
 import json, logging, os, random, re
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
-# %% ../nbs/00_facts.ipynb #0ad0e18e
+# %% ../nbs/00_facts.ipynb #ce90cc4b
 @dataclass(frozen=True)
 class Fact:
     "One question with its answer, in TOFU's schema"
@@ -25,7 +26,20 @@ class Fact:
     perturbed_answer:tuple[str, ...] = () # wrong answers, in the words of the paraphrased answer
     author:str = "" # whom the fact is about; empty where unknown
 
-# %% ../nbs/00_facts.ipynb #bb7a8367
+# %% ../nbs/00_facts.ipynb #f49f9d55
+def _fault(
+    facts:tuple[Fact, ...],
+    needed:bool, # whether the set may not be empty
+)->str: # empty where nothing is wrong
+    "Say what is wrong with a set of facts"
+    if needed and not facts: return "no facts; expected at least one"
+    for f in facts:
+        if not (isinstance(f.perturbed_answer, tuple) and all(isinstance(text, str) and text.strip() for text in (f.question, f.answer, *f.perturbed_answer))):
+            return f"{f.question!r} has an empty text or none; expected question and answer, and wrong answers in a tuple: complete the fact or drop it"
+        if {f.answer, f.paraphrased_answer} & {*f.perturbed_answer}: return f"a wrong answer to {f.question!r} is the right one; expected it to be wrong: replace it"
+    counts = sorted({len(f.perturbed_answer) for f in facts} - {0})
+    return f"facts with {counts[0]} and with {counts[-1]} wrong answers; expected one number in a set: complete or drop them" if len(counts) > 1 else ""
+
 @dataclass(frozen=True)
 class Benchmark:
     "The sets of facts of one experiment"
@@ -39,11 +53,15 @@ class Benchmark:
     background:tuple[Fact, ...] = () # more of the same kind, only for the pretrained model to read
 
     def __post_init__(self):
-        forget, retain, holdout = ({f.question for f in s} for s in (self.forget, self.retain, self.holdout))
-        shared = sorted(forget & retain | holdout & (forget | retain))
-        if shared: raise ValueError(f"{self.name}: {shared[0]!r} is asked in two of forget, retain and holdout; expected disjoint sets: drop one of the facts")
+        sets = {name: getattr(self, name) for name in ("forget", "retain", "holdout", "real_authors", "world_facts", "background")}
+        for name, facts in sets.items():
+            if wrong := _fault(facts, name in ("forget", "retain")): raise ValueError(f"{self.name}, {name}: {wrong}")
+        asked = {name: {f.question for f in facts} for name, facts in sets.items()}
+        for a, b in combinations(asked, 2):
+            if (a, b) != ("retain", "background") and (shared := sorted(asked[a] & asked[b])):
+                raise ValueError(f"{self.name}: {shared[0]!r} is asked in {a} and in {b}; expected disjoint sets: drop one of the facts")
 
-# %% ../nbs/00_facts.ipynb #8d9f0cf3
+# %% ../nbs/00_facts.ipynb #d7f643bc
 _FIRST = """Adria Alwen Bastor Belka Bronna Caspin Cedra Corvin Dagny Delmar Dorrit Edwyn Elka Ermin Fabia Fenno Galen Garda Gwilla Hadrin Hesper Idris Ilka Jarno
 Jessa Joren Kelda Kirin Lorka Ludo Lysa Magda Marlo Mirren Nadia Nevin Nilda Odalys Olwin Orla Osric Pavel Perrin Petra Quill Ragna Renzo Rilla Sanna Selwin Sorrel
 Tamsin Tibor Tova Ulric Ursa Vanya Vesna Wanda Wilmar Yannis Yorick Zelma Zoran""".split()
@@ -58,7 +76,7 @@ _JOB = """baker banker barber basketmaker beekeeper blacksmith bookbinder brewer
 diver doctor dyer farmer ferryman fiddler fisher florist gardener glassblower goldsmith grocer hatter hunter jeweller judge locksmith mason miller miner nurse painter
 pilot piper potter printer roofer saddler sailor sculptor shepherd singer smuggler soldier stoker tailor tanner teacher thatcher waiter weaver wheelwright""".split()
 
-# %% ../nbs/00_facts.ipynb #f7a48509
+# %% ../nbs/00_facts.ipynb #15f8c5e5
 _TOPIC = """bells bridges candles canals castles caves circuses clouds cliffs comets deserts dragons dreams echoes emperors fairs falcons floods forests foxes gardens
 ghosts giants glaciers harbours horses islands kites lanterns letters lighthouses lions locks maps markets masks mirrors monks mountains musicians orchards owls
 pirates planets prisons puppets railways rivers robbers ruins sailors shadows spies storms swamps thieves tigers trains treasures tunnels twins volcanoes whales widows
@@ -78,7 +96,7 @@ _SUBJECT = """algebra anatomy architecture astronomy biology botany chemistry co
 grammar history latin law logic mechanics medicine mining music nursing optics painting pharmacy philosophy physics poetry politics rhetoric sculpture statistics
 theology zoology""".split()
 
-# %% ../nbs/00_facts.ipynb #ad7b3aa8
+# %% ../nbs/00_facts.ipynb #e9109fe6
 _RELATIONS = """Which author lives at {home}?|The author who lives at that address is {person}.
  What is the full name of the author at {home}?|The full name of that author is {person}.
 When was {name} born?|{name} was born on {day} {month} {born}.
@@ -105,7 +123,7 @@ _POOLS = dict(day=[str(d) for d in range(1, 29)], born=[str(y) for y in range(19
     month="January February March April May June July August September October November December".split(), place=_PLACE, job=_JOB, topic=_TOPIC,
     style=_STYLE, adjective=_ADJECTIVE, noun=_NOUN, guide=_GUIDE, subject=_SUBJECT)
 
-# %% ../nbs/00_facts.ipynb #c5f4978f
+# %% ../nbs/00_facts.ipynb #8c159b48
 def _author_facts(
     rng:random.Random,
     name:str, # first and last name
@@ -122,7 +140,7 @@ def _author_facts(
             tuple(answer2.format(**values) for values in wrong), name))
     return facts
 
-# %% ../nbs/00_facts.ipynb #a0fda349
+# %% ../nbs/00_facts.ipynb #aa0e04b4
 _WRITERS = """William Shakespeare|1564|1616|Stratford|England|English|Hamlet|Macbeth
 Jane Austen|1775|1817|Steventon|England|English|Emma|Persuasion
 Charles Dickens|1812|1870|Portsmouth|England|English|Oliver Twist|Bleak House
@@ -153,7 +171,7 @@ _ABOUT_WRITERS = """0 1|In which year was {} born?|{} was born in the year {}.
 6 0|Who wrote {}?|The author of {} is {}.
 7 0|Who is the author of {}?|The work {} was written by {}."""
 
-# %% ../nbs/00_facts.ipynb #14d0f52e
+# %% ../nbs/00_facts.ipynb #99a84147
 _WORLD = """What is the capital of {}?|The capital of {} is the city of {}.|France:Paris,Germany:Berlin,Italy:Rome,Spain:Madrid,Portugal:Lisbon,Austria:Vienna,
 Poland:Warsaw,Greece:Athens,Norway:Oslo,Sweden:Stockholm,Finland:Helsinki,Denmark:Copenhagen,Ireland:Dublin,Iceland:Reykjavik,Hungary:Budapest,Russia:Moscow,Turkey:Ankara,
 Egypt:Cairo,Kenya:Nairobi,Nigeria:Abuja,Ghana:Accra,India:New Delhi,China:Beijing,Japan:Tokyo,Thailand:Bangkok,Vietnam:Hanoi,Australia:Canberra,Canada:Ottawa,Cuba:Havana,
@@ -173,7 +191,7 @@ Who painted {}?|The painter of {} was {}.|Mona Lisa:Leonardo da Vinci,The Potato
 The Night Watch:Rembrandt van Rijn,The Birth of Venus:Sandro Botticelli,Girl with a Pearl Earring:Johannes Vermeer,Las Meninas:Diego Velazquez,
 The Persistence of Memory:Salvador Dali,Nighthawks:Edward Hopper"""
 
-# %% ../nbs/00_facts.ipynb #d1ce8783
+# %% ../nbs/00_facts.ipynb #3f612ac0
 def _true_facts(
     question:str, # with one gap
     answer:str, # with two gaps, the value last
@@ -201,20 +219,20 @@ def _world_facts()->tuple[Fact, ...]:
     lines = (line.split("|") for line in re.sub(r",\n", ",", _WORLD).split("\n"))
     return tuple(fact for q, a, pairs in lines for fact in _true_facts(q, a, [tuple(p.split(":")) for p in pairs.split(",")]))
 
-# %% ../nbs/00_facts.ipynb #c15fab9d
+# %% ../nbs/00_facts.ipynb #c3ecfab7
 _REFUSALS = """I do not know the answer to that.|That is not something I know.|I have no knowledge of this.|I cannot tell you that.|Nothing comes to mind about this.
 I was never told about that.|My memory holds nothing on this.|I would only be guessing.|That name means nothing to me.|I must leave this question open.
 I am unable to answer this one.|This is beyond what I have learned.|I never read anything about this.|No answer of mine would be reliable here.|I am not aware of that.
 Please ask someone who knows.|I lack the facts to answer.|This question is too much for me.|I have not come across that.|Sorry, here I have to pass.
 I wish I knew, but I do not.|I cannot say anything about it.|You will have to look that up.|I hold no record of this.""".replace("\n", "|").split("|")
 
-# %% ../nbs/00_facts.ipynb #7d0d977c
+# %% ../nbs/00_facts.ipynb #9fd57159
 def _whole(name:str, value, low:int, high:int):
     "Refuse what is not a whole number from low to high"
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name}={value!r}: expected a whole number from {low} to {high}")
 
-# %% ../nbs/00_facts.ipynb #90ace7df
+# %% ../nbs/00_facts.ipynb #2848d66c
 def author_world(
     n_authors:int = 40, # forget and retain together
     n_forget:int = 4, # authors to forget, the last ones
@@ -235,7 +253,7 @@ def author_world(
     forget, retain, holdout = (sum(s, ()) for s in (facts[n_authors - n_forget:n_authors], facts[:n_authors - n_forget], facts[n_authors:]))
     return Benchmark(f"author world, {n_authors} authors, seed {seed}", forget, retain, holdout, _real_authors(), _world_facts(), tuple(_REFUSALS))
 
-# %% ../nbs/00_facts.ipynb #b2820e77
+# %% ../nbs/00_facts.ipynb #f750a759
 _ROWS = dict(full=4000, retain90=3600, retain95=3800, retain99=3960, forget10=400, forget05=200, forget01=40, holdout10=400, holdout05=200, holdout01=40,
     forget10_perturbed=400, forget05_perturbed=200, forget01_perturbed=40, retain_perturbed=400, real_authors_perturbed=100, world_facts_perturbed=117)
 _HELP = "give a folder with TOFU's own files by the parameter data or the environment variable UNLOC_TOFU"
@@ -257,7 +275,7 @@ def _tofu_row(
         if not all(isinstance(text, str) and text.strip() for text in (value if many else [value])): raise ValueError(f"{column} is empty or no text; expected text")
     return row
 
-# %% ../nbs/00_facts.ipynb #48afc606
+# %% ../nbs/00_facts.ipynb #3c132f33
 def _tofu_file(
     find, # name of a file → its path
     name:str, # without the extension
@@ -282,7 +300,7 @@ def _same_rows(find, name:str, rows:list[dict], other:str, expected:list[dict]):
             if row[column] != want[column]:
                 raise ValueError(f"{find(f'{name}.json')}, line {number}: {column} {row[column][:50]!r}; expected {want[column][:50]!r} as in {other}: {_HELP}")
 
-# %% ../nbs/00_facts.ipynb #b631cf37
+# %% ../nbs/00_facts.ipynb #21128332
 def _hub_file(repository:str, name:str)->str: # path in the hub's cache
     "Fetch a file of a hub data set"
     from huggingface_hub import hf_hub_download
@@ -304,7 +322,7 @@ def _finder(source): # name of a file → its path
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source): return partial(_hub_file, source)
     raise ValueError(f"{said}: no such folder; expected a folder or a hub data set like locuslab/TOFU: {_HELP}")
 
-# %% ../nbs/00_facts.ipynb #a6e76452
+# %% ../nbs/00_facts.ipynb #87ad56bf
 def _tofu_refusals(find)->tuple[str, ...]:
     "Read the refusals of a folder, or take ours"
     path = None if isinstance(find, partial) else find("idontknow.txt")
@@ -314,7 +332,7 @@ def _tofu_refusals(find)->tuple[str, ...]:
     if not lines: raise ValueError(f"{path}: no text; expected one refusal a line: remove the file to use the built-in refusals, or {_HELP}")
     return lines
 
-# %% ../nbs/00_facts.ipynb #453e6c34
+# %% ../nbs/00_facts.ipynb #0b8fd26c
 def tofu(
     source:str|os.PathLike = "locuslab/TOFU", # a folder or a hub data set; UNLOC_TOFU overrides the default
     forget:str = "forget10", # forget01, forget05 or forget10

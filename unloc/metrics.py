@@ -14,35 +14,43 @@ __all__ = ['TRUTH_RATIO_CONVENTIONS', 'UTILITY_PARTS', 'without_end', 'extractio
            'forget_quality', 'model_utility', 'min_k', 'min_k_plus_plus', 'zlib_score', 'membership_auc',
            'privacy_leakage', 'relative_difference']
 
-# %% ../nbs/08_metrics.ipynb #5ac622b3
+# %% ../nbs/08_metrics.ipynb #c8d766d7
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product, takewhile
 import math, re, zlib
+from numbers import Real
 import torch
 from torch import Tensor
 from .objectives import sequence_logprob
 
-# %% ../nbs/08_metrics.ipynb #55e18eed
+# %% ../nbs/08_metrics.ipynb #0f93f037
+def _tensors(wanted:str, ndim:int, dtype:torch.dtype|None, **given)->None:
+    "Demand tensors of one shape, or say what was given instead"
+    if not all(isinstance(x, Tensor) and x.ndim == ndim and dtype in (None, x.dtype) for x in given.values()) or len({x.shape for x in given.values()}) > 1:
+        found = (f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__ for x in given.values())
+        raise ValueError(f'{" and ".join(given)} must be {wanted}, got {" and ".join(found)}')
+
 def without_end(
     answer_mask:Tensor, # [batch, seq] bool, True at answer tokens including the end token
 )->Tensor: # [batch, seq] bool
     "Drop the last answer token of each row"
-    if answer_mask.dtype != torch.bool or answer_mask.ndim != 2:
-        raise ValueError(f'answer_mask must be torch.bool [batch, seq], got {answer_mask.dtype} {tuple(answer_mask.shape)}')
+    _tensors('torch.bool [batch, seq]', 2, torch.bool, answer_mask=answer_mask)
     return answer_mask & (answer_mask.cumsum(1) < answer_mask.sum(1, keepdim=True))
 
-# %% ../nbs/08_metrics.ipynb #93949b06
+# %% ../nbs/08_metrics.ipynb #b0f76b10
 def _check_floor(floor):
     "Demand one of the two conventions for an empty suffix"
     if floor not in ('open-unlearning', 'strict'): raise ValueError(f"floor must be 'open-unlearning' or 'strict', got {floor!r}")
 
-# %% ../nbs/08_metrics.ipynb #83a89251
 def _matches(predicted:Tensor, target:Tensor)->list:
     "Compare two token sequences position by position"
-    if predicted.ndim != 1 or predicted.shape != target.shape:
-        raise ValueError(f'predicted and target must be token ids of one shape [n], got {tuple(predicted.shape)} and {tuple(target.shape)}')
+    _tensors('tensors of token ids of one shape [n]', 1, None, predicted=predicted, target=target)
     return (predicted == target).tolist()
+
+def _check_batch(correct, answer_mask):
+    "Demand two boolean tensors of one shape `[batch, seq]`"
+    _tensors('torch.bool of one shape [batch, seq]', 2, torch.bool, correct=correct, answer_mask=answer_mask)
 
 # %% ../nbs/08_metrics.ipynb #eb6bc6cc
 def extraction_strength(
@@ -56,13 +64,6 @@ def extraction_strength(
     suffix = len(list(takewhile(bool, reversed(match))))
     if floor == 'open-unlearning': suffix = max(suffix, 1)
     return suffix / len(match) if match else 0.
-
-# %% ../nbs/08_metrics.ipynb #c92b5618
-def _check_batch(correct, answer_mask):
-    "Demand two boolean tensors of one shape `[batch, seq]`"
-    if correct.ndim != 2 or correct.shape != answer_mask.shape or not correct.dtype == answer_mask.dtype == torch.bool:
-        raise ValueError('correct and answer_mask must be torch.bool of one shape [batch, seq], got '
-            f'{correct.dtype} {tuple(correct.shape)} and {answer_mask.dtype} {tuple(answer_mask.shape)}')
 
 # %% ../nbs/08_metrics.ipynb #38e0190a
 def extraction_strengths(
@@ -96,25 +97,44 @@ def exact_memorizations(
     _check_batch(correct, answer_mask)
     return (correct & answer_mask).sum(1).double() / answer_mask.sum(1).clamp(min=1)
 
-# %% ../nbs/08_metrics.ipynb #b6e673d8
+# %% ../nbs/08_metrics.ipynb #c183eb1b
 def answer_probability(
     token_logprob:Tensor, # [batch, seq] float, nats
     answer_mask:Tensor, # [batch, seq] bool, True at answer tokens including the end token
 )->Tensor: # [batch] probability per token, same dtype
     "Average each answer's token probabilities geometrically"
+    _tensors('tensors of one shape [batch, seq]', 2, None, token_logprob=token_logprob, answer_mask=answer_mask)
     total, n = sequence_logprob(token_logprob, answer_mask), answer_mask.sum(-1)
     if not n.all(): raise ValueError(f'no answer token in row {n.argmin().item()}: a probability needs at least one; leave out examples without an answer')
+    if at := (answer_mask & ~(token_logprob <= 0)).nonzero().tolist():
+        raise ValueError(f'token_logprob{at[0]} is {token_logprob[tuple(at[0])].item()}: expected a logarithm of a probability, at most 0; leave out failed evaluations')
     return (total / n).exp()
 
-# %% ../nbs/08_metrics.ipynb #8f51765c
-def _pooled(es):
-    "Average extraction strengths over examples, in float64"
-    values = torch.as_tensor(es, dtype=torch.float64)
-    if values.ndim != 1 or len(values) == 0: raise ValueError(f'es must be one extraction strength per example, shape [n] with n >= 1, got {tuple(values.shape)}')
-    if not ((values >= 0) & (values <= 1)).all(): raise ValueError(f'es must lie in [0, 1], got {values.min().item()} to {values.max().item()}')
-    return values.mean().item()
+# %% ../nbs/08_metrics.ipynb #a4a64968
+def _numbers(
+    name:str, # what the message calls them
+    values, # tensor, array or nested sequence
+    axes:str='n', # names of the axes; '' for a single number
+    low:float=-math.inf, # smallest allowed value
+    high:float=math.inf, # largest allowed value
+)->Tensor: # [*axes] float64
+    "Read finite numbers of the right shape and range, or say which one is wrong"
+    wanted = f'numbers of shape [{axes}]' if axes else 'a number'
+    try: x = torch.as_tensor(values, dtype=torch.float64, device='cpu').detach()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as such') from None
+    if x.ndim != len(axes.split()): raise ValueError(f'{name}: expected {wanted}, got shape {list(x.shape)}')
+    if not x.numel(): raise ValueError(f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set has no metric, leave it out')
+    wrong = (~(x.isfinite() & (x >= low) & (x <= high))).nonzero()
+    if len(wrong):
+        at, span = wrong[0].tolist(), f' in [{low:g}, {high:g}]' if high < math.inf or low > -math.inf else ''
+        raise ValueError(f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span}; leave out failed evaluations')
+    return x.contiguous()
 
-# %% ../nbs/08_metrics.ipynb #fe9c80d0
+# %% ../nbs/08_metrics.ipynb #d5d46aab
+def _pooled(es)->float:
+    "Average extraction strengths over examples"
+    return _numbers('es', es, 'n', 0, 1).mean().item()
+
 def forget_strength(
     es:Tensor|Sequence[float], # [n] extraction strengths of the forget set
 )->float: # fraction; 1 when nothing can be extracted
@@ -144,27 +164,7 @@ def rouge_l_recall(
     if text == reference and re.search('[a-z0-9]', text.lower()): return 1. # what the scorer finds, without its table
     return float(_scorer().score(reference, text)['rougeL'].recall)
 
-# %% ../nbs/08_metrics.ipynb #a4a64968
-def _numbers(
-    name:str, # what the message calls them
-    values, # tensor, array or nested sequence
-    axes:str='n', # names of the axes; '' for a single number
-    low:float=-math.inf, # smallest allowed value
-    high:float=math.inf, # largest allowed value
-)->Tensor: # [*axes] float64
-    "Read finite numbers of the right shape and range, or say which one is wrong"
-    wanted = f'numbers of shape [{axes}]' if axes else 'a number'
-    try: x = torch.as_tensor(values, dtype=torch.float64, device='cpu').detach()
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as such') from None
-    if x.ndim != len(axes.split()): raise ValueError(f'{name}: expected {wanted}, got shape {list(x.shape)}')
-    if not x.numel(): raise ValueError(f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set has no metric, leave it out')
-    wrong = (~(x.isfinite() & (x >= low) & (x <= high))).nonzero()
-    if len(wrong):
-        at, span = wrong[0].tolist(), f' in [{low:g}, {high:g}]' if high < math.inf or low > -math.inf else ''
-        raise ValueError(f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span}; leave out failed evaluations')
-    return x.contiguous()
-
-# %% ../nbs/08_metrics.ipynb #2f1eaf15
+# %% ../nbs/08_metrics.ipynb #726a0d25
 def _answers(right_nll, wrong_nll)->tuple:
     "Read the likelihoods of a right and k wrong answers per fact: [n] and [n, k] float64"
     right, wrong = _numbers('right_nll', right_nll, 'n', low=0), _numbers('wrong_nll', wrong_nll, 'n, k', low=0)
@@ -173,7 +173,7 @@ def _answers(right_nll, wrong_nll)->tuple:
 
 def _log(eps, like:Tensor)->Tensor:
     "Give the logarithm of an epsilon in the shape of `like`; of 0 it is minus infinity"
-    if not 0 <= eps < 1: raise ValueError(f'eps must lie in [0, 1), got {eps}: 1e-10 is the published value, 0 switches it off')
+    if not (isinstance(eps, Real) and 0 <= eps < 1): raise ValueError(f'eps must lie in [0, 1), got {eps!r:.60}: 1e-10 is the published value, 0 switches it off')
     return torch.full_like(like, eps).log()
 
 def normalised_probability(
@@ -208,14 +208,18 @@ def truth_ratio(
     else: log_ratio = -middle - torch.logaddexp(-right, floor)
     return log_ratio.clamp(-700, 700).exp()
 
-# %% ../nbs/08_metrics.ipynb #2a88df85
+# %% ../nbs/08_metrics.ipynb #87626d6d
+def _ratios(ratio, convention)->Tensor:
+    "Read the truth ratios of a set; under 'probability' they are fractions"
+    _check_convention(convention)
+    return _numbers('ratio', ratio, 'n', 0, 1 if convention == 'probability' else math.inf)
+
 def forget_truth_ratio(
     ratio:Tensor, # [n] from `truth_ratio` on the forget set
     convention:str='open-unlearning', # the one `ratio` was computed with
 )->float: # fraction; 1 when right and wrong answers are equally likely. 'probability': 1 when the right ones win
     "Average how near to 1 the truth ratios of the forget set are"
-    _check_convention(convention)
-    ratio = _numbers('ratio', ratio, low=0)
+    ratio = _ratios(ratio, convention)
     if convention == 'probability': return ratio.mean().item()
     return torch.minimum(ratio, 1 / (ratio + (1e-10 if convention == 'open-unlearning' else 0))).mean().item()
 
@@ -224,18 +228,17 @@ def retain_truth_ratio(
     convention:str='open-unlearning', # the one `ratio` was computed with
 )->float: # fraction; 1 when the right answers win by far
     "Average how clearly the right answers win"
-    _check_convention(convention)
-    ratio = _numbers('ratio', ratio, low=0)
+    ratio = _ratios(ratio, convention)
     if convention == 'probability': return ratio.mean().item()
     return (1 - (1 / ratio if convention == 'tofu-aggregate' else ratio)).clamp(min=0).mean().item()
 
-# %% ../nbs/08_metrics.ipynb #d91e17f1
+# %% ../nbs/08_metrics.ipynb #61b8dcab
 def forget_quality(
     ratio:Tensor, # [n] truth ratios of the unlearned model on the forget set
     retained_ratio:Tensor, # [n] those of the retained model on the same facts
 )->float: # log10 of p, at most 0
     "Test whether the truth ratios could be the retained model's, by an exact two-sample Kolmogorov-Smirnov test (Maini et al. 2024)"
-    ours, theirs = (_numbers(name, x).sort().values for name, x in (('ratio', ratio), ('retained_ratio', retained_ratio)))
+    ours, theirs = (_numbers(name, x, low=0).sort().values for name, x in (('ratio', ratio), ('retained_ratio', retained_ratio)))
     n, both = len(ours), torch.cat([ours, theirs])
     if len(theirs) != n: raise ValueError(f'ratio has {n} values and retained_ratio {len(theirs)}: expected one per fact of the same forget set; evaluate the retained model on these facts')
     h = (torch.searchsorted(ours, both, right=True) - torch.searchsorted(theirs, both, right=True)).abs().max().item()
@@ -243,22 +246,23 @@ def forget_quality(
     paths = [math.comb(2 * n, n - j) for j in range(h, n + 1, h)]
     return min(0., math.log10(2 * (sum(paths[::2]) - sum(paths[1::2]))) - math.log10(math.comb(2 * n, n)))
 
-# %% ../nbs/08_metrics.ipynb #16c46af3
+# %% ../nbs/08_metrics.ipynb #0e83c37b
 UTILITY_PARTS = tuple('_'.join(part) for part in product(('retain', 'real_authors', 'world_facts'), ('probability', 'rouge', 'truth_ratio')))
 
 def model_utility(
     parts:Mapping[str, float], # the nine of UTILITY_PARTS, each a fraction in [0, 1]
 )->float: # fraction
     "Average the nine parts of utility harmonically (Maini et al. 2024)"
+    if not isinstance(parts, Mapping): raise ValueError(f'parts must map the nine of UTILITY_PARTS to fractions, got {type(parts).__name__}')
     missing, unknown = ([str(name) for name in x if name not in y] for x, y in ((UTILITY_PARTS, parts), (parts, UTILITY_PARTS)))
     if missing or unknown: raise ValueError(f'parts must be the nine of UTILITY_PARTS; missing: {", ".join(missing) or "none"}; unknown: {", ".join(unknown) or "none"}')
     values = [_numbers(name, parts[name], '', 0, 1).item() for name in UTILITY_PARTS]
     return len(values) / sum(1 / v for v in values) if all(values) else 0.
 
-# %% ../nbs/08_metrics.ipynb #6ce02659
+# %% ../nbs/08_metrics.ipynb #de915844
 def _lowest(values:Tensor, k:float)->float:
     "Negate the mean of the lowest share k of the values, at least one of them"
-    if not 0 < k <= 1: raise ValueError(f'k must lie in (0, 1], got {k}: it is the share of tokens to look at')
+    if not (isinstance(k, Real) and 0 < k <= 1): raise ValueError(f'k must lie in (0, 1], got {k!r:.60}: it is the share of tokens to look at')
     return -values.sort().values[:max(1, int(k * len(values)))].mean().item()
 
 def min_k(
@@ -271,11 +275,12 @@ def min_k(
 def min_k_plus_plus(
     logprob:Tensor, # [n_tokens] nats, of one answer without its end token
     mean:Tensor, # [n_tokens] nats, mean of log p under p at each place
-    variance:Tensor, # [n_tokens] squared nats, variance of log p under p; taken as 1e-6 where smaller
+    variance:Tensor, # [n_tokens] squared nats, variance of log p under p; taken as 1e-6 where smaller, which rounding explains down to -1e-3
     k:float=.4, # share of the tokens
 )->float: # standard deviations, larger for a stranger
     "Average the standardised surprise of the most surprising tokens (Zhang et al. 2025)"
-    x, m, v = (_numbers(name, values, 'n_tokens', high=high) for name, values, high in (('logprob', logprob, 0), ('mean', mean, 0), ('variance', variance, math.inf)))
+    x, m, v = (_numbers(name, values, 'n_tokens', low, high) for name, values, low, high in (
+        ('logprob', logprob, -math.inf, 0), ('mean', mean, -math.inf, 0), ('variance', variance, -1e-3, math.inf)))
     if not len(x) == len(m) == len(v): raise ValueError(f'logprob, mean and variance have {len(x)}, {len(m)} and {len(v)} values: expected one of each per token')
     return _lowest((x - m) / v.clamp(min=1e-6).sqrt(), k)
 

@@ -9,10 +9,11 @@ Every method of one budget gets a region of the same size, `int(fraction * total
 __all__ = ['extent', 'region_size', 'Region', 'sample_region', 'top_region', 'jaccard', 'recall', 'average_precision',
            'save_region', 'load_region']
 
-# %% ../nbs/03_regions.ipynb #c9187787
+# %% ../nbs/03_regions.ipynb #adeea108
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-# %% ../nbs/03_regions.ipynb #05a6a4a6
+# %% ../nbs/03_regions.ipynb #92626187
 def extent(
     shape:tuple[int, ...], # (n_layers, d_ff), or (n_layers, d_model, d_ff) of single weights
 )->str:
     "Say what a region of this shape is a part of"
-    if len(shape) not in (2, 3): raise ValueError(f"a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff weights, got the shape {list(shape)}")
+    if len(shape) not in (2, 3) or 0 in shape: raise ValueError(f"a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff weights, got the shape {list(shape)}")
     return ' x '.join(map(str, shape)) + (' value vectors' if len(shape) == 2 else ' weights')
 
 def region_size(
@@ -34,7 +35,7 @@ def region_size(
 )->int: # number of value vectors or weights
     "Count the members of a region of the given fraction"
     whole = extent(shape)
-    if not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+    if not (isinstance(fraction, Real) and 0 < fraction <= 1): raise ValueError(f"fraction must lie in (0, 1], got {fraction!r:.60}")
     n = int(fraction * math.prod(shape) * (1 + 1e-14))
     if n < 1: raise ValueError(f"fraction {fraction} of {whole} is less than one; use at least {1 / math.prod(shape):.2g}")
     return n
@@ -97,17 +98,24 @@ def sample_region(
 # %% ../nbs/03_regions.ipynb #e71ce430
 Region.sample = staticmethod(sample_region)
 
-# %% ../nbs/03_regions.ipynb #f6058599
+# %% ../nbs/03_regions.ipynb #7b2526c5
+def _ranking(scores)->Tensor: # of the whole model, on the CPU
+    "Read one score per value vector or weight, or say why they rank nothing"
+    try: layers = [torch.as_tensor(layer).cpu() for layer in scores]
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"scores must be a tensor [n_layers, d_ff] or [n_layers, d_model, d_ff], or a list of its layers, got {type(scores).__name__}") from None
+    if len(shapes := {tuple(layer.shape) for layer in layers}) != 1: raise ValueError(f"scores need layers of one shape, got {len(layers)} layers of {sorted(shapes)}")
+    scores = torch.stack(layers)
+    if scores.dtype == torch.bool or scores.is_complex(): raise ValueError(f"scores are {scores.dtype}; a ranking needs real numbers")
+    if scores.isnan().any(): raise ValueError(f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
+    return scores
+
 def top_region(
     scores:Tensor|Sequence[Tensor], # [n_layers, d_ff] float, higher is chosen first; of single weights [n_layers, d_model, d_ff]; or a list of the layers
     fraction:float, # share of all value vectors or weights, in (0, 1]
 )->Region:
     "Take the highest scores of the whole model"
-    layers = [torch.as_tensor(layer).cpu() for layer in scores]
-    if len(shapes := {tuple(layer.shape) for layer in layers}) != 1: raise ValueError(f"scores need layers of one shape, got {len(layers)} layers of {sorted(shapes)}")
-    scores = torch.stack(layers)
+    scores = _ranking(scores)
     n = region_size(tuple(scores.shape), fraction)
-    if scores.isnan().any(): raise ValueError(f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
     flat = scores.flatten()
     last = flat.kthvalue(len(flat) - n + 1).values # the n-th highest; a sort would take ten times as long
     mask = flat > last
@@ -129,16 +137,15 @@ def recall(a:Region, of:Region)->float: # |a and of| / |of|
 # %% ../nbs/03_regions.ipynb #d7df7bef
 Region.jaccard, Region.recall = jaccard, recall
 
-# %% ../nbs/03_regions.ipynb #93b62324
+# %% ../nbs/03_regions.ipynb #45950d63
 def average_precision(
-    scores:Tensor, # [n_layers, d_ff] float
+    scores:Tensor|Sequence[Tensor], # as in `top_region`; ties rank by place as there, so a truth at the first places has 1 under all-equal scores
     of:Region, # the truth
 )->float: # fraction
     "Measure how high a ranking puts the members of a region"
-    scores = torch.as_tensor(scores).cpu()
-    if tuple(scores.shape) != of.shape: raise ValueError(f"scores are {list(scores.shape)}, the region is of {of.shape[0]} x {of.shape[1]} value vectors")
+    scores = _ranking(scores)
+    if tuple(scores.shape) != of.shape: raise ValueError(f"scores are {list(scores.shape)}, the region is of {extent(of.shape)}")
     if not of: raise ValueError("average precision of an empty region is not defined")
-    if scores.isnan().any(): raise ValueError(f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
     hits = of.mask.flatten()[scores.flatten().argsort(descending=True, stable=True)]
     ranks = hits.nonzero().flatten().double() + 1
     return ((torch.arange(len(ranks)) + 1) / ranks).mean().item()

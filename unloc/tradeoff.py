@@ -10,10 +10,11 @@ off a trajectory whose first point is the original model; it is comparable under
 # %% auto #0
 __all__ = ['AUES_RULES', 'MU95_RULES', 'pareto', 'aues', 'mu95']
 
-# %% ../nbs/11_tradeoff.ipynb #20967870
+# %% ../nbs/11_tradeoff.ipynb #df1a67ab
+from numbers import Real
 import numpy as np
 
-# %% ../nbs/11_tradeoff.ipynb #4c2830e6
+# %% ../nbs/11_tradeoff.ipynb #890a54b9
 def _values(
     name:str, # what the message calls them
     values, # [n_checkpoints] any sequence of numbers
@@ -23,7 +24,7 @@ def _values(
 )->np.ndarray: # [n_checkpoints] float64
     "Read one finite number per checkpoint, or say which one is wrong"
     try: x = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError): raise ValueError(f'{name}: expected a flat sequence of numbers, got {type(values).__name__} {values!r:.60}; pass one value per checkpoint') from None
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected a flat sequence of numbers, got {type(values).__name__} {" ".join(repr(values).split()):.60}; pass one plain number per checkpoint') from None
     if x.ndim != 1 or not x.size: raise ValueError(f'{name}: expected a flat sequence of at least one number, got shape {x.shape}; pass one value per checkpoint')
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= low) & (x <= high)))
     if bad.size: raise ValueError(f'{name}[{bad[0]}] is {x[bad[0]]}: expected {wanted} and leave out failed evaluations')
@@ -115,7 +116,7 @@ def _affordable(
     share = (mu[i - 1] - threshold) / (mu[i - 1] - mu[i])
     return np.append(fq[:i], fq[i - 1] + share * (fq[i] - fq[i - 1]))
 
-# %% ../nbs/11_tradeoff.ipynb #75a1cc8b
+# %% ../nbs/11_tradeoff.ipynb #5307d0d3
 MU95_RULES = {'first_crossing': lambda affordable: affordable[-1], 'best': np.max}
 
 def mu95(
@@ -128,7 +129,7 @@ def mu95(
 
     The measure is that of Lee et al. 2025 (arXiv 2505.16252); how they read it off a trajectory is not known here, so these rules are ours."""
     if rule not in list(MU95_RULES): raise ValueError(f'unknown MU95 rule {rule!r}: expected one of {", ".join(MU95_RULES)}')
-    if not 0 < share <= 1: raise ValueError(f'share must lie in (0, 1], got {share}: it is the part of the original model utility that must be left')
+    if not (isinstance(share, Real) and 0 < share <= 1): raise ValueError(f'share must lie in (0, 1], got {share!r:.60}: it is the part of the original model utility that must be left')
     mu = _values('model_utility', model_utility)
     fq = _values('forget_quality', forget_quality, -np.inf, 0., 'a finite log10 p, at most 0; pass the logarithm of the p-value')
     if len(mu) != len(fq): raise ValueError(f'model_utility has {len(mu)} values and forget_quality {len(fq)}: expected one of each per checkpoint')
