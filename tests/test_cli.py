@@ -241,3 +241,12 @@ def test_this_process_is_guarded():
     import socket
     with pytest.raises(OSError, match="the tests forbid connect"): socket.socket().connect(("192.0.2.1", 80))
     with pytest.raises(OSError, match="the tests forbid getaddrinfo"): socket.create_connection(("example.org", 80))
+
+@pytest.mark.parametrize("words, jobs", [([], 4), (["--jobs", "2"], 2)])
+def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(monkeypatch, tmp_path, words, jobs): # sixteen models of one GPU's size would not fit on it
+    from unloc import cli
+    given = []
+    monkeypatch.setattr(cli, "_execute", lambda notebook, copy, values: given.append(values))
+    place = ["--out", str(tmp_path / "o"), "--store", str(tmp_path / "s")]
+    assert cli.main(["reproduce", "--profile", "tofu", "--only", "21_oracle_random", "--set", "seeds=7", "--set", "margin=0.5", *words, *place]) == 0
+    assert [(v["jobs"], v["seeds"], v["margin"]) for v in given] == [(jobs, 7, .5)]

@@ -164,7 +164,7 @@ def reproduce(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
     only:list[str]=(), # notebooks, 'paper'; all when empty
-    jobs:int|None=None, # runs at once; None: one a core
+    jobs:int|None=None, # runs at once; None: what the profile says, or one a core
     changes:dict=(), # parameters that differ from the profile's
     out:Path|None=None, # in place of figures/
     store:Path|None=None, # in place of _runs/
@@ -178,7 +178,7 @@ def reproduce(
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
     names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
     chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and _known('notebook', name, [*every, 'paper'])]
-    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    if jobs is None: jobs = values.get('jobs', len(os.sched_getaffinity(0)))
     if jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
     copies, store = root / '_out' / profile, (store or root / '_runs').resolve()
     figures = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve()
@@ -223,8 +223,8 @@ def main(argv:list[str]|None=None)->int: # exit status
     run = commands.add_parser('reproduce', help='run the notebooks of a profile; finished runs are kept and never done twice')
     run.add_argument('--profile', default='tiny', help='a section of settings.ini (default: tiny)')
     run.add_argument('--only', nargs='+', default=[], metavar='NAME', help="notebooks to run, with or without their number, or 'paper'")
-    run.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: one a core)')
-    run.add_argument('--set', nargs='+', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
+    run.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
+    run.add_argument('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
     run.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')
     run.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
     asked = parser.parse_args(argv)
