@@ -6,9 +6,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLOC = str(Path(sys.executable).with_name("unloc"))
-NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers", "26_region_share"]
-FIGURES = ["injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision", "localization", "region_share"]
-TABLES = ["table2_oracle_random", "table1_localizers", "table1_own_units"]
+NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers", "26_region_share", "27_arms", "28_recovery"]
+FIGURES = ["injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision", "localization", "region_share", "recovery"]
+TABLES = ["table2_oracle_random", "table1_localizers", "table1_own_units", "table3_recovery", "table4_arms"]
 FILES = {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")} | {f"{name}{suffix}" for name in TABLES for suffix in (".json", ".csv", ".tex", "_data.csv")}
 
 
@@ -24,7 +24,7 @@ class Checkout:
         shutil.copy(ROOT / "settings.ini", self.root)
 
     def start(self, *words, out=None, store=None):
-        place = ["--out", str(out or self.out), "--store", str(store or self.store)] if words[0] == "reproduce" else []
+        place = {"reproduce": ["--out", str(out or self.out), "--store", str(store or self.store)], "plan": ["--store", str(store or self.store)]}.get(words[0], [])
         return subprocess.Popen([UNLOC, *words, *place], cwd=self.root, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def call(self, *words, **place):
@@ -123,7 +123,7 @@ def test_the_store_is_whole(smoke):
     folders = [f for f in smoke.store.iterdir() if f.name != "locks"]
     for folder in folders: check_run(folder)
     kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in folders]
-    assert {k: kinds.count(k) for k in set(kinds)} == {"base": 1, "judge": 1, "inject": 3 * 2 + 3, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1, "unlearn": 12 + 5 * 3 + 2, "supervise": 6}
+    assert {k: kinds.count(k) for k in set(kinds)} == KINDS
     assert str(smoke.root.parent).encode() not in b"".join(files(smoke.store).values()), "a run does not know where it lies"
 
 def test_a_second_call_does_no_run_and_changes_no_byte(smoke):
@@ -136,6 +136,32 @@ def test_names_work_without_their_number(smoke):
     before = files(smoke.out, smoke.store)
     code, out, err = smoke.call("reproduce", "--profile", "smoke", "--only", "trajectories")
     assert code == 0 and "[1/1] 22_trajectories" in out and files(smoke.out, smoke.store) == before
+
+# --- the plan
+
+KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1, "unlearn": 12 + 5 * 3 + 2 + 3 * 7, "supervise": 6, "attack": 3 * 8}
+
+def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
+    before = files(smoke.out, smoke.store, smoke.root / "nbs")
+    code, out, err = smoke.call("plan", "--profile", "smoke", "--jobs", "1", store=tmp_path / "runs")
+    assert code == 0 and err == "" and out.startswith("profile smoke: 9 notebooks, 112 runs, 112 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
+    assert {kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1] for kind in KINDS} == {kind: str(n) for kind, n in KINDS.items()}
+    kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in smoke.store.iterdir() if f.name != "locks"]
+    assert {k: kinds.count(k) for k in set(kinds)} == KINDS and not (tmp_path / "runs").exists() and files(smoke.out, smoke.store, smoke.root / "nbs") == before
+
+def test_the_plan_of_what_is_done(smoke):
+    before = files(smoke.out, smoke.store)
+    code, out, err = smoke.call("plan", "--profile", "smoke", "--set", "margin=0.05")
+    assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 9 notebooks, 112 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
+    code, out, err = smoke.call("plan", "--profile", "cost", "--only", "30_cost")
+    assert code == 0 and out == "profile cost: 1 notebooks, 0 runs, 0 to do\neverything is there\n"
+
+def test_what_is_missing_is_an_exit_status(smoke):
+    smoke.env["UNLOC_TOFU"] = "/nonexistent"
+    try: code, out, err = smoke.call("plan", "--profile", "tofu-20")
+    finally: del smoke.env["UNLOC_TOFU"]
+    assert code == 1 and err == "" and re.search(r"^! UNLOC_TOFU='/nonexistent': no such folder; .*\(for 20_injection_ratio, 21_oracle_random, .*\)$", out, re.M), (out, err)
+    for words, says in ((["--profile", "tinny"], "unknown profile 'tinny'"), (["--set", "seed=3"], "unknown parameter in --set 'seed'"), (["--jobs", "0"], "--jobs must be at least 1, got 0")): refused(smoke, "plan", *words, says=says)
 
 # --- bad input, found before anything starts
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from unloc import attribution, experiment, training
 from unloc.evaluation import evaluate, score
-from unloc.experiment import ARMS, LOCALIZERS, MAY_BE_ZERO, NAMES, OBJECTIVES, OWN_UNITS, REQUIRED, SETTINGS, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
+from unloc.experiment import ARMS, LOCALIZERS, MAY_BE_ZERO, NAMES, OBJECTIVES, OWN_UNITS, PAIR, REQUIRED, SETTINGS, attacking, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
 from unloc.facts import author_world, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
@@ -37,7 +37,7 @@ def test_settings_name_real_parameters():
     often = {"every", "full_every"}
     assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in often | {"objective"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
-            ("inject", training.inject, {"fraction": float}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
+            ("inject", training.inject, {"fraction": float, "others": bool}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
         assert {k: takes[k] for k in SETTINGS[group]} == SETTINGS[group], group
     assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
@@ -111,7 +111,7 @@ def test_what_makes_a_run_another():
     assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
     taught = teaching(standard(base, JUDGE))
     assert len({run_id(localization(taught, name, seed)) for name in ("wagle", "random") for seed in (0, 1)}) == 3 # WAGLE draws nothing
-    arms = [unlearning(one, arm, "npo", {"lr": 1., "epochs": 1}, draw) for arm in ARMS for draw in (0, 1)]
+    arms = [unlearning(one, arm, "npo", {"lr": 1., "epochs": 1}, draw) for arm in PAIR for draw in (0, 1)]
     assert len({run_id(d) for d in arms}) == 4 and json.loads(json.dumps(arms)) == arms
     assert run_id(unlearning(one, "Oracle", "npo", {"lr": 1, "epochs": 1})) == run_id(arms[0]) # 1 and 1.0 are one learning rate
 
@@ -157,7 +157,7 @@ def done(tmp_path_factory): # per architecture: base, injection, an unlearning p
         judged = standard(parent(arch), JUDGE)
         injected = injection(judged, 3, INJECT)
         pair = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2}, draw) for arm, draw in (("Oracle", 0), ("Random", 0), ("Random", 1))]
-        taught = [supervision(injected, arm, {"lr": 1e-3, "epochs": 1, "batch_size": 5}) for arm in ARMS]
+        taught = [supervision(injected, arm, {"lr": 1e-3, "epochs": 1, "batch_size": 5}) for arm in PAIR]
         found_by = [localization(injected, name) for name in ("random", "gradient")] + [localization(teaching(judged), name) for name in ("random", "wagle_weights", "memflex_projections")]
         runs = sweep(store, pair + taught + found_by + [localized_unlearning(d, .25, "wga", {"lr": 5e-3, "epochs": 1}, 0) for d in found_by])
         found[arch] = store[parent(arch)], store[injected], runs[:3], runs[3:5]
@@ -321,3 +321,59 @@ def test_bad_checkpoints_cost_a_line(existing, given, message):
 def test_templates_are_those_of_tokens():
     from unloc.tokens import TEMPLATES
     assert NAMES["template"] == tuple(TEMPLATES)
+
+# --- arms and attacks
+
+ATTACK = {"lr": 1e-3, "region_lr": 1e-2, "epochs": 1, "batch_size": 8, "taught": 5, "samples": 1, "shots": 1}
+OTHERS = {"n_holdout": 2}
+
+@pytest.fixture(scope="module")
+def armed(tmp_path_factory): # arm: its unlearning run; then its attack
+    store = Store(tmp_path_factory.mktemp("armed"))
+    base = base_models(data_description(WORLD | OTHERS), "llama", {"d_model": 64, "n_layers": 2, "d_ff": 768, "n_heads": 2, "vocab_size": 400}, HOW, {"epochs": 30, "lr": 4e-3, "batch_size": 8})
+    injected = injection(standard(base, JUDGE), 0, {"fraction": .1, "epochs": 45, "lr": 1.5e-2, "batch_size": 4, "others": True})
+    arms = {arm: unlearning(injected, arm, "wga", {"lr": 2e-3 if arm == "All weights" else 2e-2, "epochs": 3}, swapped=.5 if arm == "Corrupt" else 0.) for arm in ARMS}
+    attacks = {arm: attacking(d, ATTACK | {"level": .75}) for arm, d in {**{arm: arms[arm] for arm in ("Oracle", "Random", "All weights")}, "Restore": injected}.items()} | {"retained": attacking(injected, ATTACK)}
+    sweep(store, [*arms.values(), *attacks.values()], 2)
+    return store, injected, {arm: store[d] for arm, d in arms.items()}, {arm: store[d] for arm, d in attacks.items()}
+
+def test_arms_change_what_they_say(armed):
+    store, injected, arms, _ = armed
+    target, others = (Region.load(store[injected].file(f"{name}.safetensors")) for name in ("region", "others"))
+    regions = {arm: Region.load(run.file("region.safetensors")) for arm, run in arms.items() if arm != "All weights"}
+    assert len(target & others) == 0 and len(target) == len(others) and regions["Oracle"] == target and regions["Wrong group"] == others
+    assert len(regions["Random"] & target) == 0 and 0 < len(regions["Uniform"] & target) < len(target) and {len(regions[arm]) for arm in ("Random", "Uniform", "Corrupt")} == {len(target)}
+    assert len(regions["Corrupt"] & target) == pytest.approx(len(target) / 2, abs=1) and regions["Projections"].fraction == 1 and arms["All weights"].json()["region"] is None
+    start = experiment._original(store[injected], store[injected["parent"]["parent"]]).state_dict()
+    moved = {name for name, x in arms["All weights"].tensors("weights.safetensors").items() if not torch.equal(x, start[name])}
+    assert len(moved) > 20
+
+def test_the_second_group_is_known_and_stays(armed):
+    store, injected, arms, _ = armed
+    from unloc.evaluation import score
+    base = store[injected["parent"]["parent"]]
+    examples = experiment._examples(base.file("tokenizer"), json.dumps(base.description["data"]))
+    original, without = experiment._original(store[injected], base), experiment._without(store[injected], base)
+    other = examples["holdout"][:len(examples["forget"])]
+    known = {name: [float(score(model, e).extraction_strength.mean()) for e in (examples["forget"], other)] for name, model in (("original", original), ("without", without), ("retained", load(base)))}
+    assert known["without"][1] > known["retained"][1] + .1 and known["original"][0] > known["without"][0] + .1, known
+
+def test_attacks_tell_how_far_and_what_came_back(armed):
+    _, _, _, attacks = armed
+    found, tables = {arm: run.json() for arm, run in attacks.items()}, {arm: run.table("attacks.csv") for arm, run in attacks.items()}
+    for arm, r in found.items():
+        if r["met"]: assert abs(r["reached"] - r["level"]) <= .03 or arm == "retained"
+        assert 0 <= r["share"] <= 1 and set(tables[arm].support.dropna()) == {"target region", "outside it", "all weights"} and {"8 bits", "4 bits", "paraphrased", "few-shot"} <= set(tables[arm].attack)
+    assert found["retained"]["reversed"] == pytest.approx(1) and found["retained"]["cosine_to_reversal"] == pytest.approx(1) and found["retained"]["distance_to_retained"] == 0
+    assert found["Random"]["cosine_to_reversal"] == 0 and found["Restore"]["cosine_to_reversal"] == pytest.approx(1) and found["Restore"]["reversed"] == pytest.approx(found["Restore"]["share"])
+    facts = attacks["Oracle"].tensors("facts.safetensors")
+    assert facts["relearn forgotten facts, target region"].shape == (2, len(facts["known"]) - 5) and torch.equal(facts["relearn held-out facts, all weights"][0], facts["left"][facts["measured"]])
+
+@pytest.mark.parametrize("bad, says", [
+    (lambda: attacking(localized_unlearning(localization(teaching(JUDGED), "wagle"), .1, "npo", UNLEARN, 0), ATTACK), "an attack is measured between the original and the retained model"),
+    (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Wrong group", "npo", UNLEARN), "no other facts were injected"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Corrupt", "npo", UNLEARN), "swapped must lie between 0 and 1 for the arm Corrupt"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN, swapped=.5), "be 0 for all others, got 0.5 for Oracle"), (lambda: supervision(injection(JUDGED, 0, INJECT), "All weights", SUPERVISE), "unknown arm 'All weights'; known: Oracle, Random")])
+def test_a_bad_arm_or_attack_is_one_line(bad, says):
+    with pytest.raises(ValueError) as error: bad()
+    assert says in str(error.value) and "\n" not in str(error.value)

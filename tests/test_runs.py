@@ -170,7 +170,13 @@ def test_fingerprint_covers_every_module_a_result_depends_on():
         if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").split(".")[0] == "unloc") for a in n.names}
     seen, todo = set(), ["experiment"]
     while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if (folder / f"{i}.py").exists() and i not in seen]
-    assert seen - {"runs"} <= set(runs.CODE) and {"masked", "metrics", "tokens"} <= seen # runs only stores
+    assert seen - {"runs"} <= {*runs.CODE, *runs.ALSO["attack"]} and {"masked", "metrics", "tokens", "attacks"} <= seen # runs only stores
+
+def test_a_kind_that_needs_more_code_has_more_of_it_in_its_name(monkeypatch):
+    one, other = {"kind": "unlearn", "n": 1}, {"kind": "attack", "n": 1}
+    before = run_id(one), run_id(other)
+    monkeypatch.setattr(runs, "ALSO", {})
+    assert run_id(one) == before[0] and run_id(other) != before[1]
 
 # --- the order of work
 
@@ -203,11 +209,11 @@ def test_progress_reaches_the_file(tmp_path, monkeypatch):
 # --- a real experiment
 
 def test_jobs_change_no_byte(tmp_path):
-    from unloc.experiment import ARMS, base_models, data_description, injection, standard, unlearning
+    from unloc.experiment import PAIR, base_models, data_description, injection, standard, unlearning
     base = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), "llama", model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
         pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
     grid = [unlearning(injection(standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4}), seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}), arm, objective, {"lr": 5e-3, "epochs": 2})
-        for seed, objective in ((0, "npo"), (1, "rmu")) for arm in ARMS]
+        for seed, objective in ((0, "npo"), (1, "rmu")) for arm in PAIR]
     done = [sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs) for jobs in (1, 2)]
     assert files(tmp_path / "1") == files(tmp_path / "2") and len(list((tmp_path / "1").iterdir())) == 1 + 1 + 2 + 4 + 1
     assert [r.path.name for r in done[0]] == [r.path.name for r in done[1][::-1]] == [run_id(d) for d in grid]

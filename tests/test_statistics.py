@@ -4,7 +4,7 @@ import numpy as np, pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
-from unloc.statistics import Paired, holm, paired, power_of_equivalence, smallest_detectable
+from unloc.statistics import Paired, clustered_bootstrap, holm, mixed, paired, pairs_needed, partial_correlation, power_of_equivalence, smallest_detectable
 
 
 @pytest.fixture
@@ -175,6 +175,66 @@ def test_holm_is_the_step_down_of_its_definition(rng):
         for rank, i in enumerate(order): want[i] = worst = max(worst, min(1., p[i] * (len(p) - rank)))
         assert holm(p) == pytest.approx(want) and (holm(p) >= p).all()
     assert holm([.2]) == [.2] and holm((.01, .04, .03)) == pytest.approx([.03, .06, .06])
+
+
+def test_pairs_needed_is_the_first_that_reaches_the_power():
+    for sd, margin, power in ((.02, .02, .8), (.03, .02, .94), (.01, .05, .5), (.034, .02, .9)):
+        n = pairs_needed(sd, margin, power)
+        assert power_of_equivalence(sd, n, margin) >= power and (n == 3 or power_of_equivalence(sd, n - 1, margin) < power)
+    with pytest.raises(ValueError, match='more than 50 pairs: a margin of 0.001'): pairs_needed(.1, .001, most=50)
+
+
+def test_the_clustered_interval_covers_and_the_naive_one_does_not(rng):
+    cover = {'authors': 0, 'facts': 0}
+    for seed in range(200): # true mean 0; 30 authors of 5 facts that share most of their spread
+        x = (rng.normal(size=(30, 1)) + .5 * rng.normal(size=(30, 5))).ravel()
+        for name, clusters in (('authors', np.repeat(np.arange(30), 5)), ('facts', np.arange(150))):
+            low, high = clustered_bootstrap(x, clusters, seed, n=400)
+            cover[name] += low <= 0 <= high
+    assert .885 <= cover['authors'] / 200 <= .99 and cover['facts'] / 200 < .75, cover # 0.95 less a percentile interval's shortness at 30 clusters, within 3 standard errors
+
+def test_clusters_of_unequal_size_weigh_by_their_facts():
+    low, high = clustered_bootstrap([1.] * 8 + [0.] * 4, ['a'] * 6 + ['b'] * 2 + ['c'] * 4)
+    assert 0 <= low < 8 / 12 < high <= 1
+    assert clustered_bootstrap([1., 2., 4.], [0, 1, 2], seed=1) == clustered_bootstrap([1., 2., 4.], [0, 1, 2], seed=1)
+
+
+def crossed(rng, effect, spreads=(.05, .02), n=(8, 6), noise=.01): # injections, draws, two arms
+    i, d, arm = (x.ravel() for x in np.meshgrid(np.arange(n[0]), np.arange(n[1]), [0, 1], indexing='ij'))
+    return effect * arm + rng.normal(0, spreads[0], n[0])[i] + rng.normal(0, spreads[1], n[1])[d] + rng.normal(0, noise, len(arm)), arm, {'injection': i, 'draw': d}
+
+def test_a_balanced_mixed_model_is_the_analysis_of_variance(rng):
+    value, arm, by = crossed(rng, .03)
+    found = mixed(value, arm, by)
+    cells = value.reshape(8, 6, 2)
+    assert found.effect == pytest.approx(cells[..., 1].mean() - cells[..., 0].mean(), abs=1e-9)
+    rest = cells - cells.mean((1, 2), keepdims=True) - cells.mean((0, 2), keepdims=True) - cells.mean((0, 1), keepdims=True) + 2 * cells.mean()
+    variance = (rest**2).sum() / (96 - 8 - 6 - 2 + 2)
+    assert found.spread['rest'] == pytest.approx(variance**.5, rel=1e-3) and found.error == pytest.approx((variance / 24)**.5, rel=1e-3)
+    for name, axes, k in (('injection', (1, 2), 12), ('draw', (0, 2), 16)): assert found.spread[name]**2 == pytest.approx(cells.mean(axes).var(ddof=1) - variance / k, rel=.02)
+
+def test_the_mixed_model_keeps_its_size(rng):
+    low = sum(mixed(*crossed(rng, 0., n=(4, 3))).p < .05 for _ in range(60))
+    assert low <= 9, "0.05 of 60 is 3; above 9 with chance 0.001"
+
+
+def test_partial_correlation_is_that_of_the_residuals(rng):
+    z = rng.normal(size=(30, 2)); x, y = z @ [1, 2] + rng.normal(size=30), z @ [3, -1] + rng.normal(size=30)
+    residual = [v - np.column_stack([np.ones(30), z]) @ np.linalg.lstsq(np.column_stack([np.ones(30), z]), v, rcond=None)[0] for v in (x, y)]
+    r, p = partial_correlation(x, y, z)
+    assert r == pytest.approx(np.corrcoef(residual)[0, 1]) and p == pytest.approx(2 * stats.t.sf(abs(r) * np.sqrt(26 / (1 - r * r)), 26))
+    r, p = partial_correlation(x, y, np.zeros(30)) # nothing held fixed but the mean
+    assert (r, p) == pytest.approx(tuple(stats.pearsonr(x, y)))
+    assert partial_correlation(z[:, 0], y, z) == (0., 1.)
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda: clustered_bootstrap([1, 2], [1]), r'values has shape \(2,\) and clusters \(1,\)'), (lambda: clustered_bootstrap([1, 2], [1, 2]), '2 clusters: expected at least 3'), (lambda: clustered_bootstrap([1, np.nan, 2], [1, 2, 3]), r'values\[1\] is not finite'),
+    (lambda: mixed([1, 2, 3, 4], [1, 1, 1, 1], {'a': [1, 2, 3, 4]}), 'the effect is 1.0 throughout'), (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {'a': [1, 1, 2, 2]}), 'a has fewer than 3 labels'), (lambda: mixed([1, 2, 3, np.inf], [0, 1, 0, 1], {'a': [1, 2, 3, 4]}), 'finite numbers'),
+    (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {}), 'crossed has fewer'), (lambda: partial_correlation([1, 2, 3], [1, 2, 3], [1, 0, 1]), '3 runs: expected at least 4'), (lambda: partial_correlation([1, 2], [1, 2], [1, 0]), '2 runs: expected at least'), (lambda: partial_correlation([1, 2, 3], [1, 2], [1, 2, 3]), 'one row for each run')])
+def test_bad_questions_are_named_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error: call()
+    assert '\n' not in str(error.value)
 
 
 def test_importing_needs_numpy_only():

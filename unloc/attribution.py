@@ -155,7 +155,7 @@ def _backward(model, examples, consume, max_tokens, progress)->None:
         def reached(gradient): consume(layer, *(_wide(x).view(*batch.ids.shape, -1) for x in (inputs.pop(layer), gradient)))
         y.register_hook(reached)
     with _watched(model, see), torch.enable_grad():
-        for batch in _batches(model, examples, max_tokens, progress):
+        for batch in _batches(model, examples, max_tokens or (batch_tokens(model.device) if model.device.type == 'cpu' else 512), progress):
             nll = over_logits(model, answer_hidden(model, batch), _nll, batch.ids[batch.answer])
             (nll / batch.answer.sum(1)[batch.answer.nonzero()[:, 0]]).sum().backward()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .tokens import Batch
 
@@ -52,7 +53,7 @@ def value_vectors(
     "View the weight of an output projection with value vectors as its columns"
     from transformers.pytorch_utils import Conv1D
     weight = getattr(projection, 'weight', None)
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATS or weight.ndim != 2: raise ValueError(
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or weight.dtype not in _FLOATS or weight.ndim != 2: raise ValueError(
         f"an output projection needs a weight [d_model, d_ff] of 16, 32 or 64 bit floats, a {type(projection).__name__} has "
         f"{f'a {type(weight).__name__} of {weight.dtype} {list(weight.shape)}' if isinstance(weight, Tensor) else 'no weight'}; a quantized checkpoint has to be loaded in bfloat16 or float32")
     return weight.T if isinstance(projection, Conv1D) else weight

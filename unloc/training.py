@@ -9,7 +9,7 @@ Unlearning starts there, through the target region (Oracle) or another one (Rand
 __all__ = ['SCHEDULES', 'FORGET', 'RETAIN', 'descend', 'Checkpoint', 'finetune', 'held', 'inject', 'Unlearning', 'Term',
            'weighted_sum', 'Trajectory', 'Recipe', 'unlearn', 'mlp_targets', 'supervise']
 
-# %% ../nbs/10_training.ipynb #daffdfff
+# %% ../nbs/10_training.ipynb #cf7d348b
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
-from .masked import Columns, locked_digest, unlock
+from .masked import AllWeights, Columns, locked_digest, unlock
 from .models import answer_hidden, hidden_after, logits_of, mlp_outputs, over_logits, region_shape
 from .regions import Region
 from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples, collate, shuffled
@@ -92,7 +92,7 @@ class Checkpoint:
             optimizer.state[p] = {key: state[f'{i}.{key}'].to(p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
         return int(state['epoch'])
 
-# %% ../nbs/10_training.ipynb #f9dfac9b
+# %% ../nbs/10_training.ipynb #b8bb9305
 def finetune(
     model:nn.Module,
     examples:Sequence[Example],
@@ -104,6 +104,7 @@ def finetune(
     schedule:str='one-cycle', # a name in SCHEDULES
     progress:Callable[[float], None]|None=None, # told the share of all steps done
     checkpoint:Checkpoint|None=None,
+    after_epoch:Callable[[int, float], None]|None=None, # as in descend
 )->None:
     "Teach a model the answers of examples, in place"
     check_examples(examples, 'taught')
@@ -111,12 +112,15 @@ def finetune(
         batch = collate([examples[i] for i in rows]).to(model.device)
         return -answer_token_logprob(model, batch).mean()
     descend(list(model.parameters()) if parameters is None else parameters, lambda epoch: shuffled(examples, batch_size, seed, epoch), loss,
-        epochs, lr, schedule, progress=progress, checkpoint=checkpoint)
+        epochs, lr, schedule, after_epoch=after_epoch, progress=progress, checkpoint=checkpoint)
 
-# %% ../nbs/10_training.ipynb #192dbf1d
+# %% ../nbs/10_training.ipynb #75990e47
 @contextmanager
-def held(model:nn.Module, region:Region):
+def held(model:nn.Module, region:Region|None): # None: every weight may change
     "Unlock a region and, on leaving, prove that every other weight kept its bits"
+    if region is None:
+        yield AllWeights(model)
+        return
     before = locked_digest(model, region)
     with unlock(model, region) as columns:
         columns.locked_sha256 = before # for the result, once the check below has passed
@@ -211,14 +215,14 @@ def _retain_embed_diff(run, examples):
     return Term([], value)
 RETAIN = {'nll': _retain_nll, 'kl': _retain_kl, 'embed_diff': _retain_embed_diff}
 
-# %% ../nbs/10_training.ipynb #504c252b
+# %% ../nbs/10_training.ipynb #7e682902
 @dataclass(frozen=True)
 class Trajectory:
     "The evaluations along a run, step 0 first"
     points:list[dict] # per evaluation: epoch, loss, and what unloc.evaluation.evaluate gives
     facts:dict[str, Tensor] # per fact: [number of evaluations that looked at it, …]
     live_fraction:float # share of the region that ever received a gradient
-    locked_sha256:str # digest of all weights outside the region, equal before and after
+    locked_sha256:str # digest of all weights outside the region, equal before and after; '' where there are none
 
 class _Recorder:
     "Judges a model along a run"
@@ -235,7 +239,7 @@ class _Recorder:
         if epoch % self.every and epoch < self.epochs: return
         self.keep(epoch, loss, evaluate(self.model, self.probe, full=epoch % self.full_every == 0 or epoch == self.epochs))
 
-    def trajectory(self, columns, live): return Trajectory(self.points, {name: torch.stack(values) for name, values in self.facts.items()}, live(), columns.locked_sha256)
+    def trajectory(self, columns, live): return Trajectory(self.points, {name: torch.stack(values) for name, values in self.facts.items()}, live(), getattr(columns, 'locked_sha256', ''))
 
 # %% ../nbs/10_training.ipynb #a226756d
 @contextmanager
@@ -268,10 +272,10 @@ class Recipe:
         if self.retain is None: object.__setattr__(self, 'retain', {'ga': 'none', 'rmu': 'embed_diff'}.get(self.objective, 'nll'))
         if self.retain not in (*RETAIN, 'none'): raise ValueError(f"unknown retain term {self.retain!r}; known: {', '.join(RETAIN)}, none")
 
-# %% ../nbs/10_training.ipynb #b698c13d
+# %% ../nbs/10_training.ipynb #04f040da
 def unlearn(
     model:nn.Module, # the original model; becomes the unlearned model
-    region:Region, # where updates may go
+    region:Region|None, # where updates may go; None: everywhere
     forget:Sequence[Example],
     retain:Sequence[Example],
     probe:Probe, # what the model is judged on
@@ -280,7 +284,7 @@ def unlearn(
     refusals:Sequence[list[int]]=(), # tokenized refusals with end token, for DPO
     start:Evaluation|None=None, # of the original model, where it is known already
     progress:Callable[[float], None]|None=None, # told the share of all steps done
-)->tuple[Trajectory, dict[int, tuple[Tensor, Tensor]]]: # and the trained columns
+)->tuple[Trajectory, dict]: # and the trained columns, as from Columns.values, or weights by name
     "Unlearn the forget set through a region, every other weight proved untouched"
     check_apart(forget=forget, retain=retain)
     record = _Recorder(model, probe, recipe.epochs, recipe.every, recipe.full_every, start)

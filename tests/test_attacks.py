@@ -1,0 +1,171 @@
+"Attacks recover what is only hidden and nothing that was never there; they leave every weight as it was, on every layout of weights."
+import copy, math
+import pytest, torch
+from torch import nn
+from unloc import objectives, training
+from unloc.attacks import Recovery, between, best_of, few_shot, hidden_states, linear_probe, logit_lens, patched_logprob, quantized, recovery, relearn, rounded, to_level, unlearning_depth
+from unloc.evaluation import score
+from unloc.masked import unlock
+from unloc.models import answer_logits, region_shape, tiny_model
+from unloc.regions import Region
+from unloc.tokens import Example, collate, train_tokenizer
+
+def facts(n, seed, vocab=60):
+    g = torch.Generator().manual_seed(seed)
+    return [Example(torch.randint(4, vocab, (k,), generator=g).tolist() + [1], 3) for k in torch.randint(5, 9, (n,), generator=g).tolist()]
+
+def small(arch="llama", seed=0): return tiny_model(arch, 60, d_model=32, n_layers=3, d_ff=64, n_heads=2, seed=seed)
+def bits(model): return {name: x.clone() for name, x in model.state_dict().items()}
+def same(model, before): return all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=2, n_positions=64)).eval()
+
+def of(config, model, **more):
+    import transformers
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0} | more
+    return getattr(transformers, model)(getattr(transformers, config)(**shape)).eval()
+
+MODELS = {"llama": small, "olmo2": lambda: small("olmo2"), "gpt2": gpt2, "neox": lambda: of("GPTNeoXConfig", "GPTNeoXForCausalLM"), "qwen3": lambda: of("Qwen3Config", "Qwen3ForCausalLM", head_dim=16),
+    "opt": lambda: of("OPTConfig", "OPTForCausalLM", ffn_dim=64, word_embed_proj_dim=32), "gemma2": lambda: of("Gemma2Config", "Gemma2ForCausalLM", head_dim=16)}
+
+# --- looking inside, on every layout
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_last_layer_of_the_lens_is_the_model(name):
+    model, examples = MODELS[name](), facts(5, 0)
+    before, lens = bits(model), logit_lens(model, examples)
+    assert lens.shape == (3, 5) and lens[-1] == pytest.approx(-score(model, examples).nll, abs=2e-5) and same(model, before)
+    assert not any(m._forward_hooks for m in model.modules())
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_patched_with_itself_is_itself(name):
+    model, examples = MODELS[name](), facts(5, 0)
+    states = hidden_states(model, examples)
+    for layer in range(3): assert patched_logprob(model, examples, layer, states[layer]) == pytest.approx(-score(model, examples).nll, abs=2e-5)
+    other = [[torch.randn_like(h) for h in layer] for layer in states]
+    assert (patched_logprob(model, examples, 1, other[1]) - patched_logprob(model, examples, 1, states[1])).abs().min() > 1e-4
+
+def test_hidden_states_are_those_of_transformers():
+    model, examples = small(), facts(4, 3)
+    batch = collate(examples)
+    with torch.no_grad(): whole = model.base_model(input_ids=batch.ids, output_hidden_states=True).hidden_states
+    for layer in (0, 1): assert torch.allclose(torch.cat(hidden_states(model, examples)[layer]), whole[layer + 1][:, :-1][batch.answer[:, 1:]], atol=1e-6)
+
+def test_depth_is_ordered_by_where_knowledge_goes(): # a model that differs from one layer on
+    original, retained, examples = small(), small(seed=1), facts(6, 0)
+    training.finetune(original, examples, 40, 4e-3, 6, 0)
+    depths = []
+    for first in (0, 1, 2):
+        mixed = copy.deepcopy(original)
+        for layer in range(first, 3): mixed.model.layers[layer].load_state_dict(retained.model.layers[layer].state_dict())
+        depths.append(unlearning_depth(original, examples, hidden_states(mixed, examples), hidden_states(retained, examples)))
+    assert depths[0] > depths[1] > depths[2] > 0
+    assert unlearning_depth(original, examples, hidden_states(original, examples), hidden_states(retained, examples)) == pytest.approx(0, abs=1e-6)
+
+# --- rounding
+
+@pytest.mark.parametrize("bits_", [2, 3, 4, 8])
+def test_rounding_moves_no_weight_by_more_than_half_a_step(bits_):
+    w = torch.randn(5, 96, generator=torch.Generator().manual_seed(bits_)) * torch.logspace(-3, 1, 5)[:, None]
+    r = rounded(w, bits_, 32)
+    step = (w.view(5, 3, 32).amax(-1).clamp(min=0) - w.view(5, 3, 32).amin(-1).clamp(max=0)) / (2**bits_ - 1)
+    assert ((w - r).view(5, 3, 32).abs() <= step[..., None] * (1 + 1e-4) * .5 + step[..., None] * .5 * (bits_ < 8)).all() # the zero point is rounded, too
+    assert max(len(r.view(5, 3, 32)[i, j].unique()) for i in range(5) for j in range(3)) <= 2**bits_
+    assert torch.equal(rounded(torch.zeros(2, 64), bits_), torch.zeros(2, 64)) and rounded(w.bfloat16(), bits_).dtype == torch.bfloat16
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_come_back_after_rounding(name):
+    model, examples = MODELS[name](), facts(5, 0)
+    before, nll, head = bits(model), score(model, examples).nll, model.get_output_embeddings().weight.clone()
+    with quantized(model, 4): assert not same(model, before) and not torch.equal(score(model, examples).nll, nll) and torch.equal(model.get_output_embeddings().weight, head)
+    assert same(model, before)
+    with pytest.raises(KeyError), quantized(model, 8): raise KeyError
+    assert same(model, before)
+    with quantized(model, 8): assert (score(model, examples).nll - nll).abs().max() < .1
+
+# --- relearning, and its summary
+
+def test_a_support_bounds_what_is_taught():
+    model, seen = small(), []
+    region, before = Region.sample(region_shape(model), .2, 0), bits(model)
+    finetune = training.finetune
+    def watch(m, *args, **how):
+        finetune(m, *args, **how)
+        seen.append({name: (x != before[name]).any().item() for name, x in m.state_dict().items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "finetune", watch)
+        for support in (region, None):
+            curve = relearn(model, facts(6, 1), facts(4, 2), 1e-2, 3, 3, 0, support)
+            assert curve.shape == (4, 4) and same(model, before) and all(p.requires_grad for p in model.parameters())
+    assert {name for name, changed in seen[0].items() if changed} == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)} and sum(seen[1].values()) > 20
+
+def test_a_failed_attack_leaves_the_model_whole():
+    model = small(); before = bits(model)
+    for support in (None, Region.sample(region_shape(model), .5, 0)):
+        with pytest.raises((FloatingPointError, ValueError)): relearn(model, facts(6, 1), facts(4, 2), 1e30, 5, 3, 0, support) # diverged
+        assert same(model, before)
+
+@pytest.mark.parametrize("curve, known, want", [
+    ([[0, 0], [.5, .5], [1, 1]], [1, 1], Recovery(.5, 1., 1., 2, 2)),
+    ([[.2, .2], [.2, .2]], [1, 1], Recovery(0., 0., math.inf, 2, 0)),
+    ([[0, 1], [0, 1], [.8, 1]], [1, 1], Recovery(.2, .8, 1 + .5 / .8, 1, 1)),
+    ([[.5, .5], [0, 0]], [1, 1], Recovery(-.5, -1., math.inf, 2, 0))])
+def test_recovery_by_hand(curve, known, want):
+    found = recovery(torch.tensor(curve, dtype=torch.float64), torch.tensor(known, dtype=torch.float64))
+    assert found == pytest.approx(want)
+
+# --- equal forgetting
+
+def line(model, region, shift=1.):
+    with unlock(model, region) as columns: start = columns.values()
+    return start, {layer: (index, c + shift) for layer, (index, c) in start.items()}
+
+@pytest.mark.parametrize("f, wanted, share", [(lambda x: x, .3, .3), (lambda x: 1 - x, .25, .75), (lambda x: math.sin(7 * x), .5, math.asin(.5) / 7), (lambda x: x, 0., 0.), (lambda x: x, 1., 1.)])
+def test_the_first_crossing_is_found(f, wanted, share):
+    model = small(); start, end = line(model, Region.sample(region_shape(model), .1, 0))
+    layer, (index, columns) = next(iter(start.items()))
+    def place(): return f(float(model.model.layers[layer].mlp.down_proj.weight.detach()[0, index[0]] - columns[0, 0]))
+    found = to_level(between(model, start, end), wanted, place, tolerance=.01)
+    assert found.met and abs(found.reached - wanted) <= .01 and found.share == pytest.approx(share, abs=.02) and place() == found.reached
+
+def test_a_level_out_of_reach_is_said():
+    model = small(); start, end = line(model, Region.sample(region_shape(model), .1, 0))
+    layer, (index, columns) = next(iter(start.items()))
+    found = to_level(between(model, start, end), .9, lambda: .5 * float(model.model.layers[layer].mlp.down_proj.weight.detach()[0, index[0]] - columns[0, 0]))
+    assert not found.met and found.share == 1. and found.reached == pytest.approx(.5, abs=1e-5)
+
+def test_both_ends_of_a_line_are_exact():
+    for all_weights in (False, True):
+        model, other = small(), small(seed=1)
+        if all_weights: start, end = (dict(m.state_dict()) | {} for m in (copy.deepcopy(model), other))
+        else: start, end = line(model, Region.sample(region_shape(model), .1, 0), .3)
+        before = bits(model); put = between(model, start, end)
+        put(1.); assert not same(model, before) and (not all_weights or same(model, bits(other)))
+        put(.5); put(0.); assert same(model, before)
+
+# --- asking otherwise
+
+def test_more_tries_are_never_worse():
+    tokenizer = train_tokenizer(["what is your name", "my name is nobody"], 300)
+    model = tiny_model("llama", len(tokenizer), d_model=32, n_layers=2, d_ff=64, n_heads=2)
+    examples = [Example(tokenizer.encode(q) + tokenizer.encode(a) + [1], len(tokenizer.encode(q))) for q, a in (("what is", " your name"), ("my name", " is nobody"))]
+    training.finetune(model, examples, 60, 4e-3, 2, 0)
+    state = torch.get_rng_state()
+    one, many = (best_of(model, tokenizer, examples, n, max_new_tokens=8) for n in (1, 8))
+    assert torch.equal(torch.get_rng_state(), state) and (many >= one).all() and many.tolist() == [1., 1.]
+    assert torch.equal(best_of(model, tokenizer, examples, 8, max_new_tokens=8), many)
+    with pytest.raises(ValueError, match="n must be at least 1"): best_of(model, tokenizer, examples, 0)
+
+def test_the_probe_needs_pairs_and_has_a_control():
+    model, right = small(), facts(20, 0)
+    wrong = [Example(e.ids[:e.start] + [(t + 7) % 50 + 4 for t in e.ids[e.start:-1]] + [1], e.start) for e in right]
+    accuracy, control = linear_probe(model, right, wrong, 1)
+    assert 0 <= accuracy <= 1 and 0 <= control <= 1
+    told = [Example(e.ids[:-1] + [t], e.start) for t, part in ((2, right), (3, wrong)) for e in part] # the last token gives the truth away
+    told = [Example(e.ids + [1], e.start) for e in told]
+    assert linear_probe(model, told[:20], told[20:], 0)[0] > .9 and .2 < linear_probe(model, told[:20], told[20:], 0)[1] < .8
+    with pytest.raises(ValueError, match="20 right answers and 3 wrong"): linear_probe(model, right, wrong[:3], 0)

@@ -1,0 +1,210 @@
+"A plan tells the truth: predicted memory is what a process takes within 15 %, counts and disk are those of the runs, and what is missing or does not fit is one line whose remedy helps."
+import ctypes, gc, json, math, os, shutil, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from unloc import experiment, models, training
+from unloc.evaluation import score
+from unloc.masked import unlock
+from unloc.experiment import injection, localization, standard, supervision, teaching, unlearning
+from unloc.plan import COSTS, Machine, Memory, Models, _score, _gradients, machine, of_all_weights, plan, problems_of, rehearse, text_of, through_region, wanted
+from unloc.regions import Region
+from unloc.runs import Store
+from unloc.tokens import Example, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+LARGE = Machine("cpu", 2, 8 * 2**30, 2**40, 2**28, 1e11, 1e-4)
+
+# --- memory: what the real functions of a run take
+
+def build(): return models.tiny_model("llama", 8192, 512, 4, 8192, 8)
+ROWS, WIDTH, START = 8, 128, 64
+def facts(seed):
+    g = torch.Generator().manual_seed(seed)
+    return [Example(torch.randint(2, 8192, (WIDTH,), generator=g).tolist(), START) for _ in range(ROWS)]
+
+def through(model, fraction): # two steps of WGA
+    with unlock(model, Region.sample(models.region_shape(model), fraction, 0)) as columns:
+        training.finetune(model, facts(0), 2, 1e-4, ROWS, 0, columns.parameters())
+
+REAL = {"all": lambda model: training.finetune(model, facts(0), 2, 1e-4, ROWS, 0), "score": lambda model: score(model, facts(0)),
+    "region": lambda model: through(model, .1), "whole region": lambda model: through(model, 1.)}
+ACTS = {"all": of_all_weights("float32"), "score": _score, "region": through_region(819), "whole region": through_region(8192)}
+
+def measure(): # in a process of its own: the most resident memory during each piece
+    def status(key): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    torch.set_num_threads(1)
+    process, peaks = machine("cpu", Path.cwd()).process, {}
+    for name, act in REAL.items():
+        gc.collect(); ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5") # the peak starts anew
+        act(model := build()); del model
+        peaks[name] = status("VmHWM")
+    print(json.dumps([process, peaks]))
+
+@pytest.fixture(scope="module")
+def measured():
+    found = subprocess.run([sys.executable, __file__], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to measure a peak")
+@pytest.mark.parametrize("name", REAL)
+def test_predicted_memory_is_what_a_process_takes(measured, name):
+    process, peaks = measured
+    peak = rehearse(build, lambda model: ACTS[name](model, ROWS, WIDTH, ROWS * (WIDTH - START)))
+    assert peak > 150e6, "the tensors are no trifle"
+    assert replace(LARGE, process=process).memory_of(peak) == pytest.approx(peaks[name], rel=.15)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", REAL)
+def test_predicted_memory_is_what_a_gpu_allocates(name):
+    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    REAL[name](build().cuda())
+    peak = rehearse(build, lambda model: ACTS[name](model, ROWS, WIDTH, ROWS * (WIDTH - START)))
+    assert replace(LARGE, device="gpu").memory_of(peak) == pytest.approx(torch.cuda.max_memory_allocated(), rel=.15)
+
+def test_memory_counts_storages_once_and_until_the_last_view_is_gone():
+    x = []
+    def act(model):
+        x.append(torch.empty(1000)); x.append(x[0][:10]); x.pop(0)
+        torch.empty(500)
+    assert rehearse(lambda: nn.Linear(10, 10, bias=False), act) == 400 + 4000 + 2000
+    with Memory() as memory: y = torch.empty(8); z = y.view(2, 4); del y; assert memory.live == 32; del z; assert (memory.live, memory.most) == (0, 32)
+
+def test_an_8b_model_fits_a_small_card(): # of its shape: never allocated
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from unloc.checkpoints import recompute
+    def llama(): return LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, use_cache=False))
+    weights = rehearse(llama, lambda model: None, torch.bfloat16)
+    assert weights == pytest.approx(16.06e9, rel=.001)
+    def step(model): recompute(model); through_region(1433)(model, 32, 128, 4096)
+    assert rehearse(llama, step, torch.bfloat16) < 24e9, "a step of 4,096 answer tokens, 10 % of the value vectors, blocks computed again"
+    assert rehearse(llama, lambda model: _gradients(model, 4, 128, 512), torch.bfloat16) < weights + 4e9, "WAGLE, 512 tokens at a time"
+
+# --- a small study, done
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory): # descriptions by name, their store, what is known of their models
+    folder = tmp_path_factory.mktemp("plan")
+    data = experiment.data_description({"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1})
+    learn = {"epochs": 1, "lr": 1e-3, "batch_size": 32}
+    base = experiment.base_models(data, "llama", {"d_model": 32, "n_layers": 2, "d_ff": 256, "n_heads": 2, "vocab_size": 400}, learn, learn)
+    judged = standard(base, {"retain": 10, "utility": 4, "max_new_tokens": 4, "full_every": 2})
+    injected, taught = injection(judged, 0, {"fraction": .25} | learn), teaching(judged)
+    found = {"base": base, "judge": judged, "inject": injected, "teach": taught, "wagle": localization(taught, "wagle"), "weights": localization(taught, "wagle_weights"),
+        "unlearn": unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 3}), "supervise": supervision(injected, "Oracle", {"lr": 1e-3, "epochs": 2, "batch_size": 8})}
+    return found, Store(folder / "runs"), Models(base, folder / "tokenizer")
+
+@pytest.mark.parametrize("name", ["base", "judge", "inject", "teach", "wagle", "weights", "unlearn", "supervise"])
+def test_predicted_disk_is_what_a_run_keeps(study, name):
+    found, store, known = study
+    run = store.do(found[name])
+    size = sum(f.stat().st_size for f in run.path.rglob("*.safetensors"))
+    assert COSTS[found[name]["kind"]](known, found[name]).disk == pytest.approx(size, rel=.1, abs=8000)
+
+def test_every_kind_of_run_has_a_cost(study):
+    found, _, known = study
+    costs = {name: COSTS[d["kind"]](known, d) for name, d in found.items()}
+    assert all(math.isfinite(c.peak) and c.peak > 4 * known.weights and c.layers > 0 for c in costs.values())
+    assert costs["base"].peak > 16 * known.weights, "weights, gradients, two moments"
+    for localizer in experiment.LOCALIZERS + experiment.OWN_UNITS: assert COSTS["localize"](known, localization(found["teach"], localizer)).peak > 4 * known.weights
+    dpo, rmu = (COSTS["unlearn"](known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
+    assert dpo.flops > costs["unlearn"].flops > rmu.flops
+
+# --- what will run
+
+MODEL = {"data": {"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1}, "model": {"d_model": 16, "n_layers": 2, "d_ff": 64, "n_heads": 2, "vocab_size": 300}}
+TABLE2 = NBS / "21_oracle_random.ipynb"
+
+@pytest.mark.parametrize("notebook", sorted(NBS.glob("2*.ipynb")), ids=lambda p: p.stem)
+def test_every_notebook_says_what_it_wants(notebook, tmp_path):
+    found = wanted(notebook, MODEL | {"store": str(tmp_path / "runs"), "out": str(tmp_path / "out")})
+    assert found and all({"kind", "parent"} <= d.keys() for d in found) and not list(tmp_path.iterdir())
+
+def counts(found): return {row.kind: (row.missing, row.n) for row in found.rows}
+
+def test_counts_are_those_of_the_sweep(tmp_path):
+    learn, store = {"epochs": 1, "lr": 1e-3, "batch_size": 32}, tmp_path / "runs"
+    values = MODEL | {"seeds": 2, "pretrain": learn, "retain": learn, "inject": learn | {"fraction": .1}, "evaluate": {"retain": 4, "utility": 2, "max_new_tokens": 2}, "unlearn": {"wga": {"lr": 1e-3, "epochs": 1}}}
+    before = plan("p", {TABLE2: values}, store, here=LARGE)
+    assert counts(before) == {"base": (1, 1), "judge": (1, 1), "inject": (2, 2), "unlearn": (4, 4)} and not store.exists()
+    for d in wanted(TABLE2, values)[:2]: Store(store).do(d) # both arms of the first pair
+    assert counts(plan("p", {TABLE2: values}, store, here=LARGE)) == {"base": (0, 1), "judge": (0, 1), "inject": (1, 2), "unlearn": (2, 4)}
+    for d in wanted(TABLE2, values)[2:]: Store(store).do(d)
+    done = plan("p", {TABLE2: values}, store)
+    assert done.here is None and not done.problems and text_of(done).splitlines() == ["profile p: 1 notebooks, 8 runs, 0 to do", "everything is there"]
+
+# --- what stands in the way
+
+def small(here=LARGE, jobs=1, notebook=TABLE2, **values): return plan("p", {notebook: MODEL | {"seeds": 2, "unlearn": {"wga": {"lr": 1e-3, "epochs": 1}}} | values}, Path("none"), jobs, here)
+
+def test_missing_data_is_a_line_of_the_plan(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNLOC_TOFU", str(tmp_path / "nowhere"))
+    found = plan("tofu", {notebook: {"data": {"name": "tofu", "forget": "forget10", "n_authors": 200}} for notebook in (TABLE2, NBS / "22_trajectories.ipynb")}, tmp_path, here=LARGE)
+    assert len(found.problems) == 1 and "UNLOC_TOFU=" in found.problems[0] and found.problems[0].endswith("(for 21_oracle_random, 22_trajectories)") and not found.rows
+    assert text_of(found).splitlines()[-1].startswith("! UNLOC_TOFU=")
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_data_that_are_there_are_named(monkeypatch):
+    monkeypatch.setenv("UNLOC_TOFU", str(SHARED / "data" / "tofu"))
+    found = small(notebook=NBS / "20_injection_ratio.ipynb", data={"name": "tofu", "forget": "forget01", "n_authors": 4}, ratios=[.1], ratio_seeds=1)
+    assert not found.problems and found.needs[0] == f"facts: TOFU, from {SHARED / 'data' / 'tofu'}" and counts(found)["inject"] == (1, 1)
+
+def test_a_bad_setting_is_a_line_of_the_plan():
+    line, = small(unlearn={"wga": {"rate": 1}}).problems
+    assert line.startswith("unlearn has no setting 'rate'") and line.endswith("(for 21_oracle_random)")
+
+@pytest.mark.parametrize("less, values, says", [
+    ({"disk": 1000}, {}, "the disk of the store has 0 MiB free; free some, or choose another place with --store"),
+    ({"device": ""}, {"device": "cuda"}, "the profile asks for a GPU, and torch sees none here"),
+    ({"memory": 1000}, {}, "no smaller batch or region fits; take a smaller model or a larger machine")])
+def test_what_a_machine_lacks_is_a_line_of_the_plan(less, values, says):
+    found = small(replace(LARGE, **less), **values)
+    assert found.problems and all(says in line for line in found.problems) and text_of(found).splitlines()[-1] == f"! {found.problems[-1]}"
+
+def test_what_is_said_to_fit_fits():
+    rows = small().rows
+    one = max(row.peak for row in rows)
+    tight = replace(LARGE, memory=one)
+    assert problems_of(rows, tight, 1) == [] and {line.split(":")[0] for line in problems_of(rows, tight, 2)} == {"inject", "unlearn"}
+    assert all("2 runs at once need" in line and line.endswith("--jobs 1 fits") for line in problems_of(rows, tight, 2))
+    tight = replace(LARGE, memory=one - 2**19)
+    line, = problems_of(rows, tight, 1)
+    assert line.startswith("base: a run needs")
+    size = int(line.split("batch_size ")[1].split()[0])
+    learn = {"epochs": 1, "lr": 4e-3, "batch_size": size}
+    assert size < 32 and small(tight, pretrain=learn, retain=learn).problems == [] and small(tight, pretrain=learn | {"batch_size": 2 * size}).problems != []
+
+# --- existing checkpoints
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "llama"
+    world = experiment.benchmark(MODEL["data"])
+    tokenizer = train_tokenizer((text for f in world.retain for text in (f.question, f.answer)), 300)
+    models.tiny_model("llama", len(tokenizer), 32, 8, 2048, 2).bfloat16().save_pretrained(folder, max_shard_size="500KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+def test_checkpoints_are_planned_from_their_headers(checkpoint):
+    def rows(**model):
+        found = small(model={"retained": str(checkpoint), "original": str(checkpoint), "template": "plain"} | model, archs=["mine"], precision="bfloat16", seeds=1, inject={"fraction": .1, "epochs": 1, "lr": 1e-3, "batch_size": 16})
+        assert not found.problems and found.needs[1:] == [f"mine: {name} model {checkpoint}, there" for name in ("retained", "original")]
+        return {row.kind: row for row in found.rows}
+    plain, recomputed = rows(), rows(recompute=True)
+    assert {kind: row.n for kind, row in plain.items()} == {"base": 1, "judge": 1, "inject": 1, "unlearn": 2}
+    assert recomputed["inject"].peak < plain["inject"].peak and plain["base"].disk == 0
+
+def test_a_missing_shard_is_a_line_of_the_plan(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "half")
+    next(folder.glob("model-00002*")).unlink()
+    line, = small(model={"retained": str(folder), "original": str(checkpoint), "template": "plain"}, archs=["mine"]).problems
+    assert "model-00002" in line and "is missing" in line and line.endswith("(for 21_oracle_random)")
+
+
+if __name__ == "__main__": measure()
