@@ -1,5 +1,5 @@
 "Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns or single weights move exactly as the plain way would move them."
-import subprocess, sys
+import shutil, subprocess, sys
 import copy
 from collections import Counter
 import pytest, torch
@@ -405,3 +405,21 @@ with unlock(m, r) as columns:
 put_columns(m, columns.values())
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_a_compiled_model_learns_the_same():
+    from unloc.tokens import Example
+    from unloc.training import finetune
+    generator = torch.Generator().manual_seed(0)
+    examples, found = [Example(torch.randint(2, 60, (12,), generator=generator).tolist(), 4) for _ in range(4)], []
+    for compiled in (False, True):
+        model = tiny_model("llama", 60, 16, 1, 32, 2)
+        region = Region.sample((1, 32), .25, 0)
+        before = locked_digest(model, region)
+        if compiled: model.base_model.compile()
+        with unlock(model, region) as columns:
+            finetune(model, examples, 3, 1e-2, 4, 0, columns.parameters())
+            found.append(columns.values()[0][1])
+        assert locked_digest(model, region) == before
+    assert torch.allclose(*found, atol=1e-5) and not torch.equal(found[0], torch.zeros_like(found[0]))

@@ -38,7 +38,7 @@ class _Projection(torch.autograd.Function):
         to_input = grad @ unlocked.weight if ctx.needs_input_grad[0] else None
         return to_input, (chosen.flatten(0, -2).T @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
 
-# %% ../nbs/05_masked.ipynb #bd3a5eaf
+# %% ../nbs/05_masked.ipynb #b080b8b3
 class _Unlocked:
     "One output projection whose chosen columns are parameters"
     def __init__(self, projection:nn.Module, index:Tensor):
@@ -54,6 +54,7 @@ class _Unlocked:
         "Put the current columns, or those of the start, into the weight"
         with torch.no_grad(): self.weight[:, self.index] = (self.start if self.at_start else self.columns.to(self.weight.dtype)).T
 
+    @torch.compiler.disable # a compiled model calls it as it is, between its compiled parts
     def forward(self, x):
         self.write() # always: an optimizer may change a parameter without a trace
         return _Projection.apply(x, self.columns, self)
@@ -72,7 +73,7 @@ class _WeightProjection(_Projection):
         to_input, columns, _ = _Projection.backward(ctx, grad) # columns: [k_columns, d_model]
         return to_input, columns.flatten()[ctx.unlocked.within], None
 
-# %% ../nbs/05_masked.ipynb #1c56667c
+# %% ../nbs/05_masked.ipynb #e1e71188
 class _UnlockedWeights(_Unlocked):
     "One output projection whose chosen single weights are parameters"
     def __init__(self, projection:nn.Module, places:Tensor): # places: [k] int64, row * d_ff + column
@@ -87,6 +88,7 @@ class _UnlockedWeights(_Unlocked):
     def write(self):
         with torch.no_grad(): self.weight[self.at] = self.start if self.at_start else self.columns.detach().to(self.weight.dtype)
 
+    @torch.compiler.disable
     def forward(self, x):
         self.write()
         return _WeightProjection.apply(x, self.columns, self)
