@@ -116,6 +116,17 @@ def test_every_kind_of_run_has_a_cost(study):
     dpo, rmu = (COSTS["unlearn"](known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
     assert dpo.flops > costs["unlearn"].flops > rmu.flops
 
+def test_a_new_kind_of_run_needs_a_cost():
+    import inspect
+    kinds = {name for name, f in vars(experiment).items() if inspect.isfunction(f) and list(inspect.signature(f).parameters) == ["description", "parent", "folder", "progress"]}
+    assert kinds == set(COSTS) and {"base", "attack"} <= kinds
+
+def test_an_attack_has_a_cost(study):
+    found, _, known = study
+    attack = {"lr": 1e-3, "region_lr": 1e-3, "epochs": 2, "batch_size": 4, "taught": 4}
+    one, more = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": n})) for n in (2, 4))
+    assert one.peak > 3 * 4 * known.weights and more.flops > one.flops
+
 # --- what will run
 
 MODEL = {"data": {"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1}, "model": {"d_model": 16, "n_layers": 2, "d_ff": 64, "n_heads": 2, "vocab_size": 300}}
