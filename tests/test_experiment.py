@@ -377,3 +377,9 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
 def test_a_bad_arm_or_attack_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
     assert says in str(error.value) and "\n" not in str(error.value)
+
+@pytest.mark.parametrize("how, says", [({"taught": 10}, "taught = 10 of 10 forgotten facts leaves none to be measured; teach fewer"), ({"taught": 9, "others": 2}, "9 expected; choose data with more (n_holdout), or teach fewer")])
+def test_an_attack_without_facts_says_what_it_needs(how, says):
+    examples = {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}
+    with pytest.raises(ValueError) as error: experiment._teach_again(None, None, None, examples, how, [None] * how.get("others", 0), 0, None)
+    assert says in str(error.value)

@@ -552,11 +552,13 @@ def _change(model, original, without)->dict:
     norm, whole = float(moved.norm()), float(back.norm())
     return {'norm': norm, 'largest': float(moved.abs().max()), 'cosine_to_reversal': float(moved @ back) / (norm * whole) if norm else 0., 'reversed': float(moved @ back) / whole**2, 'distance_to_retained': float((here - goal).norm()) / whole}
 
-# %% ../nbs/15_experiment.ipynb #0cf4d810
+# %% ../nbs/15_experiment.ipynb #4e6707ca
 def _teach_again(model, region, target, examples, how, others, seed, known)->tuple[list[dict], dict]:
     "Relearn three kinds of facts through three supports; the measured facts are the same throughout"
     from unloc import attacks
     forget, k = examples['forget'], how['taught']
+    if not k < len(forget): raise ValueError(f"taught = {k} of {len(forget)} forgotten facts leaves none to be measured; teach fewer")
+    if (left := len(examples['holdout']) - len(others)) < k: raise ValueError(f"{left} held-out facts are left to be taught, {k} expected; choose data with more (n_holdout), or teach fewer")
     chosen = {i * len(forget) // k for i in range(k)}
     half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
     taught = {'held-out facts': examples['holdout'][len(others):][:k], 'forgotten facts': half, 'retain facts': _spread(examples['retain'], k)}
