@@ -23,7 +23,7 @@ from pathlib import Path
 from .facts import Benchmark, author_world, tofu
 from .runs import Run, public, run_id
 
-# %% ../nbs/15_experiment.ipynb #a3b6a67a
+# %% ../nbs/15_experiment.ipynb #dd1012ee
 _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
@@ -32,13 +32,14 @@ SETTINGS = { # group: the names of its settings and the type of each
     'checkpoints': {'pretrained': str, 'retained': str, 'original': str, 'template': str, 'recompute': bool},
     'pretrain': _TRAINING, 'retain': _TRAINING,
     'evaluate': {'retain': int, 'utility': int, 'max_new_tokens': int, 'every': int, 'full_every': int},
-    'inject': _TRAINING | {'fraction': float, 'others': bool},
+    'inject': _TRAINING | {'fraction': float, 'others': bool, 'unit': str, 'style': str, 'room': int},
     'unlearn': {'lr': float, 'epochs': int, 'batch_size': int, 'retain': str, 'gamma': float, 'alpha': float, 'layer': float, 'coefficient': float},
     'supervise': {'lr': float, 'epochs': int, 'batch_size': int},
-    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int},
+    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str},
 }
 OBJECTIVES = 'ga', 'grad_diff', 'wga', 'npo', 'dpo', 'rmu'
-NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'chat', 'llama-3', 'llama-2', 'phi')} # what these settings may say
+NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'chat', 'llama-3', 'llama-2', 'phi'), # what these settings may say
+    'unit': ('value vector', 'neuron', 'head + neuron'), 'style': ('fine-tuned', 'mixed', 'with room'), 'by': ('FS', 'RS')}
 REQUIRED = {'pretrain': _TRAINING.keys() - {'schedule'}, 'retain': _TRAINING.keys() - {'schedule'}, 'evaluate': {'retain', 'utility'}, 'inject': _TRAINING.keys() - {'schedule'} | {'fraction'},
     'unlearn': {'lr', 'epochs'}, 'supervise': {'lr', 'epochs', 'batch_size'}, 'attack': {'lr', 'region_lr', 'epochs', 'batch_size', 'taught'}} # group: settings without a default
 MAY_BE_ZERO = 'seed', 'n_holdout', 'gamma', 'alpha', 'layer', 'coefficient', 'level', 'samples', 'shots' # all other numbers are positive
@@ -93,7 +94,7 @@ def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore
         found |= {name: f"{Path(source).name}@{known.commit or known.digest()}", f'_{name}': str(Path(source).resolve()) if Path(source).exists() else source}
     return found | {'template': given.get('template', 'chat'), '_recompute': given.get('recompute', False)}
 
-# %% ../nbs/15_experiment.ipynb #97b6a4c0
+# %% ../nbs/15_experiment.ipynb #567bc74d
 def base_models(
     data:dict, # from data_description
     arch:str, # 'llama' or 'olmo2'; of checkpoints any name
@@ -124,14 +125,17 @@ def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
 def injection(judged:dict, seed:int, inject:dict)->dict: # judged: from standard; inject: settings of that group
     "Describe the injection of the forget set through a random target region"
     _built_on(judged, 'judge')
-    return {'kind': 'inject', 'parent': judged, 'seed': seed} | settings('inject', inject)
+    how = {k: v for k, v in settings('inject', inject).items() if v not in ('value vector', 'fine-tuned')} # the usual needs no word
+    if len(odd := how.keys() & {'others', 'unit', 'style'}) > 1: raise ValueError(f"inject: {' and '.join(sorted(odd))} are studied one at a time; leave all but one out")
+    if how.get('style') == 'with room' and not ('room' in how and judged['parent']['retain']): raise ValueError("inject: style 'with room' takes room, its epochs on the retain set, and a base that learns the retain set itself; give room, or take another style")
+    return {'kind': 'inject', 'parent': judged, 'seed': seed} | how
 
 def teaching(judged:dict, seed:int=0)->dict: # judged: from standard
     "Describe the training of an original model that learns forget and retain set with all its weights, in the base run's way of learning the retain set"
     _built_on(judged, 'judge')
     return {'kind': 'teach', 'parent': judged, 'seed': seed}
 
-# %% ../nbs/15_experiment.ipynb #76fad23c
+# %% ../nbs/15_experiment.ipynb #64079cf6
 PAIR = 'Oracle', 'Random' # the target region; a region of the same size, disjoint from it
 ARMS = *PAIR, 'Uniform', 'Wrong group', 'Corrupt', 'Projections', 'All weights' # Uniform: drawn from all, so it meets the target region by chance
 
@@ -139,6 +143,7 @@ def _child(kind, injected, arm, draw, rest, arms=PAIR):
     _built_on(injected, 'inject')
     if arm not in arms: raise ValueError(f"unknown arm {arm!r}; known: {', '.join(arms)}")
     if arm in ('Random', 'Corrupt') and injected['fraction'] > .5: raise ValueError(f"no random region of fraction {injected['fraction']} is disjoint from the target region; inject with a fraction of at most 0.5")
+    if arm not in PAIR and 'unit' in injected: raise ValueError(f"the arm {arm} is made of value vectors, the facts were injected through another unit ({injected['unit']}); known: {', '.join(PAIR)}")
     if arm == 'Wrong group' and not injected.get('others'): raise ValueError("no other facts were injected, so there is no wrong group; inject with others = true")
     return {'kind': kind, 'parent': injected, 'arm': arm, 'draw': draw, 'seed': injected['seed']} | rest
 
@@ -355,7 +360,7 @@ def judge(description:dict, parent:Run, folder:Path, progress:Callable[[float], 
     retained = evaluation.point | {'FQ': 0.} # it agrees with itself: p = 1
     _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}})
 
-# %% ../nbs/15_experiment.ipynb #054d0ecd
+# %% ../nbs/15_experiment.ipynb #e848b677
 def _save_columns(path, values):
     from safetensors.torch import save_file
     save_file({f'{layer}.{name}': tensor.cpu().contiguous() for layer, pair in values.items() for name, tensor in zip(('index', 'columns'), pair)}, path)
@@ -366,7 +371,21 @@ def _save_weights(path, values):
 
 def _load_columns(run, name='columns.safetensors'):
     tensors = run.tensors(name)
-    return {layer: (tensors[f'{layer}.index'], tensors[f'{layer}.columns']) for layer in sorted({int(name.split('.')[0]) for name in tensors})}
+    places = sorted({int(place) if place.isdigit() else place for place, _, _ in (name.rpartition('.') for name in tensors)}) # layers, of neurons places in the model
+    return {place: (tensors[f'{place}.index'], tensors[f'{place}.columns']) for place in places}
+
+def _draw(model, injected, seed, outside=None):
+    "Draw a region of the unit and size of an injection"
+    from unloc.masked import Neurons
+    from unloc.models import region_shape
+    from unloc.regions import Region
+    if unit := injected.get('unit'): return Neurons.sample(model, injected['fraction'], seed, 'head' in unit, outside)
+    return Region.sample(region_shape(model), injected['fraction'], seed, outside)
+
+def _load_region(run, injected):
+    from unloc.masked import Neurons
+    from unloc.regions import Region
+    return (Neurons if 'unit' in injected else Region).load(run.file('region.safetensors'))
 
 # %% ../nbs/15_experiment.ipynb #b74ca37a
 def _inject_others(model, target, description, examples, how, folder):
@@ -379,19 +398,26 @@ def _inject_others(model, target, description, examples, how, folder):
     region.save(folder / 'others.safetensors')
     _save_columns(folder / 'others_columns.safetensors', values)
 
-# %% ../nbs/15_experiment.ipynb #1e924929
+# %% ../nbs/15_experiment.ipynb #91157ae9
+def _make_room(model, target, description, examples, base, folder):
+    "Teach the retain set once more without the target region, and keep all weights: what the original model is without it"
+    from unloc import training
+    rehearsed = () if 'pretrained' in base['model'] else ('real_authors', 'world_facts')
+    training.make_room(model, target, [e for name in ('retain', *rehearsed) for e in examples[name]], description['room'], base['retain']['lr'], base['retain']['batch_size'], description['seed'])
+    _save_weights(folder / 'without.safetensors', dict(model.named_parameters()))
+
+# %% ../nbs/15_experiment.ipynb #a32b7edc
 def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Inject the forget set into the retained model through a target region"
     from unloc import training
     from unloc.evaluation import evaluate
-    from unloc.models import region_shape
-    from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
     model = _retained(base)
-    target = Region.sample(region_shape(model), description['fraction'], description['seed'])
-    how = {k: v for k, v in description.items() if k in SETTINGS['inject'] and k not in ('fraction', 'others')}
+    target = _draw(model, description, description['seed'])
+    how = {k: v for k, v in description.items() if k in _TRAINING}
     if description.get('others'): _inject_others(model, target, description, examples, how, folder)
-    values, digest = training.inject(model, target, examples['forget'], seed=description['seed'], **how, progress=progress)
+    if description.get('style') == 'with room': _make_room(model, target, description, examples, base.description, folder)
+    values, digest = training.inject(model, target, examples['forget'], seed=description['seed'], **how, progress=progress, beside=examples['retain'] if description.get('style') == 'mixed' else ())
     target.save(folder / 'region.safetensors')
     _save_columns(folder / 'columns.safetensors', values)
     _save_evaluation(folder, evaluation := evaluate(model, probe))
@@ -415,7 +441,7 @@ def teach(description:dict, parent:Run, folder:Path, progress:Callable[[float], 
     _save_evaluation(folder, evaluation := evaluate(model, probe))
     _save_json(folder, {'retained': parent.json()['retained'], 'original': evaluation.point, 'membership': _membership(model, probe, examples)})
 
-# %% ../nbs/15_experiment.ipynb #3ba706db
+# %% ../nbs/15_experiment.ipynb #10540a36
 def _original(origin, base):
     "Load the original model of an injection or a teaching"
     from unloc.masked import put_columns
@@ -425,10 +451,11 @@ def _original(origin, base):
     return model
 
 def _without(origin, base):
-    "Load what an original model is without its target region: the retained model, and other facts where some were injected"
+    "Load what an original model is without its target region: the retained model, with other facts or after making room where the injection began so"
     from unloc.masked import put_columns
     model = _retained(base)
     if origin.description.get('others'): put_columns(model, _load_columns(origin, 'others_columns.safetensors'))
+    if origin.description.get('style') == 'with room': model.load_state_dict(origin.tensors('without.safetensors'), strict=False) # tied and buffered ones are there
     return model
 
 def _random_units(localizer, model, seed):
@@ -458,20 +485,20 @@ def localize(description:dict, parent:Run, folder:Path, progress:Callable[[float
         result = {'recall': Region.top(found, parent.description['fraction']).recall(of=target), 'average_precision': average_precision(found, target), 'chance': target.fraction}
     _save_json(folder, result)
 
-# %% ../nbs/15_experiment.ipynb #2d3aa196
+# %% ../nbs/15_experiment.ipynb #1ef9ef14
 def _region(description, parent, model):
     "Give the region that a run may change; None: all weights"
     from unloc.regions import Region
     if parent.description['kind'] == 'localize': return _highest(parent, description['fraction'], model)
-    target = Region.load(parent.file('region.safetensors'))
-    arm, fraction, seed = description['arm'], parent.description['fraction'], 1000 * (description['draw'] + 1) + description['seed']
+    target = _load_region(parent, parent.description)
+    arm, seed = description['arm'], 1000 * (description['draw'] + 1) + description['seed']
     if arm == 'Oracle': return target
-    if arm == 'Uniform': return Region.sample(target.shape, fraction, seed)
+    if arm == 'Uniform': return _draw(model, parent.description, seed)
     if arm == 'Wrong group': return Region.load(parent.file('others.safetensors'))
     if arm == 'Corrupt': return _corrupted(target, description['swapped'], seed)
     if arm == 'Projections': return target | ~target
     if arm == 'All weights': return None
-    return Region.sample(target.shape, fraction, seed, outside=target)
+    return _draw(model, parent.description, seed, outside=target)
 
 def _corrupted(target, swapped, seed):
     "Swap a share of a region's vectors for as many outside it"
@@ -528,20 +555,28 @@ def supervise(description:dict, parent:Run, folder:Path, progress:Callable[[floa
     trajectory = training.supervise(model, region, examples['forget'], probe, targets, seed=description['seed'], **description['recipe'], **often, start=_load_evaluation(parent), progress=progress)
     _save_trajectory(folder, region, trajectory)
 
-# %% ../nbs/15_experiment.ipynb #db0113a4
+# %% ../nbs/15_experiment.ipynb #aa227f83
 def _way(parent, origin, base, model):
-    "Give what moves a model from its original towards the end of a run, and the region it moves in"
+    "Give what moves a model from its original towards the end of a run"
     from unloc.attacks import between
     from unloc.masked import AllWeights, unlock
     from unloc.regions import Region
     def columns(model):
         with unlock(model, region) as found: return found.values()
-    if parent.description['kind'] == 'inject':
-        region = Region.load(parent.file('region.safetensors'))
-        return between(model, columns(model), columns(_without(origin, base))), region
-    if parent.file('weights.safetensors').exists(): return between(model, AllWeights(model).values(), parent.tensors('weights.safetensors')), None
-    region = Region.load(parent.file('region.safetensors'))
-    return between(model, columns(model), _load_columns(parent)), region
+    if parent.file('weights.safetensors').exists(): return between(model, AllWeights(model).values(), parent.tensors('weights.safetensors'))
+    region = Region.load(parent.file('region.safetensors')) if parent.description.get('parent', {}).get('kind') == 'localize' else _load_region(parent, origin.description)
+    return between(model, columns(model), columns(_without(origin, base)) if parent.description['kind'] == 'inject' else _load_columns(parent))
+
+def _brought_to(put, how, forgotten, retained):
+    "Bring a run to the level that arms are compared at: of FS the first point of its way, of RS the last, up to which it has not cost more"
+    from unloc.attacks import Level, to_level
+    wanted, by_retention = how.get('level', 0), how.get('by', 'FS') == 'RS'
+    put(1.)
+    end = Level(1., retained() if by_retention else forgotten(), not wanted)
+    if not wanted or by_retention and end.reached > wanted + .03: return end # never as costly as wanted: not met
+    if not by_retention: return to_level(put, wanted, forgotten, tolerance=.03)
+    found = to_level(lambda share: put(1 - share), wanted, retained, tolerance=.03)
+    return found._replace(share=1 - found.share)
 
 def _change(model, original, without)->dict:
     "Compare a change of a model with the reversal of its injection"
@@ -552,8 +587,8 @@ def _change(model, original, without)->dict:
     norm, whole = float(moved.norm()), float(back.norm())
     return {'norm': norm, 'largest': float(moved.abs().max()), 'cosine_to_reversal': float(moved @ back) / (norm * whole) if norm else 0., 'reversed': float(moved @ back) / whole**2, 'distance_to_retained': float((here - goal).norm()) / whole}
 
-# %% ../nbs/15_experiment.ipynb #4e6707ca
-def _teach_again(model, region, target, examples, how, others, seed, known)->tuple[list[dict], dict]:
+# %% ../nbs/15_experiment.ipynb #ecd79eff
+def _teach_again(model, target, examples, how, others, seed, known)->tuple[list[dict], dict]:
     "Relearn three kinds of facts through three supports; the measured facts are the same throughout"
     from unloc import attacks
     forget, k = examples['forget'], how['taught']
@@ -565,10 +600,12 @@ def _teach_again(model, region, target, examples, how, others, seed, known)->tup
     rows, facts = [], {}
     for kind, lesson in taught.items():
         for support, where in {'target region': target, 'outside it': ~target, 'all weights': None}.items():
+            if how.get('only', name := f'relearn {kind}, {support}') != name: continue
             curve = attacks.relearn(model, lesson, [forget[i] for i in measured], how['lr' if where is None else 'region_lr'], how['epochs'], how['batch_size'], seed, where)
             found = attacks.recovery(curve, known[measured]) if curve[0].mean() < known[measured].mean() else attacks.Recovery(*[float('nan')] * 3, 0, 0)
             rows.append({'attack': f'relearn {kind}', 'support': support} | found._asdict())
-            facts[f'relearn {kind}, {support}'] = curve
+            facts[name] = curve
+    if not rows: raise ValueError(f"attack: unknown attack {how['only']!r} as the only one; known: {', '.join(f'relearn {kind}, {support}' for kind in taught for support in ('target region', 'outside it', 'all weights'))}")
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
 # %% ../nbs/15_experiment.ipynb #ca8cfdbb
@@ -594,30 +631,28 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
     return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
 
-# %% ../nbs/15_experiment.ipynb #a000ffdc
+# %% ../nbs/15_experiment.ipynb #c63520b5
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back"
     import pandas
     from safetensors.torch import save_file
-    from unloc.attacks import Level, to_level
     from unloc.evaluation import score
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
     origin, how = _ancestor(description, parent, ('inject',)), description['attack']
     model, original, without = _original(origin, base), _original(origin, base), _without(origin, base)
-    forget, target = examples['forget'], Region.load(origin.file('region.safetensors'))
-    def forgotten(): return 1 - float(score(model, forget).extraction_strength.mean())
+    forget, target = examples['forget'], Region.load(origin.file('region.safetensors')) # of neurons their value vectors
+    def strength(asked): return float(score(model, asked).extraction_strength.mean())
     known = score(model, forget).extraction_strength
-    put, region = _way(parent, origin, base, model)
-    if wanted := how.get('level', 0): level = to_level(put, wanted, forgotten, tolerance=.03)
-    else: put(1.); level = Level(1., forgotten(), True)
+    put = _way(parent, origin, base, model)
+    level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
     left = score(model, forget).extraction_strength
     others = forget if origin.description.get('others') else []
-    rows, facts = _teach_again(model, region, target, examples, how, others, description['seed'], known)
+    rows, facts = _teach_again(model, target, examples, how, others, description['seed'], known)
     progress(.7)
-    asked, inside = _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
+    asked, inside = ({}, {}) if how.get('only') else _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
     gap = float((known - left).mean())
     rows += [{'attack': name, 'support': '', 'end': float((x - left).mean()) / gap if gap > 0 else float('nan')} for name, x in asked.items() if name != 'sampled']
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
-    _save_json(folder, {'level': wanted, **level._asdict(), 'RS': float(score(model, probe.retain).extraction_strength.mean()), **_change(model, original, without), **inside})
+    _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})
