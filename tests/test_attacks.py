@@ -1,9 +1,11 @@
 "Attacks recover what is only hidden and nothing that was never there; they leave every weight as it was, on every layout of weights."
-import copy, math
-import pytest, torch
+import copy, logging, math, sys
+import bitsandbytes, pytest, torch
+from bitsandbytes import functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from unloc import objectives, training
-from unloc.attacks import Recovery, between, best_of, few_shot, hidden_states, linear_probe, logit_lens, patched_logprob, quantized, recovery, relearn, rounded, to_level, unlearning_depth
+from unloc.attacks import Recovery, between, best_of, few_shot, hidden_states, library_quantized, linear_probe, logit_lens, patched_logprob, quantized, recovery, relearn, rounded, to_level, unlearning_depth
 from unloc.evaluation import score
 from unloc.masked import unlock
 from unloc.models import answer_logits, region_shape, tiny_model
@@ -86,6 +88,96 @@ def test_weights_come_back_after_rounding(name):
     with pytest.raises(KeyError), quantized(model, 8): raise KeyError
     assert same(model, before)
     with quantized(model, 8): assert (score(model, examples).nll - nll).abs().max() < .1
+
+# --- rounding by a library's kernels
+
+def linears(model): return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()}
+def of_nf4(weight): return F.dequantize_4bit(*F.quantize_4bit(weight.detach().contiguous(), quant_type="nf4"))
+def of_int8(x): return F.int8_vectorwise_dequant(*F.int8_vectorwise_quant(x.detach().half())[:2])
+def logits(model, examples):
+    with torch.no_grad(): return answer_logits(model, collate(examples).to(model.device)).cpu()
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_library_computes_and_no_weight_moves(name):
+    model, examples = MODELS[name](), facts(5, 0)
+    before, modules, plain, error = bits(model), dict(model.named_modules()), logits(model, examples), {}
+    for n in (8, 4):
+        with library_quantized(model, n):
+            assert same(model, before) and dict(model.named_modules()) == modules
+            made = {type(m.forward.__self__).__name__ for m in linears(model).values()}
+            assert made == {8: {"Linear8bitLt"}, 4: {"LinearNF4"}}[n] and "forward" not in vars(model.get_output_embeddings())
+            error[n] = (logits(model, examples) - plain).norm() / plain.norm()
+            assert logit_lens(model, examples)[-1] == pytest.approx(-score(model, examples).nll, abs=2e-5), "what looks inside sees the same model"
+        assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(logits(model, examples), plain)
+        with pytest.raises(KeyError), library_quantized(model, n): raise KeyError
+        assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(logits(model, examples), plain) and same(model, before)
+    assert 0 < error[8] < error[4] / 2 < .2
+
+@pytest.mark.parametrize("name", MODELS)
+def test_four_bits_are_the_librarys_dequantized_weights(name):
+    model, examples = MODELS[name](), facts(5, 0)
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for m in linears(by_hand).values(): m.weight.copy_(of_nf4(m.weight.T).T if isinstance(m, Conv1D) else of_nf4(m.weight))
+    with library_quantized(model, 4): torch.testing.assert_close(logits(model, examples), logits(by_hand, examples), rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bits_round_weights_and_inputs_but_large_columns(name):
+    model, seen = MODELS[name](), 0
+    with library_quantized(model, 8):
+        for m in linears(model).values():
+            weight, bias = (m.weight.T if isinstance(m, Conv1D) else m.weight).detach(), 0 if m.bias is None else m.bias.detach()
+            x = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(seen))
+            seen += 1
+            torch.testing.assert_close(m(x).detach(), of_int8(x) @ of_int8(weight).T + bias, rtol=1e-4, atol=1e-4)
+            x[2, 5] = 0; rounded_x = of_int8(x); rounded_x[:, 5] = 0
+            x[2, 5] = 40. # sets no grid, and its column stays float for every token
+            rounded_x[:, 5] = x[:, 5]
+            torch.testing.assert_close(m(x[None])[0].detach(), rounded_x @ of_int8(weight).T + bias, rtol=1e-4, atol=2e-4)
+    assert seen >= 12
+
+@pytest.mark.parametrize("n", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_library_computes_in_the_models_own_floats(n, dtype):
+    model, examples = small().to(dtype), facts(5, 0)
+    before, wide = bits(model), logits(small(), examples)
+    with library_quantized(model, n): found = logits(model, examples)
+    assert (found - wide).norm() / wide.norm() < .4 and same(model, before) and all(p.dtype == dtype for p in model.parameters())
+
+def test_a_library_is_quiet(caplog):
+    model = small()
+    with caplog.at_level(logging.DEBUG, "transformers"), library_quantized(model, 8): score(model, facts(3, 0))
+    assert not caplog.records and logging.getLogger("bitsandbytes").level == logging.NOTSET
+
+def test_a_library_says_what_it_cannot_do(monkeypatch):
+    def enter(model, n=4):
+        with library_quantized(model, n): pass
+    model = small(); before = bits(model)
+    with pytest.raises(ValueError, match="layers of 8 and of 4 bits, got 2; `quantized` simulates 2 to 8"): enter(model, 2)
+    with pytest.raises(ValueError, match=r"q_proj is no plain linear layer of 16 or 32 bit floats but a Linear of torch.float64"): enter(small().double())
+    with library_quantized(model, 8):
+        with pytest.raises(ValueError, match="q_proj is no plain .* or computes something else already; take an unquantized model"): enter(model)
+        assert all("forward" in vars(m) for m in linears(model).values()), "the first block goes on"
+    with unlock(model, Region.sample(region_shape(model), .2, 0)), pytest.raises(ValueError, match="layers.0.mlp.down_proj is no plain"): enter(model)
+    loaded = small(); loaded.model.layers[1].mlp.up_proj = bitsandbytes.nn.LinearNF4(32, 64, bias=False)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj is no plain .* but a LinearNF4 of"): enter(loaded)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"bitsandbytes is not installed; install it with: pip install 'unloc\[quantization\]'"): enter(model)
+    assert same(model, before) and not any("forward" in vars(m) for m in model.modules()) and logging.getLogger("bitsandbytes").level == logging.NOTSET
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_runs_the_same_bits(n, dtype):
+    here, there, examples = small().to(dtype), small().to(dtype).cuda(), facts(5, 0)
+    before, plain = bits(there), logits(there, examples)
+    with library_quantized(here, n): want = logits(here, examples)
+    with library_quantized(there, n):
+        assert all(m.forward.__self__.weight.is_cuda for m in linears(there).values())
+        got = logits(there, examples)
+    assert (got - want).norm() / want.norm() < {torch.bfloat16: .05, torch.float32: .01}[dtype] and not torch.equal(got, plain)
+    assert same(there, before) and torch.equal(logits(there, examples), plain)
 
 # --- relearning, and its summary
 
