@@ -381,5 +381,70 @@ def test_a_bad_arm_or_attack_is_one_line(bad, says):
 @pytest.mark.parametrize("how, says", [({"taught": 10}, "taught = 10 of 10 forgotten facts leaves none to be measured; teach fewer"), ({"taught": 9, "others": 2}, "9 expected; choose data with more (n_holdout), or teach fewer")])
 def test_an_attack_without_facts_says_what_it_needs(how, says):
     examples = {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}
-    with pytest.raises(ValueError) as error: experiment._teach_again(None, None, None, examples, how, [None] * how.get("others", 0), 0, None)
+    with pytest.raises(ValueError) as error: experiment._teach_again(None, None, examples, how, [None] * how.get("others", 0), 0, None, None)
     assert says in str(error.value)
+
+# --- ways of injecting
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory): # way: its injection, and the unlearning runs of both arms
+    store = Store(tmp_path_factory.mktemp("ways"))
+    judged = standard(base_models(data_description(WORLD | OTHERS), "llama", {"d_model": 32, "n_layers": 2, "d_ff": 128, "n_heads": 2, "vocab_size": 400}, HOW, {"epochs": 4, "lr": 4e-3, "batch_size": 8}), JUDGE)
+    how = {"fraction": .1, "epochs": 4, "lr": 1.5e-2, "batch_size": 4}
+    injected = {way: injection(judged, 0, how | more) for way, more in {"usual": {}, "neuron": {"unit": "neuron"}, "head": {"unit": "head + neuron"}, "mixed": {"style": "mixed"}, "room": {"style": "with room", "room": 1}}.items()}
+    arms = {(way, arm): unlearning(d, arm, "npo", {"lr": 5e-3, "epochs": 1, "full_every": 1}) for way, d in injected.items() for arm in PAIR}
+    attacks = {(way, arm): attacking(d, ATTACK | {"only": "relearn forgotten facts, all weights"}) for (way, arm), d in arms.items() if way in ("head", "room")}
+    attacks |= {(way, "Restore"): attacking(injected[way], ATTACK | {"only": "relearn retain facts, all weights"}) for way in ("neuron", "room")}
+    sweep(store, [*arms.values(), *attacks.values()], 2)
+    return store, {way: store[d] for way, d in injected.items()}, {key: store[d] for key, d in arms.items()}, {key: store[d] for key, d in attacks.items()}
+
+def test_an_injection_moves_its_unit_and_nothing_else(ways):
+    store, injected, arms, _ = ways
+    base = store[injected["usual"].description["parent"]["parent"]]
+    moved = {}
+    for way, run in injected.items():
+        without, original = experiment._without(run, base).state_dict(), experiment._original(run, base).state_dict()
+        moved[way] = {name.split(".", 3)[3].removesuffix(".weight") for name, x in original.items() if not torch.equal(x, without[name])}
+    assert moved["usual"] == moved["mixed"] == moved["room"] == {"mlp.down_proj"} and moved["neuron"] == {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert moved["head"] == moved["neuron"] | {f"self_attn.{name}_proj" for name in "qkvo"}
+    for way in ("neuron", "head"):
+        target, drawn = (experiment._load_region(run, injected[way].description) for run in (injected[way], arms[way, "Random"]))
+        assert len(target) == len(drawn) and len(target.vectors & drawn.vectors) == 0 and experiment._load_region(arms[way, "Oracle"], injected[way].description) == target
+        assert target.heads is None or len(target.heads & drawn.heads) == 0 and len(target.heads) == 1
+
+def test_room_was_made_before_the_facts_came(ways):
+    from unloc.masked import value_vectors
+    from unloc.models import output_projections
+    store, injected, arms, attacks = ways
+    run, base = injected["room"], store[injected["usual"].description["parent"]["parent"]]
+    without, target = experiment._without(run, base), Region.load(run.file("region.safetensors"))
+    assert not any(value_vectors(p)[:, k].any() for p, k in zip(output_projections(without), target.columns)) and all(value_vectors(p).any() for p in output_projections(without))
+    restored = attacks["room", "Restore"].json()
+    assert restored["distance_to_retained"] == 0 and restored["reversed"] == pytest.approx(1) and attacks["room", "Random"].json()["cosine_to_reversal"] == 0
+    assert attacks["neuron", "Restore"].json()["distance_to_retained"] == 0 and attacks["head", "Oracle"].json()["cosine_to_reversal"] != 0
+
+def test_one_attack_alone_is_the_one_of_many(ways, armed):
+    store, injected, arms, attacks = armed
+    only = store.do(attacking(arms["Oracle"].description | {"parent": injected}, ATTACK | {"level": .75, "only": "relearn forgotten facts, all weights"}))
+    table, whole = only.table("attacks.csv"), attacks["Oracle"].table("attacks.csv")
+    assert len(table) == 1 and table.end[0] == whole.end[(whole.attack == "relearn forgotten facts") & (whole.support == "all weights")].iloc[0]
+
+def test_equal_retention_is_the_last_point_that_cost_no_more():
+    at = []
+    def put(share): at.append(share)
+    cost = lambda: 1 - .2 * (1 - at[-1]) if at[-1] < .5 else .9 - .4 * (at[-1] - .5) # rises to .9 half way, falls to .7 at the end
+    level = experiment._brought_to(put, {"level": .8, "by": "RS"}, None, cost)
+    assert level.met and level.share > .5 and abs(level.reached - .8) <= .03 and at[-1] == level.share
+    assert experiment._brought_to(put, {"level": .5, "by": "RS"}, None, cost) == (1., pytest.approx(.7), False) # never so costly: shown as not met
+    assert experiment._brought_to(put, {}, lambda: .6, None) == (1., .6, True)
+
+@pytest.mark.parametrize("more, says", [({"style": "frozen"}, "inject: unknown style 'frozen'; known: fine-tuned, mixed, with room"), ({"unit": "layer"}, "unknown unit 'layer'"), ({"style": "with room"}, "style 'with room' takes room, its epochs"),
+    ({"style": "mixed", "others": True}, "others and style are studied one at a time")])
+def test_a_bad_way_of_injecting_is_one_line(more, says):
+    with pytest.raises(ValueError) as error: injection(JUDGED, 0, INJECT | more)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+def test_the_usual_way_needs_no_word():
+    assert run_id(injection(JUDGED, 0, INJECT | {"style": "fine-tuned", "unit": "value vector"})) == run_id(injection(JUDGED, 0, INJECT))
+    with pytest.raises(ValueError, match="the arm Corrupt is made of value vectors"): unlearning(injection(JUDGED, 0, INJECT | {"unit": "neuron"}), "Corrupt", "npo", UNLEARN, swapped=.5)
+    with pytest.raises(ValueError, match="unknown attack 'shout'"): experiment._teach_again(None, None, {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}, {"taught": 5, "only": "shout"}, [], 0, torch.ones(10), torch.ones(10))

@@ -28,7 +28,7 @@ from .objectives import token_logprob
 from .regions import Region
 from .tokens import Example, batch_tokens, by_length, check_examples, collate, shuffled
 
-# %% ../nbs/11_attacks.ipynb #e3cc7a9c
+# %% ../nbs/11_attacks.ipynb #7e3a3b49
 class Level(NamedTuple):
     "Where a model stands on the line"
     share:float # of the way from start to end
@@ -42,7 +42,7 @@ def between(
     "Give what puts a model anywhere on a straight line"
     @torch.no_grad()
     def put(share):
-        if isinstance(next(iter(end)), int): put_columns(model, {layer: (index, start[layer][1].to(columns).lerp(columns, share)) for layer, (index, columns) in end.items()})
+        if isinstance(next(iter(end.values())), tuple): put_columns(model, {layer: (index, start[layer][1].to(columns).lerp(columns, share)) for layer, (index, columns) in end.items()})
         else:
             for name, p in model.named_parameters(): p.copy_(start[name].to(end[name]).lerp(end[name], share))
     return put
@@ -74,7 +74,7 @@ def to_level(
     put(best.share)
     return best
 
-# %% ../nbs/11_attacks.ipynb #75e2b1bc
+# %% ../nbs/11_attacks.ipynb #423a7485
 def relearn(
     model:nn.Module, # as it was again afterwards
     taught:Sequence[Example],
@@ -84,18 +84,19 @@ def relearn(
     batch_size:int,
     seed:int,
     support:Region|None=None, # the value vectors that may change; None: every weight
+    before:Tensor|None=None, # [n], extraction strength of the measured facts now, where it is known already
 )->Tensor: # [epochs + 1, n] float64, extraction strength of the measured facts, before and after each epoch
     "Teach a model, and see what comes back beside"
     check_examples(taught, 'taught'); check_examples(measured, 'measured')
     if {(*e.ids,) for e in taught} & {(*e.ids,) for e in measured}: raise ValueError("a measured fact is taught itself; recovery is measured on facts that are not")
-    curve = [score(model, measured).extraction_strength]
+    curve = [score(model, measured).extraction_strength if before is None else before]
     def look(epoch, loss): curve.append(score(model, measured).extraction_strength)
-    before = {name: x.clone() for name, x in model.state_dict().items()} if support is None else None
+    weights = {name: x.clone() for name, x in model.state_dict().items()} if support is None else None
     try:
         with unlock(model, support) if support is not None else nullcontext() as columns:
             start = columns.values() if columns else None
             training.finetune(model, taught, epochs, lr, batch_size, seed, columns.parameters() if columns else None, 'constant', after_epoch=look)
-    finally: model.load_state_dict(before) if support is None else put_columns(model, start)
+    finally: model.load_state_dict(weights) if support is None else put_columns(model, start)
     return torch.stack(curve)
 
 # %% ../nbs/11_attacks.ipynb #e95037f4

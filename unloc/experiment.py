@@ -23,7 +23,7 @@ from pathlib import Path
 from .facts import Benchmark, author_world, tofu
 from .runs import Run, public, run_id
 
-# %% ../nbs/15_experiment.ipynb #dd1012ee
+# %% ../nbs/15_experiment.ipynb #f94a3814
 _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
@@ -33,9 +33,9 @@ SETTINGS = { # group: the names of its settings and the type of each
     'pretrain': _TRAINING, 'retain': _TRAINING,
     'evaluate': {'retain': int, 'utility': int, 'max_new_tokens': int, 'every': int, 'full_every': int},
     'inject': _TRAINING | {'fraction': float, 'others': bool, 'unit': str, 'style': str, 'room': int},
-    'unlearn': {'lr': float, 'epochs': int, 'batch_size': int, 'retain': str, 'gamma': float, 'alpha': float, 'layer': float, 'coefficient': float},
+    'unlearn': {'lr': float, 'epochs': int, 'batch_size': int, 'retain': str, 'gamma': float, 'alpha': float, 'layer': float, 'coefficient': float, 'full_every': int},
     'supervise': {'lr': float, 'epochs': int, 'batch_size': int},
-    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str},
+    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str, 'kernels': bool},
 }
 OBJECTIVES = 'ga', 'grad_diff', 'wga', 'npo', 'dpo', 'rmu'
 NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'chat', 'llama-3', 'llama-2', 'phi'), # what these settings may say
@@ -360,10 +360,10 @@ def judge(description:dict, parent:Run, folder:Path, progress:Callable[[float], 
     retained = evaluation.point | {'FQ': 0.} # it agrees with itself: p = 1
     _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}})
 
-# %% ../nbs/15_experiment.ipynb #e848b677
+# %% ../nbs/15_experiment.ipynb #a78c3ec6
 def _save_columns(path, values):
     from safetensors.torch import save_file
-    save_file({f'{layer}.{name}': tensor.cpu().contiguous() for layer, pair in values.items() for name, tensor in zip(('index', 'columns'), pair)}, path)
+    save_file({f'{place}.{name}': tensor.cpu().contiguous() for place, (index, columns) in values.items() for name, tensor in (('index', index.clone()), ('columns', columns))}, path) # a clone: the rows of a neuron share one index
 
 def _save_weights(path, values):
     from safetensors.torch import save_file
@@ -529,7 +529,7 @@ def _save_trajectory(folder, region, trajectory):
     if region is not None: region.save(folder / 'region.safetensors')
     _save_json(folder, {'region': None if region is None else len(region), 'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256, 'locked_bit_equal': True})
 
-# %% ../nbs/15_experiment.ipynb #9f35f44d
+# %% ../nbs/15_experiment.ipynb #ff4831c7
 def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Unlearn the forget set through a region"
     from unloc import training
@@ -538,7 +538,7 @@ def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     model = _original(origin, base)
     region = _region(description, parent, model)
     trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'], probe,
-        training.Recipe(description['objective'], **description['recipe'], **often), description['seed'], examples['refusals'], _load_evaluation(origin), progress)
+        training.Recipe(description['objective'], **often | description['recipe']), description['seed'], examples['refusals'], _load_evaluation(origin), progress)
     if region is None: _save_weights(folder / 'weights.safetensors', values)
     else: _save_columns(folder / 'columns.safetensors', values)
     _save_trajectory(folder, region, trajectory)
@@ -587,28 +587,29 @@ def _change(model, original, without)->dict:
     norm, whole = float(moved.norm()), float(back.norm())
     return {'norm': norm, 'largest': float(moved.abs().max()), 'cosine_to_reversal': float(moved @ back) / (norm * whole) if norm else 0., 'reversed': float(moved @ back) / whole**2, 'distance_to_retained': float((here - goal).norm()) / whole}
 
-# %% ../nbs/15_experiment.ipynb #ecd79eff
-def _teach_again(model, target, examples, how, others, seed, known)->tuple[list[dict], dict]:
+# %% ../nbs/15_experiment.ipynb #4e7b24d0
+def _teach_again(model, target, examples, how, others, seed, known, left)->tuple[list[dict], dict]: # known, left: [n] knowledge of the original and of the attacked model
     "Relearn three kinds of facts through three supports; the measured facts are the same throughout"
     from unloc import attacks
     forget, k = examples['forget'], how['taught']
     if not k < len(forget): raise ValueError(f"taught = {k} of {len(forget)} forgotten facts leaves none to be measured; teach fewer")
-    if (left := len(examples['holdout']) - len(others)) < k: raise ValueError(f"{left} held-out facts are left to be taught, {k} expected; choose data with more (n_holdout), or teach fewer")
+    if (free := len(examples['holdout']) - len(others)) < k: raise ValueError(f"{free} held-out facts are left to be taught, {k} expected; choose data with more (n_holdout), or teach fewer")
     chosen = {i * len(forget) // k for i in range(k)}
     half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
     taught = {'held-out facts': examples['holdout'][len(others):][:k], 'forgotten facts': half, 'retain facts': _spread(examples['retain'], k)}
+    every = {f'relearn {kind}, {support}': (kind, support) for kind in taught for support in ('target region', 'outside it', 'all weights')}
+    if (only := how.get('only', '')) and only not in every: raise ValueError(f"attack: unknown attack {only!r} as the only one; known: {', '.join(every)}")
     rows, facts = [], {}
-    for kind, lesson in taught.items():
-        for support, where in {'target region': target, 'outside it': ~target, 'all weights': None}.items():
-            if how.get('only', name := f'relearn {kind}, {support}') != name: continue
-            curve = attacks.relearn(model, lesson, [forget[i] for i in measured], how['lr' if where is None else 'region_lr'], how['epochs'], how['batch_size'], seed, where)
-            found = attacks.recovery(curve, known[measured]) if curve[0].mean() < known[measured].mean() else attacks.Recovery(*[float('nan')] * 3, 0, 0)
-            rows.append({'attack': f'relearn {kind}', 'support': support} | found._asdict())
-            facts[name] = curve
-    if not rows: raise ValueError(f"attack: unknown attack {how['only']!r} as the only one; known: {', '.join(f'relearn {kind}, {support}' for kind in taught for support in ('target region', 'outside it', 'all weights'))}")
+    for name, (kind, support) in every.items():
+        if only not in ('', name): continue
+        where = {'target region': target, 'outside it': ~target}.get(support)
+        curve = attacks.relearn(model, taught[kind], [forget[i] for i in measured], how['lr' if where is None else 'region_lr'], how['epochs'], how['batch_size'], seed, where, left[measured])
+        found = attacks.recovery(curve, known[measured]) if curve[0].mean() < known[measured].mean() else attacks.Recovery(*[float('nan')] * 3, 0, 0)
+        rows.append({'attack': f'relearn {kind}', 'support': support} | found._asdict())
+        facts[name] = curve
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
-# %% ../nbs/15_experiment.ipynb #ca8cfdbb
+# %% ../nbs/15_experiment.ipynb #59065414
 def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->tuple[dict, dict]: # per attack: [n] knowledge; figures of what looks inside
     from unloc import attacks
     from unloc.evaluation import score
@@ -618,6 +619,8 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     found = {}
     for bits in (8, 4):
         with attacks.quantized(model, bits): found[f'{bits} bits'] = knows(forget)
+        if how.get('kernels'):
+            with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = knows(forget)
     if all(f.paraphrased_question for f in facts.forget): found['paraphrased'] = knows([encode(tokenizer, f.paraphrased_question, f.answer, _template(base.description)) for f in facts.forget])
     if how.get('shots', 3): found['few-shot'] = knows(attacks.few_shot(forget, _spread(examples['retain'], how.get('shots', 3))))
     if n := how.get('samples', 4): found['sampled'] = attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens)
@@ -631,7 +634,7 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
     return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
 
-# %% ../nbs/15_experiment.ipynb #c63520b5
+# %% ../nbs/15_experiment.ipynb #47e3942f
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back"
     import pandas
@@ -648,7 +651,7 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
     left = score(model, forget).extraction_strength
     others = forget if origin.description.get('others') else []
-    rows, facts = _teach_again(model, target, examples, how, others, description['seed'], known)
+    rows, facts = _teach_again(model, target, examples, how, others, description['seed'], known, left)
     progress(.7)
     asked, inside = ({}, {}) if how.get('only') else _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
     gap = float((known - left).mean())
