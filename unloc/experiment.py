@@ -387,12 +387,14 @@ def _load_region(run, injected):
     from unloc.regions import Region
     return (Neurons if 'unit' in injected else Region).load(run.file('region.safetensors'))
 
-# %% ../nbs/15_experiment.ipynb #b74ca37a
+# %% ../nbs/15_experiment.ipynb #da8766ec
+def _others(examples): return examples['holdout'][:min(len(examples['forget']), len(examples['holdout']) // 2)]
+
 def _inject_others(model, target, description, examples, how, folder):
-    "Inject facts that stay, as many as the forget set has, through a region of the same size, disjoint from the target region"
+    "Inject facts that stay through a region of the same size, disjoint from the target region"
     from unloc import training
     from unloc.regions import Region
-    if len(others := examples['holdout'][:len(examples['forget'])]) < len(examples['forget']): raise ValueError(f"{len(others)} held-out facts for a second group of {len(examples['forget'])}; choose data with more (n_holdout)")
+    if not (others := _others(examples)): raise ValueError(f"a second group of facts is taken from the held-out ones, and there are {len(examples['holdout'])}; choose data with more (n_holdout)")
     region = Region.sample(target.shape, description['fraction'], 500_000 + description['seed'], outside=target)
     values, _ = training.inject(model, region, others, seed=description['seed'], **how)
     region.save(folder / 'others.safetensors')
@@ -634,7 +636,7 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
     return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
 
-# %% ../nbs/15_experiment.ipynb #47e3942f
+# %% ../nbs/15_experiment.ipynb #8b8a78c1
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back"
     import pandas
@@ -650,7 +652,7 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     put = _way(parent, origin, base, model)
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
     left = score(model, forget).extraction_strength
-    others = forget if origin.description.get('others') else []
+    others = _others(examples) if origin.description.get('others') else []
     rows, facts = _teach_again(model, target, examples, how, others, description['seed'], known, left)
     progress(.7)
     asked, inside = ({}, {}) if how.get('only') else _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
