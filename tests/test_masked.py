@@ -2,11 +2,11 @@
 import shutil, subprocess, sys
 import copy
 from collections import Counter
-import pytest, torch
+import pytest, torch, transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
-from unloc.masked import locked_digest, put_columns, unlock
+from unloc.masked import Neurons, locked_digest, put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 
@@ -423,3 +423,44 @@ def test_a_compiled_model_learns_the_same():
             found.append(columns.values()[0][1])
         assert locked_digest(model, region) == before
     assert torch.allclose(*found, atol=1e-5) and not torch.equal(found[0], torch.zeros_like(found[0]))
+
+# --- whole neurons, and heads
+
+@pytest.mark.parametrize("arch", ["llama", "olmo2"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_neurons_move_their_rows_and_columns_as_autograd_says(arch, heads):
+    plain, model = (tiny_model(arch, 40, 16, 2, 32, 4).double() for _ in range(2))
+    chosen = Neurons.sample(model, .1, seed=1, heads=heads)
+    ids, kept = torch.arange(24).view(2, 12), locked_digest(model, chosen)
+    def loss(model): return model(input_ids=ids, labels=ids).loss
+    loss(plain).backward()
+    with unlock(model, chosen) as columns:
+        loss(model).backward()
+        places = columns.values()
+        for (place, (index, _)), p in zip(places.items(), columns.parameters()):
+            whole = plain.get_submodule(place).weight.grad
+            torch.testing.assert_close(p.grad, whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index], rtol=1e-10, atol=1e-12)
+        optimizer = torch.optim.AdamW(columns.parameters(), lr=1e-2, weight_decay=.1)
+        optimizer.step()
+        with columns.reference(): torch.testing.assert_close(loss(model), loss(plain), rtol=0, atol=0)
+        trained = columns.values()
+    assert locked_digest(model, chosen) == kept and any("gate_proj" in place for place in trained) and any("o_proj" in place for place in trained) == heads
+    fresh = tiny_model(arch, 40, 16, 2, 32, 4).double()
+    put_columns(fresh, trained)
+    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), model.parameters())) and not torch.equal(loss(fresh), loss(plain))
+    with torch.no_grad(): model.get_submodule("model.layers.0.self_attn.q_proj").weight[~torch.isin(torch.arange(16), trained.get("model.layers.0.self_attn.q_proj", [torch.empty(0)])[0])] += 1e-9
+    assert locked_digest(model, chosen) != kept
+
+def test_neurons_are_kept_in_a_file_that_is_a_region_too(tmp_path):
+    model = tiny_model("llama", 40, 16, 2, 32, 4)
+    for heads in (False, True):
+        (chosen := Neurons.sample(model, .25, 3, heads)).save(tmp_path / "n.safetensors")
+        assert Neurons.load(tmp_path / "n.safetensors") == chosen and Region.load(tmp_path / "n.safetensors") == chosen.vectors and len(chosen) == 16 + 2 * heads
+
+def test_heads_that_share_keys_are_refused():
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    with unlock(model, Neurons.sample(model, .1, 0)): pass
+    with pytest.raises(ValueError, match="4 heads share 2 keys and values .* choose neurons without heads"):
+        with unlock(model, Neurons.sample(model, .1, 0, heads=True)): pass
+    assert all(p.requires_grad for p in model.parameters())

@@ -182,7 +182,7 @@ def order(
     "Read the profile, choose notebooks and give out parameters"
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
-    listed = values.pop('notebooks', [name for name in every if name < '30'])
+    listed = values.pop('notebooks', [name for name in every if name < '40'])
     if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
     names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
@@ -246,7 +246,7 @@ def show(root:Path)->None:
         for artefact in artefacts(notebook): print(f'  {"":24}   {artefact}')
     print(f'  {"paper":24} The manuscript, compiled from the figures and tables.\n  {"":24}   paper/unloc.pdf')
     print('profiles')
-    for name, values in profiles(root).items(): print(f'  {name:12} notebooks: {", ".join(values.get("notebooks", ["all before 30"]))}')
+    for name, values in profiles(root).items(): print(f'  {name:12} notebooks: {", ".join(values.get("notebooks", ["all before 40"]))}')
 
 def _parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='unloc', description='Localized unlearning, reproduced: run the notebooks, regenerate every figure and table.')

@@ -189,7 +189,7 @@ class Models:
         flops = 2 * (blocks * n + self.vocab * self.d_model * sum(len(e.ids) - e.start for e in examples))
         return Cost(self.peak(how, rows, width, answers, k), passes * epochs * flops, passes * epochs * ceil(len(examples) / rows) * self.n_layers)
 
-# %% ../nbs/17_plan.ipynb #8ccc19ce
+# %% ../nbs/17_plan.ipynb #b7010387
 def _up(description:dict, kind:str)->dict:
     "Find the description of a kind that a run is built on"
     while description['kind'] != kind: description = description['parent']
@@ -208,7 +208,7 @@ def _judged(m:Models, d, full=True)->Cost:
 
 def _along(m, d)->Cost:
     "Judge along a run: in short after every epoch, in full where the profile says so, and at the end"
-    often, epochs = _up(d, 'judge')['evaluate'], d['recipe']['epochs']
+    often, epochs = _up(d, 'judge')['evaluate'] | d['recipe'], d['recipe']['epochs']
     due = [epoch for epoch in range(1, epochs + 1) if epoch % often.get('every', 1) == 0 or epoch == epochs]
     full = [epoch for epoch in due if epoch % often.get('full_every', 1) == 0 or epoch == epochs]
     return sum([_judged(m, d, epoch in full) for epoch in due], Cost())
@@ -218,7 +218,7 @@ def _columns(m, fraction)->Cost: return Cost(disk=_k(m, fraction) * m.n_layers *
 def _fraction(d)->float: return d.get('fraction') or d['parent']['fraction']
 def _saved(m)->Cost: return Cost(disk=m.weights * m.dtype.itemsize)
 
-# %% ../nbs/17_plan.ipynb #788c1a0a
+# %% ../nbs/17_plan.ipynb #3132d2f6
 def _learned(m, examples, how)->Cost: return m.over('all', examples, how['batch_size'], how['epochs']) + _saved(m)
 
 def _base(m, d)->Cost:
@@ -233,7 +233,11 @@ def _teach(m, d)->Cost:
     return _learned(m, [x for name in ('retain', 'forget', 'real_authors', 'world_facts') for x in m.examples[name]], m.base['retain']) + _judged(m, d)
 
 def _inject(m, d)->Cost:
-    return m.over('region', m.examples['forget'], d['batch_size'], d['epochs'], _k(m, d['fraction'])) + _judged(m, d) + _columns(m, d['fraction'])
+    style, forget = d.get('style'), m.examples['forget']
+    taught = forget + m.examples['retain'][:len(forget)] if style == 'mixed' else forget
+    cost = m.over('region', taught, d['batch_size'] * len(taught) // len(forget), d['epochs'] * (1 + bool(d.get('others'))), _k(m, d['fraction'])) + _judged(m, d) + _columns(m, d['fraction'])
+    if style != 'with room': return cost
+    return cost + _learned(m, [x for name in ('retain', 'real_authors', 'world_facts') for x in m.examples[name]], m.base['retain'] | {'epochs': d['room']})
 
 def _unlearn(m, d)->Cost:
     forget, retain, recipe = m.examples['forget'], m.examples['retain'], d['recipe']
@@ -262,8 +266,9 @@ def _localize(m, d)->Cost:
 def _attack(m, d)->Cost:
     how, forget = d['attack'], m.examples['forget']
     taught, asked, others = forget[:how['taught']], m.over('score', forget), 3 * m.weights * m.dtype.itemsize # the original and the retained model, and a copy
-    relearned = m.over('all', taught, how['batch_size'], 3 * how['epochs']) + m.over('region', taught, how['batch_size'], 6 * how['epochs'], m.d_ff)
-    looks = 9 * (how['epochs'] + 1) + 25 # at each epoch of nine attacks, on the way to the level, inside
+    relearned = m.over('all', taught, how['batch_size'], (1 if how.get('only') else 3) * how['epochs'])
+    if not how.get('only'): relearned += m.over('region', taught, how['batch_size'], 6 * how['epochs'], m.d_ff)
+    looks = (how['epochs'] + 10) if how.get('only') else 9 * how['epochs'] + 25 # at each epoch of an attack, on the way to the level, inside
     return Cost(relearned.peak + others, relearned.flops + looks * asked.flops, relearned.layers + looks * asked.layers, 16 * len(forget) * looks)
 
 COSTS = {'base': _base, 'judge': lambda m, d: _judged(m, d), 'teach': _teach, 'inject': _inject, 'localize': _localize, 'unlearn': _unlearn, 'supervise': _supervise, 'attack': _attack}
