@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.experiment._membership': ('experiment.html#_membership', 'unloc/experiment.py'),
                                   'unloc.experiment._model': ('experiment.html#_model', 'unloc/experiment.py'),
                                   'unloc.experiment._original': ('experiment.html#_original', 'unloc/experiment.py'),
+                                  'unloc.experiment._others': ('experiment.html#_others', 'unloc/experiment.py'),
                                   'unloc.experiment._prepare': ('experiment.html#_prepare', 'unloc/experiment.py'),
                                   'unloc.experiment._probe': ('experiment.html#_probe', 'unloc/experiment.py'),
                                   'unloc.experiment._random_units': ('experiment.html#_random_units', 'unloc/experiment.py'),
