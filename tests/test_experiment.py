@@ -448,3 +448,13 @@ def test_the_usual_way_needs_no_word():
     assert run_id(injection(JUDGED, 0, INJECT | {"style": "fine-tuned", "unit": "value vector"})) == run_id(injection(JUDGED, 0, INJECT))
     with pytest.raises(ValueError, match="the arm Corrupt is made of value vectors"): unlearning(injection(JUDGED, 0, INJECT | {"unit": "neuron"}), "Corrupt", "npo", UNLEARN, swapped=.5)
     with pytest.raises(ValueError, match="unknown attack 'shout'"): experiment._teach_again(None, None, {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}, {"taught": 5, "only": "shout"}, [], 0, torch.ones(10), torch.ones(10))
+
+def test_room_is_made_in_wide_weights(tmp_path):
+    store, judged = Store(tmp_path), standard(parent(precision="bfloat16"), JUDGE)
+    run = store.do(injection(judged, 0, INJECT | {"style": "with room", "room": 1}))
+    base = store[judged["parent"]]
+    without, original, target = experiment._without(run, base), experiment._original(run, base), Region.load(run.file("region.safetensors"))
+    assert {p.dtype for p in (*without.parameters(), *original.parameters())} == {torch.bfloat16} and run.json()["locked_bit_equal"]
+    assert not any(p.weight[:, k].any() for p, k in zip(output_projections(without), target.columns)) and all(p.weight[:, k].any() for p, k in zip(output_projections(original), target.columns))
+    retained = experiment._retained(base)
+    assert not torch.equal(without.lm_head.weight, retained.lm_head.weight) # all else learned once more

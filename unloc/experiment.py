@@ -400,12 +400,17 @@ def _inject_others(model, target, description, examples, how, folder):
     region.save(folder / 'others.safetensors')
     _save_columns(folder / 'others_columns.safetensors', values)
 
-# %% ../nbs/15_experiment.ipynb #91157ae9
+# %% ../nbs/15_experiment.ipynb #9db0ca75
 def _make_room(model, target, description, examples, base, folder):
     "Teach the retain set once more without the target region, and keep all weights: what the original model is without it"
+    import copy, torch
     from unloc import training
     rehearsed = () if 'pretrained' in base['model'] else ('real_authors', 'world_facts')
-    training.make_room(model, target, [e for name in ('retain', *rehearsed) for e in examples[name]], description['room'], base['retain']['lr'], base['retain']['batch_size'], description['seed'])
+    taught, precision = [e for name in ('retain', *rehearsed) for e in examples[name]], getattr(torch, base['precision'])
+    wide = copy.deepcopy(model).float() # as when the base learned them
+    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
+        training.make_room(wide, target, taught, description['room'], base['retain']['lr'], base['retain']['batch_size'], description['seed'])
+    model.load_state_dict(wide.state_dict())
     _save_weights(folder / 'without.safetensors', dict(model.named_parameters()))
 
 # %% ../nbs/15_experiment.ipynb #a32b7edc
