@@ -562,8 +562,8 @@ def supervise(description:dict, parent:Run, folder:Path, progress:Callable[[floa
     trajectory = training.supervise(model, region, examples['forget'], probe, targets, seed=description['seed'], **description['recipe'], **often, start=_load_evaluation(parent), progress=progress)
     _save_trajectory(folder, region, trajectory)
 
-# %% ../nbs/15_experiment.ipynb #aa227f83
-def _way(parent, origin, base, model):
+# %% ../nbs/15_experiment.ipynb #a05feb69
+def _way(parent, origin, model, without):
     "Give what moves a model from its original towards the end of a run"
     from unloc.attacks import between
     from unloc.masked import AllWeights, unlock
@@ -572,7 +572,7 @@ def _way(parent, origin, base, model):
         with unlock(model, region) as found: return found.values()
     if parent.file('weights.safetensors').exists(): return between(model, AllWeights(model).values(), parent.tensors('weights.safetensors'))
     region = Region.load(parent.file('region.safetensors')) if parent.description.get('parent', {}).get('kind') == 'localize' else _load_region(parent, origin.description)
-    return between(model, columns(model), columns(_without(origin, base)) if parent.description['kind'] == 'inject' else _load_columns(parent))
+    return between(model, columns(model), columns(without) if parent.description['kind'] == 'inject' else _load_columns(parent))
 
 def _brought_to(put, how, forgotten, retained):
     "Bring a run to the level that arms are compared at: of FS the first point of its way, of RS the last, up to which it has not cost more"
@@ -616,13 +616,14 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
         facts[name] = curve
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
-# %% ../nbs/15_experiment.ipynb #59065414
+# %% ../nbs/15_experiment.ipynb #3dc640de
 def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->tuple[dict, dict]: # per attack: [n] knowledge; figures of what looks inside
     from unloc import attacks
-    from unloc.evaluation import score
+    from unloc.evaluation import rouge, score
     from unloc.tokens import encode
     forget, tokenizer = examples['forget'], probe.tokenizer
     def knows(asked): return score(model, asked).extraction_strength
+    def says(model): return rouge(model, tokenizer, forget, score(model, forget).known, probe.max_new_tokens)
     found = {}
     for bits in (8, 4):
         with attacks.quantized(model, bits): found[f'{bits} bits'] = knows(forget)
@@ -630,7 +631,7 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
             with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = knows(forget)
     if all(f.paraphrased_question for f in facts.forget): found['paraphrased'] = knows([encode(tokenizer, f.paraphrased_question, f.answer, _template(base.description)) for f in facts.forget])
     if how.get('shots', 3): found['few-shot'] = knows(attacks.few_shot(forget, _spread(examples['retain'], how.get('shots', 3))))
-    if n := how.get('samples', 4): found['sampled'] = attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens)
+    if n := how.get('samples', 4): found |= {'sampled': attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens), 'said': says(model), 'said at first': says(original)}
     lens = attacks.logit_lens(model, forget).mean(1)
     never, inside = attacks.hidden_states(without, forget), {}
     right, wrong = probe.choices['forget'].right, probe.choices['forget'].wrong
@@ -641,20 +642,23 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
     return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
 
-# %% ../nbs/15_experiment.ipynb #8b8a78c1
+# %% ../nbs/15_experiment.ipynb #9718d2c4
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back"
-    import pandas
+    import copy, pandas
     from safetensors.torch import save_file
     from unloc.evaluation import score
+    from unloc.masked import put_columns
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
     origin, how = _ancestor(description, parent, ('inject',)), description['attack']
-    model, original, without = _original(origin, base), _original(origin, base), _without(origin, base)
+    without = _without(origin, base)
+    put_columns(model := copy.deepcopy(without), _load_columns(origin))
+    original = copy.deepcopy(model)
     forget, target = examples['forget'], Region.load(origin.file('region.safetensors')) # of neurons their value vectors
     def strength(asked): return float(score(model, asked).extraction_strength.mean())
     known = score(model, forget).extraction_strength
-    put = _way(parent, origin, base, model)
+    put = _way(parent, origin, model, without)
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
     left = score(model, forget).extraction_strength
     others = _others(examples) if origin.description.get('others') else []
@@ -662,7 +666,9 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     progress(.7)
     asked, inside = ({}, {}) if how.get('only') else _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
     gap = float((known - left).mean())
-    rows += [{'attack': name, 'support': '', 'end': float((x - left).mean()) / gap if gap > 0 else float('nan')} for name, x in asked.items() if name != 'sampled']
+    def share(gained, lost): return gained / lost if lost > 0 else float('nan')
+    rows += [{'attack': name, 'support': '', 'end': share(float((x - left).mean()), gap)} for name, x in asked.items() if not name.startswith('sa')]
+    if 'sampled' in asked: rows.append({'attack': 'sampled answers', 'support': '', 'end': share(*(float((asked[name] - asked['said']).mean()) for name in ('sampled', 'said at first')))}) # in ROUGE-L recall
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
     _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})
