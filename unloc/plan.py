@@ -218,7 +218,7 @@ def _columns(m, fraction)->Cost: return Cost(disk=_k(m, fraction) * m.n_layers *
 def _fraction(d)->float: return d.get('fraction') or d['parent']['fraction']
 def _saved(m)->Cost: return Cost(disk=m.weights * m.dtype.itemsize)
 
-# %% ../nbs/17_plan.ipynb #3132d2f6
+# %% ../nbs/17_plan.ipynb #7ef48b41
 def _learned(m, examples, how)->Cost: return m.over('all', examples, how['batch_size'], how['epochs']) + _saved(m)
 
 def _base(m, d)->Cost:
@@ -254,6 +254,7 @@ def _unlearn(m, d)->Cost:
 def _supervise(m, d)->Cost:
     return m.over('region', m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], _k(m, _fraction(d))) + _along(m, d) + Cost(disk=m.n_layers * m.d_ff)
 
+# %% ../nbs/17_plan.ipynb #e6fc639a
 def _localize(m, d)->Cost:
     name, forget = d['localizer'], m.examples['forget']
     n = m.n_layers * m.d_ff * (m.d_model if name.endswith('weights') else 1)
