@@ -1,5 +1,5 @@
 "A run is there whole or not at all: kill -9, two processes at once, damaged files and more jobs change no byte of a store, and its name changes with code and description only."
-import json, os, shutil, signal, subprocess, sys, time
+import errno, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from unloc import runs
@@ -69,6 +69,27 @@ def test_two_processes_compute_each_run_once(start, tmp_path):
     assert sorted(calls(tmp_path)) == sorted([f"leaf {n}" for n in range(6)] + ["root 0", "root 1"])
     finish(start("alone"))
     assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+def test_who_waits_takes_over_when_the_holder_is_killed(start, tmp_path):
+    one = [{"kind": "root", "n": 0, "_slow": 1.}]
+    holder = start("shared", grid=[one[0] | {"_slow": 60.}])
+    until(lambda: list((tmp_path / "shared").glob("*.partial/deep/rows.csv")), holder)
+    waiting = start("shared", grid=one)
+    time.sleep(2)
+    assert calls(tmp_path) == ["root 0"] and waiting.poll() is None, "it does not begin while another holds the run"
+    os.killpg(holder.pid, signal.SIGKILL); holder.communicate()
+    finish(waiting)
+    assert calls(tmp_path) == ["root 0"] * 2
+    finish(start("alone", grid=one))
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_named_and_nothing_is_computed(tmp_path, monkeypatch, code):
+    import fcntl
+    def flock(file, how): raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError) as error: Store(tmp_path).do({"kind": "a", "n": 1}, None)
+    assert str(error.value) == f"the file system of {tmp_path} has no locks ({os.strerror(getattr(errno, code))}), so two processes could write over each other; put the store on one that has them: --store" and [f.name for f in tmp_path.iterdir()] == ["locks"]
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):

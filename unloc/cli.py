@@ -131,7 +131,7 @@ class Watch:
         self.told, spent = time.monotonic(), time.monotonic() - self.start
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
 
-# %% ../nbs/18_cli.ipynb #7541982a
+# %% ../nbs/18_cli.ipynb #30786b2d
 def _writable(folder:Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +149,12 @@ def _apart(log:Path):
     try: yield
     finally: os.dup2(ours, 2); sys.stderr = said; os.close(ours)
 
+def _answering(said=''):
+    "Demand that the Ray cluster answers"
+    from unloc.runs import cluster
+    try: cluster()
+    except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
+
 def _execute(notebook, copy, values):
     "Run one notebook with papermill; turn its failure into one line"
     import papermill
@@ -158,14 +164,16 @@ def _execute(notebook, copy, values):
         remedy = '; free space and start again, finished runs are kept' if 'No space left' in error.evalue else ''
         raise Problem(f"{notebook} failed: {error.ename}: {' '.join(error.evalue.split())}{remedy} (executed copy: {copy})") from None
     except OSError as error: raise Problem(f"cannot write {copy}: {error.strerror}") from None
-    except RuntimeError as error: raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None # a kernel that died
+    except RuntimeError as error: # a kernel that died
+        if os.environ.get('UNLOC_ENGINE') == 'ray': _answering(f'{notebook} failed: ')
+        raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None
 
-# %% ../nbs/18_cli.ipynb #15641efd
+# %% ../nbs/18_cli.ipynb #124b69d7
 @dataclass(frozen=True)
 class Order:
     "What a command line asks for"
     chosen:dict[Path, dict] # notebooks and the parameters that each gets
-    jobs:int # runs at once
+    jobs:int # runs at once; -1: as many as the cluster has room for
     store:Path # where runs are kept
     figures:Path # where figures and tables go
     copies:Path # where executed notebooks go
@@ -178,6 +186,7 @@ def order(
     changes:dict=(), # parameters that differ from the profile's
     out:Path|None=None, # in place of figures/
     store:Path|None=None, # in place of _runs/
+    engine:str='local', # 'ray': on a cluster
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
     known = profiles(root)
@@ -189,31 +198,48 @@ def order(
     chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and _known('notebook', name, [*every, 'paper'])]
     given = assign(chosen, list(every.values()), values, f'settings.ini [{profile}]')
     for notebook, more in assign(chosen, list(every.values()), dict(changes), '--set').items(): given[notebook] |= more
-    jobs = values.get('jobs', len(os.sched_getaffinity(0))) if jobs is None else jobs
-    if jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
+    if jobs is None: jobs = values.get('jobs', len(os.sched_getaffinity(0))) if engine == 'local' else None
+    if jobs is not None and jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
     figures, store = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve(), (store or root / '_runs').resolve()
-    place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs}
+    place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
     for notebook in chosen: given[notebook] |= {k: v for k, v in place.items() if k in parameters(notebook) and k not in dict(changes)}
-    return Order(given, jobs, store, figures, root / '_out' / profile)
+    return Order(given, jobs or -1, store, figures, root / '_out' / profile)
 
-# %% ../nbs/18_cli.ipynb #3477e5a0
+# %% ../nbs/18_cli.ipynb #c0a26486
+@contextlib.contextmanager
+def _engine(name:str): # a name in unloc.runs.ENGINES
+    "Let sweeps happen there, once it has answered"
+    from unloc.runs import ENGINES
+    if _known('engine', name, ENGINES) == 'ray': _answering()
+    before = os.environ.get('UNLOC_ENGINE')
+    os.environ['UNLOC_ENGINE'] = name
+    try: yield
+    finally:
+        if before is None: del os.environ['UNLOC_ENGINE']
+        else: os.environ['UNLOC_ENGINE'] = before
+
+# %% ../nbs/18_cli.ipynb #9d289546
+def _run_all(root, asked, only, watch):
+    for i, (notebook, values) in enumerate(asked.chosen.items()):
+        watch.label, began = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}', time.monotonic()
+        watch.say(watch.label)
+        _execute(notebook, asked.copies / notebook.name, values)
+        watch.say(f"  done in {time.monotonic() - began:.0f} s")
+    if 'paper' in only or (not only and asked.figures == root / 'figures'): watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
+
 def reproduce(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
     only:list[str]=(), # notebooks, 'paper'; all when empty
+    engine:str='local', # 'ray': on the cluster at RAY_ADDRESS, or that of this machine
     **rest, # as in order
 )->None:
     "Regenerate the figures and tables of a profile, and the paper"
     import logging; logging.getLogger('papermill').setLevel(logging.ERROR)
-    asked = order(root, profile, only, **rest)
-    for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
-    with _apart(asked.copies / 'stderr.log'), Watch(root) as watch:
-        for i, (notebook, values) in enumerate(asked.chosen.items()):
-            watch.label, began = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}', time.monotonic()
-            watch.say(watch.label)
-            _execute(notebook, asked.copies / notebook.name, values)
-            watch.say(f"  done in {time.monotonic() - began:.0f} s")
-        if 'paper' in only or (not only and asked.figures == root / 'figures'): watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
+    asked = order(root, profile, only, engine=engine, **rest)
+    with _engine(engine):
+        for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
+        with _apart(asked.copies / 'stderr.log'), Watch(root) as watch: _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
@@ -237,7 +263,7 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     print(text_of(found))
     return not found.problems
 
-# %% ../nbs/18_cli.ipynb #ac58e347
+# %% ../nbs/18_cli.ipynb #9316ffad
 def show(root:Path)->None:
     "Print notebooks, artefacts and profiles"
     print('notebooks and what they save')
@@ -259,7 +285,9 @@ def _parser()->argparse.ArgumentParser:
         command.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
         command.add_argument('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
         command.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
-        if name == 'reproduce': command.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')
+        if name == 'plan': continue
+        command.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')
+        command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local', help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, or else that of this machine; --jobs then means at most')
     return parser
 
 # %% ../nbs/18_cli.ipynb #171b3a0c
