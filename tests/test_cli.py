@@ -144,7 +144,7 @@ KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "lo
 def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     before = files(smoke.out, smoke.store, smoke.root / "nbs")
     code, out, err = smoke.call("plan", "--profile", "smoke", "--jobs", "1", store=tmp_path / "runs")
-    assert code == 0 and err == "" and out.startswith("profile smoke: 12 notebooks, 190 runs, 112 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
+    assert code == 0 and err == "" and out.startswith("profile smoke: 12 notebooks, 190 runs, 190 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
     assert {kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1] for kind in KINDS} == {kind: str(n) for kind, n in KINDS.items()}
     kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in smoke.store.iterdir() if f.name != "locks"]
     assert {k: kinds.count(k) for k in set(kinds)} == KINDS and not (tmp_path / "runs").exists() and files(smoke.out, smoke.store, smoke.root / "nbs") == before
@@ -217,7 +217,7 @@ def test_a_bad_value_is_one_line(smoke, notebook, words, says):
     refused(smoke, "reproduce", "--profile", "smoke", "--only", notebook, *words, says=rf"{notebook}.ipynb failed: .*{says}")
 
 def test_a_damaged_run_is_named_and_kept(smoke):
-    run = next(f for f in smoke.store.iterdir() if (f / "trajectory.csv").exists() and json.loads((f / "description.json").read_text())["description"].get("arm") == "Oracle" and "objective" in (f / "description.json").read_text())
+    run = next(f for f in smoke.store.iterdir() if (f / "trajectory.csv").exists() and json.loads((f / "description.json").read_text())["description"].get("objective") == "rmu" and "arm" in (f / "description.json").read_text()) # one that this notebook reads
     path = run / "trajectory.csv"
     whole = path.read_bytes()
     for bytes, says in ((whole[:-9], rf"trajectory.csv has {len(whole) - 9} bytes, {len(whole)} expected"), (whole.replace(b"0", b"1", 1), "trajectory.csv was altered")):
@@ -233,13 +233,17 @@ def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, jobs, tm
     again = Checkout(tmp_path, guarded)
     for run in smoke.store.iterdir(): # base models and injections are there, the unlearning is not
         if run.name != "locks" and json.loads((run / "description.json").read_text())["description"]["kind"] in ("base", "judge", "inject"): shutil.copytree(run, again.store / run.name)
-    words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs"]
-    start, process = len(list(again.store.iterdir())), again.start(*words, str(jobs))
-    while not (list(again.store.glob("*.partial")) and len([f for f in again.store.iterdir() if f.suffix != ".partial" and f.name != "locks"]) > start):
-        time.sleep(.005); assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, how)
-    out, err = process.communicate(timeout=60)
-    assert not (again.out / "smoke" / "table2_oracle_random.csv").exists(), "stopped in the middle"
+    words, began = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs"], {f.name for f in again.store.iterdir()}
+    for attempt in range(3): # on a busy machine the last run may be faster than the signal
+        process = again.start(*words, str(jobs))
+        while not (list(again.store.glob("*.partial")) and len([f for f in again.store.iterdir() if f.suffix != ".partial" and f.name != "locks"]) > len(began)):
+            time.sleep(.005); assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, how)
+        out, err = process.communicate(timeout=60)
+        if not (again.out / "smoke" / "table2_oracle_random.csv").exists(): break
+        for f in (*again.store.iterdir(), again.out / "smoke"):
+            if f.name not in began: shutil.rmtree(f)
+    else: pytest.fail("never stopped in the middle")
     if how == signal.SIGINT: assert process.returncode == 130 and err == "unloc: interrupted; finished runs are kept, and the same command goes on from there\n", err
     end = time.monotonic() + 20
     while again.left() and time.monotonic() < end: time.sleep(.1)

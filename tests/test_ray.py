@@ -95,10 +95,10 @@ def test_a_killed_node_costs_no_run_and_no_byte(on_ray, tmp_path):
         on_ray.do("kill")
     killer = threading.Thread(target=kill, daemon=True); killer.start()
     try: done = sweep(Store(tmp_path / "ray"), grid(), -1, logging(str(log), real, .5))
-    finally: killed.append(None); killer.join(); on_ray.do("add")
+    finally: killed.append(None); killer.join(); on_ray.do("add"); here.wait(60)
     calls = [line.split()[0] for line in lines(log)]
     assert sorted(name for name in set(calls) if calls.count(name) > 1) == [killed[0]] and calls.count(killed[0]) == 2, "what the node was doing was done again, and nothing else"
-    assert here.wait(60) == 0 and [run.path.name for run in done] == [run_id(d) for d in grid()]
+    assert here.returncode == 0 and [run.path.name for run in done] == [run_id(d) for d in grid()]
     assert files(tmp_path / "ray") == files(tmp_path / "here") and len(list((tmp_path / "ray").iterdir())) == 1 + 1 + 2 + 4 + 1
 
 def together(log): # two runs, each of which waits for the other
@@ -230,7 +230,11 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
         shutil.copytree(ROOT / "nbs", tmp_path / engine / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")); shutil.copy(ROOT / "settings.ini", tmp_path / engine)
         return subprocess.Popen([Path(sys.executable).with_name("unloc"), "reproduce", "--engine", engine, *words, "--profile", "smoke", "--only", "20_injection_ratio", *SMALL, "--store", tmp_path / engine / "s", "--out", tmp_path / engine / "o"],
             cwd=tmp_path / engine, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for process in [start("ray"), start("local", "--jobs", "1")]:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and "inject 2.0 of 2 runs" in out + err and not any(word in (out + err).lower() for word in ("warn", "raylet", "gcs")), (out, err)
+    both = [start("ray"), start("local", "--jobs", "1")]
+    try:
+        for process in both:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and "inject 2.0 of 2 runs" in out + err and not any(word in (out + err).lower() for word in ("warn", "raylet", "gcs")), (out, err)
+    finally:
+        for process in both: process.kill()
     assert files(tmp_path / "ray" / "s") == files(tmp_path / "local" / "s") and files(tmp_path / "ray" / "o") == files(tmp_path / "local" / "o") and len(files(tmp_path / "ray" / "o")) == 4
