@@ -363,7 +363,7 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
     found, tables = {arm: run.json() for arm, run in attacks.items()}, {arm: run.table("attacks.csv") for arm, run in attacks.items()}
     for arm, r in found.items():
         if r["met"]: assert abs(r["reached"] - r["level"]) <= .03 or arm == "retained"
-        assert 0 <= r["share"] <= 1 and set(tables[arm].support.dropna()) == {"target region", "outside it", "all weights"} and {"8 bits", "4 bits", "paraphrased", "few-shot"} <= set(tables[arm].attack)
+        assert 0 <= r["share"] <= 1 and set(tables[arm].support.dropna()) == {"target region", "outside it", "all weights"} and {"8 bits", "4 bits", "paraphrased", "few-shot", "sampled answers"} <= set(tables[arm].attack)
     assert found["retained"]["reversed"] == pytest.approx(1) and found["retained"]["cosine_to_reversal"] == pytest.approx(1) and found["retained"]["distance_to_retained"] == 0
     assert found["Random"]["cosine_to_reversal"] == 0 and found["Restore"]["cosine_to_reversal"] == pytest.approx(1) and found["Restore"]["reversed"] == pytest.approx(found["Restore"]["share"])
     facts = attacks["Oracle"].tensors("facts.safetensors")
