@@ -145,7 +145,7 @@ KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "lo
 def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     before = files(smoke.out, smoke.store, smoke.root / "nbs")
     code, out, err = smoke.call("plan", "--profile", "smoke", "--jobs", "1", store=tmp_path / "runs")
-    assert code == 0 and err == "" and out.startswith("profile smoke: 12 notebooks, 190 runs, 190 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
+    assert code == 0 and err == "" and out.startswith("profile smoke: 12 notebooks, 202 runs, 202 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
     assert {kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1] for kind in KINDS} == {kind: str(n) for kind, n in KINDS.items()}
     kinds = [json.loads((f / "description.json").read_text())["description"]["kind"] for f in smoke.store.iterdir() if f.name != "locks"]
     assert {k: kinds.count(k) for k in set(kinds)} == KINDS and not (tmp_path / "runs").exists() and files(smoke.out, smoke.store, smoke.root / "nbs") == before
@@ -153,7 +153,7 @@ def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
 def test_the_plan_of_what_is_done(smoke):
     before = files(smoke.out, smoke.store)
     code, out, err = smoke.call("plan", "--profile", "smoke", "--set", "margin=0.05")
-    assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 12 notebooks, 190 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
+    assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 12 notebooks, 202 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
     code, out, err = smoke.call("plan", "--profile", "cost", "--only", "40_cost")
     assert code == 0 and out == "profile cost: 1 notebooks, 0 runs, 0 to do\neverything is there\n"
 
