@@ -140,7 +140,7 @@ def test_names_work_without_their_number(smoke):
 
 # --- the plan
 
-KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 4}
+KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8}
 
 def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     before = files(smoke.out, smoke.store, smoke.root / "nbs")
