@@ -433,5 +433,5 @@ def text_of(plan:Plan)->str:
             names = ', '.join(row.names[:4]) + (f' and {len(row.names) - 4} more' if len(row.names) > 4 else '')
             lines.append(line(row.kind, f'{row.missing}/{row.n}', *((_size(row.peak), _time(time), _size(row.disk)) if row.missing else ('', 'done', '')), names))
         lines.append(line('together', f'{missing}/{n}', _size(max(row.peak for row in plan.rows)), _time(sum(times)), _size(sum(row.disk for row in plan.rows)), ''))
-        lines.append(f"this machine: {here.device or 'no GPU'}, {here.cores} cores, {_size(here.memory)} of memory and {_size(here.disk)} of disk free; times are rough")
+        lines.append(f"this machine: {here.device or 'no GPU'}, {here.cores} cores, {f'{_size(here.memory)} of memory and ' if here.device else ''}{_size(here.disk)} of disk free; times are rough")
     return '\n'.join(lines + ([f'! {problem}' for problem in plan.problems] or ['everything is there' + ' and fits' * bool(missing)]))
