@@ -201,6 +201,22 @@ def test_a_failed_attack_leaves_the_model_whole():
         with pytest.raises((FloatingPointError, ValueError)): relearn(model, facts(6, 1), facts(4, 2), 1e30, 5, 3, 0, support) # diverged
         assert same(model, before)
 
+def test_an_attack_that_cannot_start_says_why():
+    model = small(); before = bits(model)
+    with pytest.raises(ValueError, match="the region is empty"): relearn(model, facts(6, 1), facts(4, 2), 1e-2, 1, 3, 0, Region.sample(region_shape(model), 1., 0) & ~Region.sample(region_shape(model), 1., 0))
+    assert same(model, before)
+
+def test_sixteen_bits_learn_by_small_steps(): # of all weights; a region's columns are float32 anyway
+    taught, ends = facts(6, 1), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small().to(dtype); before = bits(model)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("unloc.attacks.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
+            ends[dtype] = relearn(model, taught, facts(4, 2), 1e-4, 40, 3, 0).mean(1)
+        assert same(model, before) and all(x.dtype == dtype for x in model.parameters())
+    first, wide, narrow = (float(x) for x in (ends[torch.float32][0], ends[torch.float32][-1], ends[torch.bfloat16][-1]))
+    assert wide > first + .1 and narrow == pytest.approx(wide, abs=.1)
+
 @pytest.mark.parametrize("curve, known, want", [
     ([[0, 0], [.5, .5], [1, 1]], [1, 1], Recovery(.5, 1., 1., 2, 2)),
     ([[.2, .2], [.2, .2]], [1, 1], Recovery(0., 0., math.inf, 2, 0)),
@@ -249,6 +265,8 @@ def test_more_tries_are_never_worse():
     state = torch.get_rng_state()
     one, many = (best_of(model, tokenizer, examples, n, max_new_tokens=8) for n in (1, 8))
     assert torch.equal(torch.get_rng_state(), state) and (many >= one).all() and many.tolist() == [1., 1.]
+    assert torch.equal(best_of(model, tokenizer, examples, 8, max_new_tokens=8), many) and best_of(model, tokenizer, examples, 8, max_new_tokens=8, max_rows=3).tolist() == [1., 1.]
+    model.generation_config.repetition_penalty = 50. # a habit of a checkpoint
     assert torch.equal(best_of(model, tokenizer, examples, 8, max_new_tokens=8), many)
     with pytest.raises(ValueError, match="n must be at least 1"): best_of(model, tokenizer, examples, 0)
 

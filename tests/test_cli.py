@@ -138,6 +138,17 @@ def test_names_work_without_their_number(smoke):
     code, out, err = smoke.call("reproduce", "--profile", "smoke", "--only", "trajectories")
     assert code == 0 and "[1/1] 22_trajectories" in out and files(smoke.out, smoke.store) == before
 
+# --- a level that no run reaches
+
+def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):
+    shutil.copytree(smoke.store, tmp_path / "runs")
+    attack = {"level": .99, "by": "RS", "lr": 1e-3, "region_lr": 1e-2, "epochs": 1, "batch_size": 8, "taught": 5, "samples": 0, "shots": 1}
+    for name in ("28_recovery", "29_reversal"):
+        code, out, err = smoke.call("reproduce", "--profile", "smoke", "--only", name, *(x for k, v in {"attack": attack, "arms": ["Oracle", "Random"]}.items() for x in changed(**{k: v})), out=tmp_path / "out", store=tmp_path / "runs")
+        assert code == 0, err
+    of = {name: json.loads((tmp_path / "out" / "smoke" / f"{name}.json").read_text()) for name in ("table3_recovery", "reversal")}
+    assert {r["verdict"].split(";")[0] for r in of["table3_recovery"]["rows"]} == {"fewer than three pairs at the level"} and set(of["reversal"]["correlation"].values()) == {"not estimated (0 runs)"}
+
 # --- the plan
 
 KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8}

@@ -369,7 +369,13 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
     facts = attacks["Oracle"].tensors("facts.safetensors")
     assert facts["relearn forgotten facts, target region"].shape == (2, len(facts["known"]) - 5) and torch.equal(facts["relearn held-out facts, all weights"][0], facts["left"][facts["measured"]])
 
+def test_luck_is_no_recovery(armed): # the retained model, asked often, says some words of any answer
+    _, _, _, attacks = armed
+    facts, table = attacks["retained"].tensors("facts.safetensors"), attacks["retained"].table("attacks.csv")
+    assert facts["sampled"].mean() > facts["said"].mean() + .05 and table.end[table.attack == "sampled answers"].tolist() == [0.]
+
 @pytest.mark.parametrize("bad, says", [
+    (lambda: attacking(JUDGED, ATTACK | {"level": 1.5}), "attack: level must be at most 1, as FS and RS are, got 1.5"),
     (lambda: attacking(localized_unlearning(localization(teaching(JUDGED), "wagle"), .1, "npo", UNLEARN, 0), ATTACK), "an attack is measured between the original and the retained model"),
     (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Wrong group", "npo", UNLEARN), "no other facts were injected"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Corrupt", "npo", UNLEARN), "swapped must lie between 0 and 1 for the arm Corrupt"),

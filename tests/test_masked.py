@@ -6,7 +6,7 @@ import pytest, torch, transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
-from unloc.masked import Neurons, locked_digest, put_columns, unlock
+from unloc.masked import Neurons, in_float32, locked_digest, put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 
@@ -464,3 +464,22 @@ def test_heads_that_share_keys_are_refused():
     with pytest.raises(ValueError, match="4 heads share 2 keys and values .* choose neurons without heads"):
         with unlock(model, Neurons.sample(model, .1, 0, heads=True)): pass
     assert all(p.requires_grad for p in model.parameters())
+
+# --- every weight
+
+def test_weights_of_16_bits_are_float32_for_the_block_alone(): # and a buffer that was float32 stays, whatever happens
+    model = small(dtype=torch.bfloat16)
+    buffers, before = {n: (b.dtype, b.clone()) for n, b in model.named_buffers()}, {n: p.detach().clone() for n, p in model.named_parameters()}
+    whole = model(input_ids=IDS).logits
+    with in_float32(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and (model(input_ids=IDS).logits - whole).norm() < .02 * whole.norm()
+        model(input_ids=IDS).logits.logsumexp(-1).mean().backward()
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.bfloat16 and p.grad is None for n, p in model.named_parameters()) and all(b.dtype == buffers[n][0] and torch.equal(b, buffers[n][1]) for n, b in model.named_buffers())
+    with pytest.raises(KeyError), in_float32(model): raise KeyError
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not torch.is_autocast_enabled("cpu")
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_weights_are_left_alone(dtype):
+    model = small(dtype=dtype)
+    memory = [p.data_ptr() for p in model.parameters()]
+    with in_float32(model): assert [p.data_ptr() for p in model.parameters()] == memory and not torch.is_autocast_enabled("cpu")

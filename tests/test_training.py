@@ -237,6 +237,19 @@ def test_two_runs_are_bit_equal(objective):
     assert [p["epoch"] for p in one.points] == [0, 2, 3] and math.isnan(one.points[0]["loss"])
     assert tuple(one.facts["forget_es"].shape) == (3, 10) and tuple(one.facts["retain_es"].shape) == (3, 4)
 
+@pytest.mark.parametrize("retain", RETAIN)
+@pytest.mark.parametrize("objective", FORGET)
+def test_all_weights_of_16_bits_move_as_those_of_32(objective, retain): # at a rate that 16 bits would round away
+    moved, recipe = {}, Recipe(objective, lr=2e-4, epochs=3, batch_size=5, retain=retain)
+    start = {n: p.detach().clone() for n, p in small(dtype=torch.bfloat16).named_parameters()}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small(dtype=torch.bfloat16).to(dtype)
+        _, values = unlearn(model, None, GET, KEEP, Probe(GET, KEEP[:3]), recipe, 0, REFUSALS)
+        assert {p.dtype for p in model.parameters()} == {dtype} and {x.dtype for x in values.values()} == {torch.float32}
+        moved[dtype] = torch.cat([(values[n] - x.float()).flatten() for n, x in start.items()])
+    wide, narrow = moved.values()
+    assert F.cosine_similarity(wide, narrow, dim=0) > .8 and narrow.norm() == pytest.approx(float(wide.norm()), rel=.1)
+
 def test_trajectory_starts_at_the_original_model_and_ends_at_the_unlearned():
     model = small()
     finetune(model, KEEP + GET, 25, 1e-2, 4, seed=0)

@@ -10,18 +10,18 @@ __all__ = ['NORMS', 'Level', 'between', 'to_level', 'relearn', 'Recovery', 'reco
            'library_quantized', 'final_norm', 'hidden_states', 'logit_lens', 'linear_probe', 'patched_logprob',
            'unlearning_depth', 'few_shot', 'best_of']
 
-# %% ../nbs/11_attacks.ipynb #5f0488bd
+# %% ../nbs/11_attacks.ipynb #9f645508
 import logging, math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import training
-from .evaluation import answer_token_logprob, score
-from .masked import put_columns, unlock
+from .evaluation import answer_token_logprob, plainly, score
+from .masked import in_float32, put_columns, unlock
 from .metrics import rouge_l_recall
 from .models import answer_hidden, logits_of, output_projections, over_logits, value_vectors
 from .objectives import token_logprob
@@ -74,7 +74,7 @@ def to_level(
     put(best.share)
     return best
 
-# %% ../nbs/11_attacks.ipynb #423a7485
+# %% ../nbs/11_attacks.ipynb #e30d28eb
 def relearn(
     model:nn.Module, # as it was again afterwards
     taught:Sequence[Example],
@@ -91,10 +91,10 @@ def relearn(
     if {(*e.ids,) for e in taught} & {(*e.ids,) for e in measured}: raise ValueError("a measured fact is taught itself; recovery is measured on facts that are not")
     curve = [score(model, measured).extraction_strength if before is None else before]
     def look(epoch, loss): curve.append(score(model, measured).extraction_strength)
-    weights = {name: x.clone() for name, x in model.state_dict().items()} if support is None else None
+    weights, start = {name: x.clone() for name, x in model.state_dict().items()} if support is None else None, {}
     try:
-        with unlock(model, support) if support is not None else nullcontext() as columns:
-            start = columns.values() if columns else None
+        with unlock(model, support) if support is not None else in_float32(model) as columns:
+            if columns: start = columns.values()
             training.finetune(model, taught, epochs, lr, batch_size, seed, columns.parameters() if columns else None, 'constant', after_epoch=look)
     finally: model.load_state_dict(weights) if support is None else put_columns(model, start)
     return torch.stack(curve)
@@ -319,7 +319,7 @@ def unlearning_depth(
     weight = lost[telling, 0]
     return float(((lost[telling, 1] / weight).clamp(0, 1) * weight).sum() / weight.sum())
 
-# %% ../nbs/11_attacks.ipynb #ff2132f2
+# %% ../nbs/11_attacks.ipynb #7db49a5d
 def few_shot(
     examples:Sequence[Example],
     shots:Sequence[Example], # questions with their answers, none of them asked
@@ -338,16 +338,18 @@ def best_of(
     temperature:float=1.,
     seed:int=0,
     max_new_tokens:int=60,
+    max_rows:int=64, # answers at once
 )->Tensor: # [examples] float64, highest ROUGE-L recall among the sampled answers
     "Ask many times, and keep the best answer"
     if n < 1 or temperature <= 0: raise ValueError(f"n must be at least 1 and temperature positive, got {n} and {temperature}")
     check_examples(examples, 'asked')
-    width, end = max(e.start for e in examples), examples[0].ids[-1]
-    ids = torch.tensor([[end] * (width - e.start) + e.ids[:e.start] for e in examples], device=model.device)
-    mask = torch.tensor([[0] * (width - e.start) + [1] * e.start for e in examples], device=model.device)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == 'cuda' else []):
+    rows, end, scores = [e for e in examples for _ in range(n)], examples[0].ids[-1], []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == 'cuda' else []), plainly(model):
         torch.manual_seed(seed)
-        said = model.generate(ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end)[:, width:]
-    right = [tokenizer.decode(e.ids[e.start:], skip_special_tokens=True).strip() for e in examples]
-    scores = [rouge_l_recall(text.strip(), right[i // n]) for i, text in enumerate(tokenizer.batch_decode(said, skip_special_tokens=True))]
+        for some in (rows[k:k + max_rows] for k in range(0, len(rows), max_rows)):
+            width = max(e.start for e in some)
+            ids, mask = (torch.tensor([[fill] * (width - e.start) + row(e) for e in some], device=model.device) for fill, row in ((end, lambda e: e.ids[:e.start]), (0, lambda e: [1] * e.start)))
+            said = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True)[:, width:]
+            texts = zip(tokenizer.batch_decode(said, skip_special_tokens=True), tokenizer.batch_decode([e.ids[e.start:] for e in some], skip_special_tokens=True))
+            scores += [rouge_l_recall(text.strip(), right.strip()) for text, right in texts]
     return torch.tensor(scores, dtype=torch.float64).view(len(examples), n).amax(1)

@@ -137,16 +137,16 @@ def score(
     _sound(found[2])
     return Scores(*found[:3], found[3].long())
 
-# %% ../nbs/09_evaluation.ipynb #41cd70e4
+# %% ../nbs/09_evaluation.ipynb #688448c4
 @contextmanager
-def _plainly(model):
+def plainly(model:nn.Module):
     "Generate without the habits a checkpoint brings along: penalties for repetition, suppressed tokens"
     from transformers import GenerationConfig
     habits, model.generation_config = model.generation_config, GenerationConfig()
     try: yield
     finally: model.generation_config = habits
 
-# %% ../nbs/09_evaluation.ipynb #90f15b28
+# %% ../nbs/09_evaluation.ipynb #256e0e7c
 @torch.no_grad()
 def greedy(
     model:nn.Module,
@@ -162,7 +162,7 @@ def greedy(
     for rows in (order[k:k + max_rows] for k in range(0, len(order), max_rows)):
         width = max(len(prompts[i]) for i in rows)
         ids, mask = (torch.tensor([[fill] * (width - len(prompts[i])) + row(prompts[i]) for i in rows], device=model.device) for fill, row in ((0, list), (0, lambda p: [1] * len(p))))
-        with _plainly(model): new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
+        with plainly(model): new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
         for i, tokens in zip(rows, new): found[i] = (tokens[:tokens.index(end)] if end in tokens else tokens)[:limits[i]]
     return found
 

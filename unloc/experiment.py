@@ -23,7 +23,7 @@ from pathlib import Path
 from .facts import Benchmark, author_world, tofu
 from .runs import Run, public, run_id
 
-# %% ../nbs/15_experiment.ipynb #f94a3814
+# %% ../nbs/15_experiment.ipynb #c43b863d
 _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
@@ -57,6 +57,7 @@ def settings(
         if type(value) is not known[name]: raise ValueError(f"{group}: {name} must be of type {known[name].__name__}, got {value!r}")
         if name == 'fraction' and not 0 < value <= 1: raise ValueError(f"{group}: fraction must lie in (0, 1], got {value!r}")
         if known[name] in (int, float) and not (0 < value < float('inf') or value == 0 and name in MAY_BE_ZERO): raise ValueError(f"{group}: {name} must be {'at least 0' if name in MAY_BE_ZERO else 'positive'} and finite, got {value!r}")
+        if name == 'level' and not value <= 1: raise ValueError(f"{group}: level must be at most 1, as FS and RS are, got {value!r}")
         if known[name] is str and value not in NAMES.get(name, [value]): raise ValueError(f"{group}: unknown {name} {value!r}; known: {', '.join(NAMES[name])}")
         checked[name] = value
     if missing := REQUIRED.get(group, set()) - given.keys(): raise ValueError(f"{group} lacks {', '.join(sorted(missing))}; give it in the profile or the parameters")
@@ -400,17 +401,14 @@ def _inject_others(model, target, description, examples, how, folder):
     region.save(folder / 'others.safetensors')
     _save_columns(folder / 'others_columns.safetensors', values)
 
-# %% ../nbs/15_experiment.ipynb #9db0ca75
+# %% ../nbs/15_experiment.ipynb #c80fac93
 def _make_room(model, target, description, examples, base, folder):
     "Teach the retain set once more without the target region, and keep all weights: what the original model is without it"
-    import copy, torch
     from unloc import training
+    from unloc.masked import in_float32
     rehearsed = () if 'pretrained' in base['model'] else ('real_authors', 'world_facts')
-    taught, precision = [e for name in ('retain', *rehearsed) for e in examples[name]], getattr(torch, base['precision'])
-    wide = copy.deepcopy(model).float() # as when the base learned them
-    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
-        training.make_room(wide, target, taught, description['room'], base['retain']['lr'], base['retain']['batch_size'], description['seed'])
-    model.load_state_dict(wide.state_dict())
+    taught = [e for name in ('retain', *rehearsed) for e in examples[name]]
+    with in_float32(model): training.make_room(model, target, taught, description['room'], base['retain']['lr'], base['retain']['batch_size'], description['seed']) # as when the base learned them
     _save_weights(folder / 'without.safetensors', dict(model.named_parameters()))
 
 # %% ../nbs/15_experiment.ipynb #a32b7edc
@@ -536,7 +534,7 @@ def _save_trajectory(folder, region, trajectory):
     if region is not None: region.save(folder / 'region.safetensors')
     _save_json(folder, {'region': None if region is None else len(region), 'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256, 'locked_bit_equal': True})
 
-# %% ../nbs/15_experiment.ipynb #ff4831c7
+# %% ../nbs/15_experiment.ipynb #8dbbae88
 def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Unlearn the forget set through a region"
     from unloc import training
@@ -546,7 +544,7 @@ def unlearn(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     region = _region(description, parent, model)
     trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'], probe,
         training.Recipe(description['objective'], **often | description['recipe']), description['seed'], examples['refusals'], _load_evaluation(origin), progress)
-    if region is None: _save_weights(folder / 'weights.safetensors', values)
+    if region is None: _save_weights(folder / 'weights.safetensors', {name: x.to(model.dtype) for name, x in values.items()})
     else: _save_columns(folder / 'columns.safetensors', values)
     _save_trajectory(folder, region, trajectory)
 
@@ -616,7 +614,7 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
         facts[name] = curve
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
-# %% ../nbs/15_experiment.ipynb #3dc640de
+# %% ../nbs/15_experiment.ipynb #6b7def2e
 def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->tuple[dict, dict]: # per attack: [n] knowledge; figures of what looks inside
     from unloc import attacks
     from unloc.evaluation import rouge, score
@@ -631,7 +629,8 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
             with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = knows(forget)
     if all(f.paraphrased_question for f in facts.forget): found['paraphrased'] = knows([encode(tokenizer, f.paraphrased_question, f.answer, _template(base.description)) for f in facts.forget])
     if how.get('shots', 3): found['few-shot'] = knows(attacks.few_shot(forget, _spread(examples['retain'], how.get('shots', 3))))
-    if n := how.get('samples', 4): found |= {'sampled': attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens), 'said': says(model), 'said at first': says(original)}
+    def samples(model): return attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens)
+    if n := how.get('samples', 4): found |= {f'{name}{when}': answer(asked) for name, answer in (('sampled', samples), ('said', says)) for when, asked in (('', model), (' at first', original), (' without', without))}
     lens = attacks.logit_lens(model, forget).mean(1)
     never, inside = attacks.hidden_states(without, forget), {}
     right, wrong = probe.choices['forget'].right, probe.choices['forget'].wrong
@@ -642,7 +641,7 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
     return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
 
-# %% ../nbs/15_experiment.ipynb #9718d2c4
+# %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back"
     import copy, pandas
@@ -668,7 +667,9 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     gap = float((known - left).mean())
     def share(gained, lost): return gained / lost if lost > 0 else float('nan')
     rows += [{'attack': name, 'support': '', 'end': share(float((x - left).mean()), gap)} for name, x in asked.items() if not name.startswith('sa')]
-    if 'sampled' in asked: rows.append({'attack': 'sampled answers', 'support': '', 'end': share(*(float((asked[name] - asked['said']).mean()) for name in ('sampled', 'said at first')))}) # in ROUGE-L recall
+    if 'sampled' in asked:
+        sampled, said = (share(*(float((asked[name + when] - asked[f'{name} without']).mean()) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
+        rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
     _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})

@@ -9,7 +9,7 @@ Unlearning starts there, through the target region (Oracle) or another one (Rand
 __all__ = ['SCHEDULES', 'FORGET', 'RETAIN', 'descend', 'Checkpoint', 'finetune', 'held', 'inject', 'make_room', 'Unlearning',
            'Term', 'weighted_sum', 'Trajectory', 'Recipe', 'unlearn', 'mlp_targets', 'supervise']
 
-# %% ../nbs/10_training.ipynb #477b788a
+# %% ../nbs/10_training.ipynb #912b8368
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
-from .masked import AllWeights, Columns, Neurons, locked_digest, unlock
+from .masked import AllWeights, Columns, Neurons, in_float32, locked_digest, unlock
 from .models import answer_hidden, hidden_after, logits_of, mlp_outputs, output_projections, over_logits, region_shape, value_vectors
 from .regions import Region
 from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples, collate, shuffled
@@ -119,12 +119,12 @@ def _partners(n, beside, seed, epoch):
     "Draw n examples to stand beside others in their batches"
     return [beside[k] for k in torch.randint(len(beside), (n,), generator=torch.Generator().manual_seed(((seed + 1) << 20) - 1 - epoch)).tolist()] if beside else []
 
-# %% ../nbs/10_training.ipynb #f5a6e92e
+# %% ../nbs/10_training.ipynb #843df002
 @contextmanager
 def held(model:nn.Module, region:Region|Neurons|None): # None: every weight may change
     "Unlock a region and, on leaving, prove that every other weight kept its bits"
     if region is None:
-        yield AllWeights(model)
+        with in_float32(model): yield AllWeights(model)
         return
     before = locked_digest(model, region)
     with unlock(model, region) as columns:
