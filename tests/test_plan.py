@@ -97,10 +97,10 @@ def study(tmp_path_factory): # descriptions by name, their store, what is known 
     judged = standard(base, {"retain": 10, "utility": 4, "max_new_tokens": 4, "full_every": 2})
     injected, taught = injection(judged, 0, {"fraction": .25} | learn), teaching(judged)
     found = {"base": base, "judge": judged, "inject": injected, "teach": taught, "wagle": localization(taught, "wagle"), "weights": localization(taught, "wagle_weights"),
-        "unlearn": unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 3}), "supervise": supervision(injected, "Oracle", {"lr": 1e-3, "epochs": 2, "batch_size": 8})}
+        "unlearn": unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 3}), "projections": unlearning(injected, "Projections", "wga", {"lr": 1e-3, "epochs": 3}), "all": unlearning(injected, "All weights", "wga", {"lr": 1e-3, "epochs": 3}), "supervise": supervision(injected, "Oracle", {"lr": 1e-3, "epochs": 2, "batch_size": 8})}
     return found, Store(folder / "runs"), Models(base, folder / "tokenizer")
 
-@pytest.mark.parametrize("name", ["base", "judge", "inject", "teach", "wagle", "weights", "unlearn", "supervise"])
+@pytest.mark.parametrize("name", ["base", "judge", "inject", "teach", "wagle", "weights", "unlearn", "projections", "all", "supervise"])
 def test_predicted_disk_is_what_a_run_keeps(study, name):
     found, store, known = study
     run = store.do(found[name])
@@ -112,6 +112,7 @@ def test_every_kind_of_run_has_a_cost(study):
     costs = {name: COSTS[d["kind"]](known, d) for name, d in found.items()}
     assert all(math.isfinite(c.peak) and c.peak > 4 * known.weights and c.layers > 0 for c in costs.values())
     assert costs["base"].peak > 16 * known.weights, "weights, gradients, two moments"
+    assert costs["all"].peak > 20 * known.weights and costs["all"].flops > costs["projections"].flops and costs["projections"].peak > costs["unlearn"].peak, "and the weights at the start"
     for localizer in experiment.LOCALIZERS + experiment.OWN_UNITS: assert COSTS["localize"](known, localization(found["teach"], localizer)).peak > 4 * known.weights
     dpo, rmu = (COSTS["unlearn"](known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
     assert dpo.flops > costs["unlearn"].flops > rmu.flops
@@ -126,6 +127,8 @@ def test_an_attack_has_a_cost(study):
     attack = {"lr": 1e-3, "region_lr": 1e-3, "epochs": 2, "batch_size": 4, "taught": 4}
     one, more = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": n})) for n in (2, 4))
     assert one.peak > 3 * 4 * known.weights and more.flops > one.flops
+    mute = COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": 2, "samples": 0}))
+    assert mute.flops < one.flops and mute.layers < one.layers, "no answers are sampled"
 
 # --- what will run
 

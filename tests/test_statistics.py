@@ -214,8 +214,22 @@ def test_a_balanced_mixed_model_is_the_analysis_of_variance(rng):
     for name, axes, k in (('injection', (1, 2), 12), ('draw', (0, 2), 16)): assert found.spread[name]**2 == pytest.approx(cells.mean(axes).var(ddof=1) - variance / k, rel=.02)
 
 def test_the_mixed_model_keeps_its_size(rng):
-    low = sum(mixed(*crossed(rng, 0., n=(4, 3))).p < .05 for _ in range(60))
-    assert low <= 9, "0.05 of 60 is 3; above 9 with chance 0.001"
+    low = sum(mixed(*crossed(rng, 0.)).p < .05 for _ in range(300))
+    assert stats.binomtest(low, 300, .07).pvalue > .001 and low < 39, "normal p: somewhat above .05 with few groups"
+
+def test_slopes_that_differ_are_witnesses_by_injection(rng): # for which the mixed model is too sure
+    dose, group = (x.ravel() for x in np.meshgrid(np.linspace(0, 1, 4), np.arange(10), indexing='ij'))
+    found = []
+    for _ in range(200):
+        value = rng.normal(0, .1, 10)[group] + rng.normal(0, .3, 10)[group] * dose + rng.normal(0, .1, 40)
+        slopes = [np.polyfit(dose[group == g], value[group == g], 1)[0] for g in range(10)]
+        found.append((mixed(value, dose, {'injection': group}).p < .05, paired(slopes, np.zeros(10), .05).p_difference < .05))
+    many, few = np.sum(found, 0)
+    assert stats.binomtest(int(few), 200, .05).pvalue > .001 and stats.binomtest(int(many), 200, .05, alternative='greater').pvalue < 1e-4
+
+def test_values_that_do_not_vary_have_no_effect():
+    found = mixed([.5] * 12, [0, 1] * 6, {'injection': np.arange(12) // 4})
+    assert (found.effect, found.error, found.p, found.spread) == (0., 0., 1., {'injection': 0., 'rest': 0.}) and holm([found.p]).tolist() == [1.]
 
 
 def test_partial_correlation_is_that_of_the_residuals(rng):
@@ -231,7 +245,8 @@ def test_partial_correlation_is_that_of_the_residuals(rng):
 @pytest.mark.parametrize('call,message', [
     (lambda: clustered_bootstrap([1, 2], [1]), r'values has shape \(2,\) and clusters \(1,\)'), (lambda: clustered_bootstrap([1, 2], [1, 2]), '2 clusters: expected at least 3'), (lambda: clustered_bootstrap([1, np.nan, 2], [1, 2, 3]), r'values\[1\] is not finite'),
     (lambda: mixed([1, 2, 3, 4], [1, 1, 1, 1], {'a': [1, 2, 3, 4]}), 'the effect is 1.0 throughout'), (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {'a': [1, 1, 2, 2]}), 'a has fewer than 3 labels'), (lambda: mixed([1, 2, 3, np.inf], [0, 1, 0, 1], {'a': [1, 2, 3, 4]}), 'finite numbers'),
-    (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {}), 'crossed has fewer'), (lambda: partial_correlation([1, 2, 3], [1, 2, 3], [1, 0, 1]), '3 runs: expected at least 4'), (lambda: partial_correlation([1, 2], [1, 2], [1, 0]), '2 runs: expected at least'), (lambda: partial_correlation([1, 2, 3], [1, 2], [1, 2, 3]), 'one row for each run')])
+    (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {}), 'crossed has fewer'), (lambda: partial_correlation([1, 2, 3], [1, 2, 3], [1, 0, 1]), '3 runs: expected at least 4'), (lambda: partial_correlation([1, 2], [1, 2], [1, 0]), '2 runs: expected at least'), (lambda: partial_correlation([1, 2, 3], [1, 2], [1, 2, 3]), 'one row for each run'),
+    (lambda: partial_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 0]), 'one row for each run'), (lambda: partial_correlation([1, 2, np.nan, 4], [1, 2, 3, 4], [1, 0, 1, 0]), 'must be finite numbers'), (lambda: pairs_needed(.05, .02, most=50), 'more than 50 pairs')])
 def test_bad_questions_are_named_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error: call()
     assert '\n' not in str(error.value)

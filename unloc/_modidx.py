@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'unloc.plan._loss': ('plan.html#_loss', 'unloc/plan.py'),
                             'unloc.plan._made': ('plan.html#_made', 'unloc/plan.py'),
                             'unloc.plan._remedy': ('plan.html#_remedy', 'unloc/plan.py'),
+                            'unloc.plan._said': ('plan.html#_said', 'unloc/plan.py'),
                             'unloc.plan._same': ('plan.html#_same', 'unloc/plan.py'),
                             'unloc.plan._saved': ('plan.html#_saved', 'unloc/plan.py'),
                             'unloc.plan._score': ('plan.html#_score', 'unloc/plan.py'),

@@ -195,16 +195,18 @@ def _up(description:dict, kind:str)->dict:
     while description['kind'] != kind: description = description['parent']
     return description
 
+def _said(m:Models, asked:list, n:int, new:int)->Cost: # n: answers in all; new: tokens of one
+    "Generate answers, as many at once as `greedy` and `best_of` do"
+    kept = min(64, n) * (max(e.start for e in asked) + new) * m.n_layers * 2 * m.d_model * m.dtype.itemsize
+    return Cost(m.weights * m.dtype.itemsize + kept, m.weights * n * new, new * ceil(n / 64) * m.n_layers)
+
 def _judged(m:Models, d, full=True)->Cost:
     probe = experiment._probe(*m.facts, json.dumps(_up(d, 'judge')['evaluate']))
     examples = [*probe.forget, *probe.retain]
     if not full: return m.over('score', examples) + Cost(disk=32 * len(examples))
     answers = [e for c in probe.choices.values() for part in c for e in part]
     asked = [e for kind, c in probe.choices.items() if kind != 'forget' for e in c.right]
-    rows, new = min(64, len(asked)), probe.max_new_tokens
-    kept = rows * (max(e.start for e in asked) + new) * m.n_layers * 2 * m.d_model * m.dtype.itemsize
-    flops, steps = 2 * m.weights * len(asked) * new / 2, new * ceil(len(asked) / 64)
-    return m.over('score', examples + [*probe.useful] + answers) + Cost(m.weights * m.dtype.itemsize + kept, flops, steps * m.n_layers, 32 * len(examples) + 16 * len(answers))
+    return m.over('score', examples + [*probe.useful] + answers) + _said(m, asked, len(asked), probe.max_new_tokens) + Cost(disk=32 * len(examples) + 16 * len(answers))
 
 def _along(m, d)->Cost:
     "Judge along a run: in short after every epoch, in full where the profile says so, and at the end"
@@ -247,9 +249,11 @@ def _unlearn(m, d)->Cost:
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(mean.ids)) / sets)
     known = {'npo': 1, 'dpo': 1 + epochs}.get(d['objective'], 0) # passes of the reference
-    step = m.over('region', forget, size, epochs, _k(m, _fraction(d)))
-    peak = m.peak('region', sets * size, width, size * (len(longest.ids) - longest.start + (sets - 1) * (len(mean.ids) - mean.start)), _k(m, _fraction(d)))
-    return Cost(peak, sets * step.flops, step.layers) + m.over('score', forget if known else [], size, known) + _along(m, d) + _columns(m, _fraction(d))
+    whole, fraction = d.get('arm') == 'All weights', 1. if d.get('arm') == 'Projections' else _fraction(d)
+    how, k = ('all', 0) if whole else ('region', _k(m, fraction))
+    step = m.over(how, forget, size, epochs, k)
+    peak = m.peak(how, sets * size, width, size * (len(longest.ids) - longest.start + (sets - 1) * (len(mean.ids) - mean.start)), k) + 4 * m.weights * whole # the start, which a region's locked weights remember
+    return Cost(peak, sets * step.flops, step.layers) + m.over('score', forget if known else [], size, known) + _along(m, d) + (_saved(m) if whole else _columns(m, fraction))
 
 def _supervise(m, d)->Cost:
     return m.over('region', m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], _k(m, _fraction(d))) + _along(m, d) + Cost(disk=m.n_layers * m.d_ff)
@@ -268,7 +272,9 @@ def _attack(m, d)->Cost:
     how, forget = d['attack'], m.examples['forget']
     taught, asked, others = forget[:how['taught']], m.over('score', forget), 3 * m.weights * m.dtype.itemsize # the original and the retained model, and a copy
     relearned = m.over('all', taught, how['batch_size'], (1 if how.get('only') else 3) * how['epochs'])
-    if not how.get('only'): relearned += m.over('region', taught, how['batch_size'], 6 * how['epochs'], m.d_ff)
+    if not how.get('only'):
+        relearned += m.over('region', taught, how['batch_size'], 6 * how['epochs'], m.d_ff)
+        if n := how.get('samples', 4): relearned += _said(m, forget, 3 * n * len(forget), experiment._probe(*m.facts, json.dumps(_up(d, 'judge')['evaluate'])).max_new_tokens)
     looks = (how['epochs'] + 10) if how.get('only') else 9 * how['epochs'] + 25 # at each epoch of an attack, on the way to the level, inside
     return Cost(relearned.peak + others, relearned.flops + looks * asked.flops, relearned.layers + looks * asked.layers, 16 * len(forget) * looks)
 

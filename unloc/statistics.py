@@ -178,7 +178,7 @@ def power_of_equivalence(
     largest = chi2.cdf(df * (margin / (critical * error))**2, df) # above it no mean is small enough
     return min(max(float(quad(chance, 0, largest, limit=200)[0]), 0.), 1.)
 
-# %% ../nbs/13_statistics.ipynb #8d805076
+# %% ../nbs/13_statistics.ipynb #8d796489
 def pairs_needed(
     sd:float, # true standard deviation of the differences, in their unit
     margin:float, # smallest effect of interest, in the same unit
@@ -186,10 +186,10 @@ def pairs_needed(
     most:int=10_000, # pairs
 )->int: # pairs
     "Count the pairs that TOST takes to find equal arms equivalent"
-    power, low, high = _number('power', power, 0, 1), 2, 3
+    power, most, low, high = _number('power', power, 0, 1), int(_number('most', most, 3, open=False, whole=True)), 2, 3
     while power_of_equivalence(sd, high, margin) < power:
         if high >= most: raise ValueError(f'more than {most} pairs: a margin of {margin} is too small for a spread of {sd}')
-        low, high = high, 2 * high
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power_of_equivalence(sd, middle, margin) >= power else (middle, high)
@@ -227,7 +227,7 @@ def clustered_bootstrap(
     found = bootstrap((sums, sizes), lambda s, k, axis: s.sum(axis) / k.sum(axis), paired=True, vectorized=True, n_resamples=n, confidence_level=level, method='percentile', rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
-# %% ../nbs/13_statistics.ipynb #bc5ea85f
+# %% ../nbs/13_statistics.ipynb #41d63606
 @dataclass(frozen=True)
 class Mixed:
     "An effect beside crossed random intercepts; all but n and p in the unit of the values"
@@ -243,7 +243,7 @@ def mixed(
     effect, # [n] numbers: 0 and 1 for two arms, or a dose
     crossed:dict, # name: [n] labels, whose values share an intercept
 )->Mixed:
-    "Fit an effect with crossed random intercepts, by restricted maximum likelihood (statsmodels)"
+    "Fit an effect that is the same in all groups, with crossed random intercepts, by restricted maximum likelihood (statsmodels)"
     import warnings, pandas as pd
     from statsmodels.regression.mixed_linear_model import MixedLM
     frame = pd.DataFrame({'value': np.asarray(values, dtype=np.float64), 'effect': np.asarray(effect, dtype=np.float64)} | {f'by_{name}': [str(x) for x in labels] for name, labels in crossed.items()})
@@ -251,6 +251,7 @@ def mixed(
     if frame.effect.nunique() < 2: raise ValueError(f'the effect is {frame.effect.iloc[0]} throughout: expected at least two different values')
     few = [name for name in crossed if frame[f'by_{name}'].nunique() < 3]
     if few or not crossed: raise ValueError(f"{few[0] if few else 'crossed'} has fewer than 3 labels: expected at least 3 to estimate their spread; leave it out, or run more of them")
+    if frame.value.nunique() == 1: return Mixed(len(frame), 0., 0., (0., 0.), 1., dict.fromkeys([*crossed, 'rest'], 0.)) # nothing varies
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # a spread of zero is an estimate, not a failure
         found = MixedLM.from_formula('value ~ effect', groups=np.ones(len(frame)), vc_formula={name: f'0 + C(by_{name})' for name in crossed}, data=frame).fit(reml=True)
@@ -258,7 +259,7 @@ def mixed(
     spread = dict(zip(found.model.exog_vc.names, np.sqrt(np.maximum(found.vcomp, 0)))) | {'rest': np.sqrt(found.scale)}
     return Mixed(len(frame), slope, error, (slope - 1.959964 * error, slope + 1.959964 * error), float(found.pvalues['effect']), {name: float(x) for name, x in spread.items()})
 
-# %% ../nbs/13_statistics.ipynb #39807b85
+# %% ../nbs/13_statistics.ipynb #3aa6f93e
 def partial_correlation(
     x, # [n]
     y, # [n]
@@ -267,9 +268,10 @@ def partial_correlation(
     "Correlate two quantities with others held fixed"
     from scipy.stats import t
     x, y, given = (np.asarray(v, dtype=np.float64) for v in (x, y, given))
+    if not x.shape == y.shape == given.shape[:1]: raise ValueError(f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row for each run')
+    if not all(np.isfinite(v).all() for v in (x, y, given)): raise ValueError('x, y and given must be finite numbers; leave out what was not measured')
     fixed = np.column_stack([np.ones(len(x)), given])
     df = len(x) - 1 - np.linalg.matrix_rank(fixed)
-    if not x.shape == y.shape == given.shape[:1]: raise ValueError(f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row for each run')
     if df < 1: raise ValueError(f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation given {fixed.shape[1] - 1}')
     rx, ry = (v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y))
     size = np.linalg.norm(rx) * np.linalg.norm(ry)
