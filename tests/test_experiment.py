@@ -372,7 +372,7 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
 def test_luck_is_no_recovery(armed): # the retained model, asked often, says some words of any answer
     _, _, _, attacks = armed
     facts, table = attacks["retained"].tensors("facts.safetensors"), attacks["retained"].table("attacks.csv")
-    assert facts["sampled"].mean() > facts["said"].mean() + .05 and table.end[table.attack == "sampled answers"].tolist() == [0.]
+    assert facts["sampled"].max() > 0 and (facts["sampled"] != facts["said"]).any() and not torch.equal(facts["sampled at first"], facts["sampled without"]) and table.end[table.attack == "sampled answers"].tolist() == [0.]
 
 @pytest.mark.parametrize("bad, says", [
     (lambda: attacking(JUDGED, ATTACK | {"level": 1.5}), "attack: level must be at most 1, as FS and RS are, got 1.5"),
