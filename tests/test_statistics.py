@@ -181,6 +181,9 @@ def test_pairs_needed_is_the_first_that_reaches_the_power():
     for sd, margin, power in ((.02, .02, .8), (.03, .02, .94), (.01, .05, .5), (.034, .02, .9)):
         n = pairs_needed(sd, margin, power)
         assert power_of_equivalence(sd, n, margin) >= power and (n == 3 or power_of_equivalence(sd, n - 1, margin) < power)
+    n = pairs_needed(.05, .02)
+    assert pairs_needed(.05, .02, most=n) == n == 55
+    with pytest.raises(ValueError, match='more than 54 pairs'): pairs_needed(.05, .02, most=n - 1)
     with pytest.raises(ValueError, match='more than 50 pairs: a margin of 0.001'): pairs_needed(.1, .001, most=50)
 
 
@@ -215,7 +218,8 @@ def test_a_balanced_mixed_model_is_the_analysis_of_variance(rng):
 
 def test_the_mixed_model_keeps_its_size(rng):
     low = sum(mixed(*crossed(rng, 0.)).p < .05 for _ in range(300))
-    assert stats.binomtest(low, 300, .07).pvalue > .001 and low < 39, "normal p: somewhat above .05 with few groups"
+    expected = 2 * stats.t.sf(stats.norm.ppf(.975), 96 - 8 - 6) # a balanced design has a t statistic of 82 degrees of freedom, read as normal: 0.053
+    assert stats.binomtest(low, 300, expected).pvalue > .001 > stats.binomtest(low, 300, .145).pvalue, low # near its size, and far from that of slopes that differ by 0.15
 
 def test_slopes_that_differ_are_witnesses_by_injection(rng): # for which the mixed model is too sure
     dose, group = (x.ravel() for x in np.meshgrid(np.linspace(0, 1, 4), np.arange(10), indexing='ij'))
@@ -227,9 +231,16 @@ def test_slopes_that_differ_are_witnesses_by_injection(rng): # for which the mix
     many, few = np.sum(found, 0)
     assert stats.binomtest(int(few), 200, .05).pvalue > .001 and stats.binomtest(int(many), 200, .05, alternative='greater').pvalue < 1e-4
 
-def test_values_that_do_not_vary_have_no_effect():
+def test_values_without_a_rest_give_exact_answers():
     found = mixed([.5] * 12, [0, 1] * 6, {'injection': np.arange(12) // 4})
     assert (found.effect, found.error, found.p, found.spread) == (0., 0., 1., {'injection': 0., 'rest': 0.}) and holm([found.p]).tolist() == [1.]
+    assert mixed([.3, .1 + .2] * 6, [0, 1] * 6, {'injection': np.arange(12) // 4}).p == 1. # .1 + .2 is not .3 in floats
+    assert mixed([0.] * 12, [0, 1] * 6, {'injection': np.arange(12) // 4}).p == 1.
+    for low, high in ((0, 1), (.1, .2)):
+        found = mixed([low, high] * 6, [1e6, 1e6 + 1] * 6, {'injection': np.arange(12) // 4})
+        assert found.effect == pytest.approx(high - low) and (found.error, found.interval95, found.p) == (0., (found.effect,) * 2, 0.)
+    found = mixed([0., .5] * 6 + np.arange(12) // 4, [0, 1] * 6, {'injection': np.arange(12) // 4}) # only the injections differ
+    assert found.effect == pytest.approx(.5) and found.p < .001
 
 
 def test_partial_correlation_is_that_of_the_residuals(rng):
@@ -246,7 +257,9 @@ def test_partial_correlation_is_that_of_the_residuals(rng):
     (lambda: clustered_bootstrap([1, 2], [1]), r'values has shape \(2,\) and clusters \(1,\)'), (lambda: clustered_bootstrap([1, 2], [1, 2]), '2 clusters: expected at least 3'), (lambda: clustered_bootstrap([1, np.nan, 2], [1, 2, 3]), r'values\[1\] is not finite'),
     (lambda: mixed([1, 2, 3, 4], [1, 1, 1, 1], {'a': [1, 2, 3, 4]}), 'the effect is 1.0 throughout'), (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {'a': [1, 1, 2, 2]}), 'a has fewer than 3 labels'), (lambda: mixed([1, 2, 3, np.inf], [0, 1, 0, 1], {'a': [1, 2, 3, 4]}), 'finite numbers'),
     (lambda: mixed([1, 2, 3, 4], [0, 1, 0, 1], {}), 'crossed has fewer'), (lambda: partial_correlation([1, 2, 3], [1, 2, 3], [1, 0, 1]), '3 runs: expected at least 4'), (lambda: partial_correlation([1, 2], [1, 2], [1, 0]), '2 runs: expected at least'), (lambda: partial_correlation([1, 2, 3], [1, 2], [1, 2, 3]), 'one row for each run'),
-    (lambda: partial_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 0]), 'one row for each run'), (lambda: partial_correlation([1, 2, np.nan, 4], [1, 2, 3, 4], [1, 0, 1, 0]), 'must be finite numbers'), (lambda: pairs_needed(.05, .02, most=50), 'more than 50 pairs')])
+    (lambda: partial_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 0]), 'one row for each run'), (lambda: partial_correlation([1, 2, np.nan, 4], [1, 2, 3, 4], [1, 0, 1, 0]), 'x has values that are not finite'),
+    (lambda: partial_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 0, np.inf, 0]), 'given has values that are not finite'), (lambda: partial_correlation(1, 2, 3), 'one row for each run'),
+    (lambda: pairs_needed(.02, .02, most=2), 'most is 2: expected a whole number of at least 3'), (lambda: pairs_needed(.05, .02, most=50), 'more than 50 pairs')])
 def test_bad_questions_are_named_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error: call()
     assert '\n' not in str(error.value)

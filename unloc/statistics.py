@@ -243,7 +243,9 @@ def mixed(
     effect, # [n] numbers: 0 and 1 for two arms, or a dose
     crossed:dict, # name: [n] labels, whose values share an intercept
 )->Mixed:
-    "Fit an effect that is the same in all groups, with crossed random intercepts, by restricted maximum likelihood (statsmodels)"
+    """Fit an effect with crossed random intercepts, by restricted maximum likelihood (statsmodels)
+
+    Slopes are taken to be equal in all groups and p is normal: with few groups, or slopes that may differ, test one slope for each group by `paired`."""
     import warnings, pandas as pd
     from statsmodels.regression.mixed_linear_model import MixedLM
     frame = pd.DataFrame({'value': np.asarray(values, dtype=np.float64), 'effect': np.asarray(effect, dtype=np.float64)} | {f'by_{name}': [str(x) for x in labels] for name, labels in crossed.items()})
@@ -251,7 +253,10 @@ def mixed(
     if frame.effect.nunique() < 2: raise ValueError(f'the effect is {frame.effect.iloc[0]} throughout: expected at least two different values')
     few = [name for name in crossed if frame[f'by_{name}'].nunique() < 3]
     if few or not crossed: raise ValueError(f"{few[0] if few else 'crossed'} has fewer than 3 labels: expected at least 3 to estimate their spread; leave it out, or run more of them")
-    if frame.value.nunique() == 1: return Mixed(len(frame), 0., 0., (0., 0.), 1., dict.fromkeys([*crossed, 'rest'], 0.)) # nothing varies
+    dose, rounding = frame.effect - frame.effect.mean(), 8 * np.finfo(float).eps * abs(frame.value).max()
+    line = 0. if np.ptp(frame.value) <= rounding else float(dose @ frame.value / (dose @ dose))
+    if (abs(frame.value - frame.value.mean() - line * dose) <= rounding).all(): # no doubt is left, as in `paired`; statsmodels gives NaN
+        return Mixed(len(frame), line, 0., (line, line), float(line == 0), dict.fromkeys([*crossed, 'rest'], 0.))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # a spread of zero is an estimate, not a failure
         found = MixedLM.from_formula('value ~ effect', groups=np.ones(len(frame)), vc_formula={name: f'0 + C(by_{name})' for name in crossed}, data=frame).fit(reml=True)
@@ -268,8 +273,9 @@ def partial_correlation(
     "Correlate two quantities with others held fixed"
     from scipy.stats import t
     x, y, given = (np.asarray(v, dtype=np.float64) for v in (x, y, given))
-    if not x.shape == y.shape == given.shape[:1]: raise ValueError(f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row for each run')
-    if not all(np.isfinite(v).all() for v in (x, y, given)): raise ValueError('x, y and given must be finite numbers; leave out what was not measured')
+    if not x.shape == y.shape == given.shape[:1] or x.ndim != 1 or given.ndim > 2: raise ValueError(f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row for each run')
+    bad = [name for name, v in (('x', x), ('y', y), ('given', given)) if not np.isfinite(v).all()]
+    if bad: raise ValueError(f'{bad[0]} has values that are not finite: expected a number for each run; leave out runs in which it was not measured')
     fixed = np.column_stack([np.ones(len(x)), given])
     df = len(x) - 1 - np.linalg.matrix_rank(fixed)
     if df < 1: raise ValueError(f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation given {fixed.shape[1] - 1}')
