@@ -30,7 +30,7 @@ class Checkout:
 
     def call(self, *words, **place):
         process = self.start(*words, **place)
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=1200)
         return process.returncode, out, err
 
     def left(self): # processes of this checkout that still live
