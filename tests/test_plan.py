@@ -8,9 +8,9 @@ from unloc import experiment, models, training
 from unloc.evaluation import score
 from unloc.masked import unlock
 from unloc.experiment import injection, localization, standard, supervision, teaching, unlearning
-from unloc.plan import COSTS, Machine, Memory, Models, _score, _gradients, machine, of_all_weights, plan, problems_of, rehearse, text_of, through_region, wanted
+from unloc.plan import COSTS, Machine, Memory, Models, _score, _gradients, machine, of_all_weights, plan, problems_of, rehearse, rows_of, text_of, through_region, wanted
 from unloc.regions import Region
-from unloc.runs import Store
+from unloc.runs import Store, run_id
 from unloc.tokens import Example, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,14 +124,48 @@ def test_a_new_kind_of_run_needs_a_cost():
 
 def test_an_attack_has_a_cost(study):
     found, _, known = study
-    attack = {"lr": 1e-3, "region_lr": 1e-3, "epochs": 2, "batch_size": 4, "taught": 4}
+    attack = ATTACK | {"epochs": 2, "batch_size": 4}
     one, more = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": n})) for n in (2, 4))
     assert one.peak > 3 * 4 * known.weights and more.flops > one.flops
     mute = COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": 2, "samples": 0}))
     assert mute.flops < one.flops and mute.layers < one.layers, "no answers are sampled"
+    region, wide = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"only": f"relearn retain facts, {support}"})) for support in ("target region", "all weights"))
+    assert 0 < region.flops < wide.flops < one.flops
+
+def test_arms_that_train_more_are_asked_for_by_themselves(study, tmp_path):
+    found, _, known = study
+    arms = [found[name] for name in ("unlearn", "projections", "all")]
+    costs = [COSTS["unlearn"](known, d) for d in arms]
+    rows = {row.kind: row for row in rows_of(arms + [experiment.attacking(d, ATTACK) for d in arms], Store(tmp_path), LARGE, {run_id(found["base"]): known})}
+    assert rows["unlearn"].peak == LARGE.memory_of(costs[2].peak) > LARGE.memory_of(costs[1].peak) > LARGE.memory_of(costs[0].peak)
+    assert rows["unlearn"].disk == sum(cost.disk for cost in costs)
+    assert rows["attack"].largest[1]["parent"]["arm"] == "All weights"
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory): # bytes of tensors of whole runs: as planned, and as the same counter finds them in the run
+    folder, data = tmp_path_factory.mktemp("counted"), experiment.data_description(MODEL["data"])
+    world = experiment.benchmark(data)
+    tokenizer = train_tokenizer((text for f in world.retain + world.forget for text in (f.question, f.answer)), 400)
+    for what in models.tiny_model("llama", len(tokenizer), 256, 2, 512, 4).bfloat16(), tokenizer: what.save_pretrained(folder / "model")
+    base = experiment.base_models(data, "mine", {"retained": str(folder / "model"), "original": str(folder / "model"), "template": "plain"}, {}, {}, precision="bfloat16")
+    injected = injection(standard(base, {"retain": 4, "utility": 2, "max_new_tokens": 4}), 0, {"fraction": .1, "epochs": 1, "lr": 1e-4, "batch_size": 8})
+    arms = {arm: unlearning(injected, arm, "wga", {"lr": 1e-4, "epochs": 1, "batch_size": 2}) for arm in ("Oracle", "Projections", "All weights")}
+    found = {"inject": injected} | arms | {f"attack on {arm}": experiment.attacking(d, ATTACK | {"only": "relearn held-out facts, all weights"}) for arm, d in arms.items()}
+    store, known, bytes_of = Store(folder / "runs"), Models(base, folder / "tokenizer"), {}
+    store.do(injected["parent"])
+    for name, d in found.items():
+        with Memory() as memory: store.do(d)
+        bytes_of[name] = COSTS[d["kind"]](known, d).peak, memory.most
+    return bytes_of
+
+@pytest.mark.parametrize("name", ["inject"] + [f"{what}{arm}" for what in ("", "attack on ") for arm in ("Oracle", "Projections", "All weights")])
+def test_predicted_memory_is_what_a_run_holds(counted, name):
+    planned, held = counted[name]
+    assert planned == pytest.approx(held, rel=.15)
 
 # --- what will run
 
+ATTACK = {"lr": 1e-4, "region_lr": 1e-4, "epochs": 1, "batch_size": 2, "taught": 4}
 MODEL = {"data": {"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1}, "model": {"d_model": 16, "n_layers": 2, "d_ff": 64, "n_heads": 2, "vocab_size": 300}}
 TABLE2 = NBS / "21_oracle_random.ipynb"
 

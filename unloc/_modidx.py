@@ -397,6 +397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'unloc.plan._supervise': ('plan.html#_supervise', 'unloc/plan.py'),
                             'unloc.plan._teach': ('plan.html#_teach', 'unloc/plan.py'),
                             'unloc.plan._there': ('plan.html#_there', 'unloc/plan.py'),
+                            'unloc.plan._through': ('plan.html#_through', 'unloc/plan.py'),
                             'unloc.plan._time': ('plan.html#_time', 'unloc/plan.py'),
                             'unloc.plan._train': ('plan.html#_train', 'unloc/plan.py'),
                             'unloc.plan._unlearn': ('plan.html#_unlearn', 'unloc/plan.py'),

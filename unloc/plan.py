@@ -12,7 +12,7 @@ __all__ = ['COSTS', 'wanted', 'Memory', 'rehearse', 'through_region', 'of_all_we
 # %% ../nbs/17_plan.ipynb #70defb01
 import contextlib, json, os, shutil, tempfile, time, weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -208,17 +208,24 @@ def _judged(m:Models, d, full=True)->Cost:
     asked = [e for kind, c in probe.choices.items() if kind != 'forget' for e in c.right]
     return m.over('score', examples + [*probe.useful] + answers) + _said(m, asked, len(asked), probe.max_new_tokens) + Cost(disk=32 * len(examples) + 16 * len(answers))
 
-def _along(m, d)->Cost:
+def _along(m, d, held)->Cost: # held: bytes beside the model, as from _through
     "Judge along a run: in short after every epoch, in full where the profile says so, and at the end"
     often, epochs = _up(d, 'judge')['evaluate'] | d['recipe'], d['recipe']['epochs']
     due = [epoch for epoch in range(1, epochs + 1) if epoch % often.get('every', 1) == 0 or epoch == epochs]
     full = [epoch for epoch in due if epoch % often.get('full_every', 1) == 0 or epoch == epochs]
-    return sum([_judged(m, d, epoch in full) for epoch in due], Cost())
+    cost = sum([_judged(m, d, epoch in full) for epoch in due], Cost())
+    return replace(cost, peak=cost.peak + held)
 
 def _k(m, fraction)->int: return max(1, region_size((m.n_layers, m.d_ff), fraction) // m.n_layers)
 def _columns(m, fraction)->Cost: return Cost(disk=_k(m, fraction) * m.n_layers * (4 * m.d_model + 8) + m.n_layers * m.d_ff) # and the region's mask
 def _fraction(d)->float: return d.get('fraction') or d['parent']['fraction']
 def _saved(m)->Cost: return Cost(disk=m.weights * m.dtype.itemsize)
+
+def _through(m, d)->tuple[str, int, float, Cost]: # kind of step, value vectors a layer, bytes held beside the model between steps, what is kept
+    "Tell what a run trains: its region, every value vector, or every weight"
+    if d.get('arm') == 'All weights': return 'all', 0, m.weights * (16 - m.dtype.itemsize), _saved(m) # in float32, with two moments and the start, in place of the model
+    k = _k(m, fraction := 1. if d.get('arm') == 'Projections' else _fraction(d))
+    return 'region', k, k * m.n_layers * m.d_model * (12 + m.dtype.itemsize), _columns(m, fraction) # columns, two moments and the start
 
 # %% ../nbs/17_plan.ipynb #7ef48b41
 def _learned(m, examples, how)->Cost: return m.over('all', examples, how['batch_size'], how['epochs']) + _saved(m)
@@ -249,14 +256,14 @@ def _unlearn(m, d)->Cost:
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(mean.ids)) / sets)
     known = {'npo': 1, 'dpo': 1 + epochs}.get(d['objective'], 0) # passes of the reference
-    whole, fraction = d.get('arm') == 'All weights', 1. if d.get('arm') == 'Projections' else _fraction(d)
-    how, k = ('all', 0) if whole else ('region', _k(m, fraction))
+    how, k, held, kept = _through(m, d)
     step = m.over(how, forget, size, epochs, k)
-    peak = m.peak(how, sets * size, width, size * (len(longest.ids) - longest.start + (sets - 1) * (len(mean.ids) - mean.start)), k) + 4 * m.weights * whole # the start, which a region's locked weights remember
-    return Cost(peak, sets * step.flops, step.layers) + m.over('score', forget if known else [], size, known) + _along(m, d) + (_saved(m) if whole else _columns(m, fraction))
+    peak = m.peak(how, sets * size, width, size * (len(longest.ids) - longest.start + (sets - 1) * (len(mean.ids) - mean.start)), k) + 4 * m.weights * (how == 'all') # the start, which a step through a region has in it
+    return Cost(peak, sets * step.flops, step.layers) + m.over('score', forget if known else [], size, known) + _along(m, d, held) + kept
 
 def _supervise(m, d)->Cost:
-    return m.over('region', m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], _k(m, _fraction(d))) + _along(m, d) + Cost(disk=m.n_layers * m.d_ff)
+    how, k, held, _ = _through(m, d)
+    return m.over(how, m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], k) + _along(m, d, held) + Cost(disk=m.n_layers * m.d_ff)
 
 # %% ../nbs/17_plan.ipynb #e6fc639a
 def _localize(m, d)->Cost:
@@ -269,14 +276,17 @@ def _localize(m, d)->Cost:
     return Cost(cost.peak + 4 * m.n_layers * m.d_model * m.d_ff * bool(sums), cost.flops, cost.layers, 4 * n)
 
 def _attack(m, d)->Cost:
-    how, forget = d['attack'], m.examples['forget']
-    taught, asked, others = forget[:how['taught']], m.over('score', forget), 3 * m.weights * m.dtype.itemsize # the original and the retained model, and a copy
-    relearned = m.over('all', taught, how['batch_size'], (1 if how.get('only') else 3) * how['epochs'])
-    if not how.get('only'):
-        relearned += m.over('region', taught, how['batch_size'], 6 * how['epochs'], m.d_ff)
-        if n := how.get('samples', 4): relearned += _said(m, forget, 3 * n * len(forget), experiment._probe(*m.facts, json.dumps(_up(d, 'judge')['evaluate'])).max_new_tokens)
-    looks = (how['epochs'] + 10) if how.get('only') else 9 * how['epochs'] + 25 # at each epoch of an attack, on the way to the level, inside
-    return Cost(relearned.peak + others, relearned.flops + looks * asked.flops, relearned.layers + looks * asked.layers, 16 * len(forget) * looks)
+    how, forget, only = d['attack'], m.examples['forget'], d['attack'].get('only', '')
+    k, one, asked = _k(m, _up(d, 'inject')['fraction']), m.weights * m.dtype.itemsize, m.over('score', forget)
+    supports = {'target region': ('region', k), 'outside it': ('region', m.d_ff - k), 'all weights': ('all', 0)}
+    cost = sum((m.over(step, forget[:how['taught']], how['batch_size'], (1 if only else 3) * how['epochs'], k) for name, (step, k) in supports.items() if (only or name).endswith(name)), Cost())
+    if (n := how.get('samples', 4)) and not only: cost += _said(m, forget, 3 * (n + 1) * len(forget), experiment._probe(*m.facts, json.dumps(_up(d, 'judge')['evaluate'])).max_new_tokens) # and one greedy answer
+    looks = (how['epochs'] + 10) if only else 9 * how['epochs'] + 25 # at each epoch of an attack, on the way to the level, inside
+    step, k, *_ = _through(m, d['parent'])
+    way = 2 * one if step == 'all' else 8 * k * m.n_layers * m.d_model # both ends of the line to the attacked model
+    relearned = max(cost.peak, asked.peak + 12 * m.weights - one) + one # looked at in float32 with two moments; and a copy to return to
+    compared = one + 48 * m.weights # six vectors of all weights in float64
+    return Cost(2 * one + way + max(relearned, compared), cost.flops + looks * asked.flops, cost.layers + looks * asked.layers, 16 * len(forget) * looks) # beside the original and the retained model
 
 COSTS = {'base': _base, 'judge': lambda m, d: _judged(m, d), 'teach': _teach, 'inject': _inject, 'localize': _localize, 'unlearn': _unlearn, 'supervise': _supervise, 'attack': _attack}
 
@@ -330,7 +340,8 @@ class Row:
     disk:float=0. # bytes that they will keep
     largest:tuple=() # models and description of the run that takes most memory
 
-def _same(value, drop=('seed', 'arm', 'draw', '_source')): return {k: _same(v) for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
+def _same(value, drop=('seed', 'arm', 'draw', '_source'), wide=('Projections', 'All weights')): # wide: arms that take more than the others
+    return {k: _same(v) for k, v in value.items() if k not in drop or v in wide} if isinstance(value, dict) else value
 
 def rows_of(
     descriptions:list[dict],
