@@ -16,23 +16,23 @@ def facts(n, seed, vocab=60):
     g = torch.Generator().manual_seed(seed)
     return [Example(torch.randint(4, vocab, (k,), generator=g).tolist() + [1], 3) for k in torch.randint(5, 9, (n,), generator=g).tolist()]
 
-def small(arch="llama", seed=0): return tiny_model(arch, 60, d_model=32, n_layers=3, d_ff=64, n_heads=2, seed=seed)
+def small(arch="llama", seed=0): return tiny_model(arch, 60, d_model=64, n_layers=3, d_ff=64, n_heads=2, seed=seed)
 def bits(model): return {name: x.clone() for name, x in model.state_dict().items()}
 def same(model, before): return all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=2, n_positions=64)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=3, n_head=2, n_positions=64)).eval()
 
 def of(config, model, **more):
     import transformers
     torch.manual_seed(0)
-    shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0} | more
+    shape = {"vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0} | more
     return getattr(transformers, model)(getattr(transformers, config)(**shape)).eval()
 
-MODELS = {"llama": small, "olmo2": lambda: small("olmo2"), "gpt2": gpt2, "neox": lambda: of("GPTNeoXConfig", "GPTNeoXForCausalLM"), "qwen3": lambda: of("Qwen3Config", "Qwen3ForCausalLM", head_dim=16),
-    "opt": lambda: of("OPTConfig", "OPTForCausalLM", ffn_dim=64, word_embed_proj_dim=32), "gemma2": lambda: of("Gemma2Config", "Gemma2ForCausalLM", head_dim=16)}
+MODELS = {"llama": small, "olmo2": lambda: small("olmo2"), "gpt2": gpt2, "neox": lambda: of("GPTNeoXConfig", "GPTNeoXForCausalLM"), "qwen3": lambda: of("Qwen3Config", "Qwen3ForCausalLM", head_dim=32),
+    "opt": lambda: of("OPTConfig", "OPTForCausalLM", ffn_dim=64, word_embed_proj_dim=64), "gemma2": lambda: of("Gemma2Config", "Gemma2ForCausalLM", head_dim=32)}
 
 # --- looking inside, on every layout
 
@@ -159,7 +159,8 @@ def test_a_library_says_what_it_cannot_do(monkeypatch):
         with pytest.raises(ValueError, match="q_proj is no plain .* or computes something else already; take an unquantized model"): enter(model)
         assert all("forward" in vars(m) for m in linears(model).values()), "the first block goes on"
     with unlock(model, Region.sample(region_shape(model), .2, 0)), pytest.raises(ValueError, match="layers.0.mlp.down_proj is no plain"): enter(model)
-    loaded = small(); loaded.model.layers[1].mlp.up_proj = bitsandbytes.nn.LinearNF4(32, 64, bias=False)
+    with pytest.raises(ValueError, match="q_proj has rows of 48 weights; bitsandbytes' 4 bits take multiples of 64"): enter(tiny_model("llama", 60, d_model=48, n_layers=1, d_ff=64, n_heads=2))
+    loaded = small(); loaded.model.layers[1].mlp.up_proj = bitsandbytes.nn.LinearNF4(64, 64, bias=False)
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj is no plain .* but a LinearNF4 of"): enter(loaded)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"bitsandbytes is not installed; install it with: pip install 'unloc\[quantization\]'"): enter(model)
@@ -212,10 +213,10 @@ def test_sixteen_bits_learn_by_small_steps(): # of all weights; a region's colum
         model = small().to(dtype); before = bits(model)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("unloc.attacks.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
-            ends[dtype] = relearn(model, taught, facts(4, 2), 1e-4, 40, 3, 0).mean(1)
+            ends[dtype] = relearn(model, taught, facts(4, 2), 1e-5, 300, 3, 0).mean(1)
         assert same(model, before) and all(x.dtype == dtype for x in model.parameters())
     first, wide, narrow = (float(x) for x in (ends[torch.float32][0], ends[torch.float32][-1], ends[torch.bfloat16][-1]))
-    assert wide > first + .1 and narrow == pytest.approx(wide, abs=.1)
+    assert wide > first + .1 and narrow > (first + wide) / 2
 
 @pytest.mark.parametrize("curve, known, want", [
     ([[0, 0], [.5, .5], [1, 1]], [1, 1], Recovery(.5, 1., 1., 2, 2)),

@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NODE = f"node {platform.node()}: "
 # Two nodes of one CPU each, in a process that ends them when its input ends: however the tests end.
 NODES = r'''
-import shutil, sys, tempfile
+import os, shutil, sys, tempfile
 from ray.cluster_utils import Cluster
-folder = tempfile.mkdtemp(prefix="unloc-", dir="/tmp") # the names of sockets are short
+folder = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="unloc-", dir="/tmp") # the names of sockets are short
+os.mkdir(f"{folder}/ray") # for the address of the cluster, which it writes into a folder that only `ray start` makes
 small = dict(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False)
 nodes = Cluster(initialize_head=True, head_node_args=small | {"temp_dir": folder})
 try:

@@ -192,6 +192,7 @@ def library_quantized(
     for name, m in layers.items():
         if getattr(m.forward, '__func__', None) not in (nn.Linear.forward, Conv1D.forward) or m.weight.dtype not in floats: raise ValueError(
             f"{name} is no plain linear layer of 16 or 32 bit floats but a {type(m).__name__} of {m.weight.dtype}, or computes something else already; take an unquantized model, outside of any other block that changes its layers")
+        if bits == 4 and (columns := m.weight.shape[0 if isinstance(m, Conv1D) else 1]) % 64: raise ValueError(f"{name} has rows of {columns} weights; bitsandbytes' 4 bits take multiples of 64, `quantized` any")
     log = logging.getLogger('bitsandbytes')
     level = log.level
     log.setLevel(logging.ERROR) # at every call it warns that inputs become float16
