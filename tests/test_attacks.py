@@ -274,9 +274,10 @@ def test_more_tries_are_never_worse():
 def test_the_probe_needs_pairs_and_has_a_control():
     model, right = small(), facts(20, 0)
     wrong = [Example(e.ids[:e.start] + [(t + 7) % 50 + 4 for t in e.ids[e.start:-1]] + [1], e.start) for e in right]
-    accuracy, control = linear_probe(model, right, wrong, 1)
-    assert 0 <= accuracy <= 1 and 0 <= control <= 1
+    found = linear_probe(model, right, wrong)
+    assert found.shape == (3, 2) and (found >= 0).all() and (found <= 1).all()
     told = [Example(e.ids[:-1] + [t], e.start) for t, part in ((2, right), (3, wrong)) for e in part] # the last token gives the truth away
     told = [Example(e.ids + [1], e.start) for e in told]
-    assert linear_probe(model, told[:20], told[20:], 0)[0] > .9 and .2 < linear_probe(model, told[:20], told[20:], 0)[1] < .8
-    with pytest.raises(ValueError, match="20 right answers and 3 wrong"): linear_probe(model, right, wrong[:3], 0)
+    accuracy, control = linear_probe(model, told[:20], told[20:])[0].tolist()
+    assert accuracy > .9 and .2 < control < .8
+    with pytest.raises(ValueError, match="20 right answers and 3 wrong"): linear_probe(model, right, wrong[:3])

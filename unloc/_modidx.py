@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.experiment._load_columns': ('experiment.html#_load_columns', 'unloc/experiment.py'),
                                   'unloc.experiment._load_evaluation': ('experiment.html#_load_evaluation', 'unloc/experiment.py'),
                                   'unloc.experiment._load_region': ('experiment.html#_load_region', 'unloc/experiment.py'),
+                                  'unloc.experiment._look_inside': ('experiment.html#_look_inside', 'unloc/experiment.py'),
                                   'unloc.experiment._make_room': ('experiment.html#_make_room', 'unloc/experiment.py'),
                                   'unloc.experiment._membership': ('experiment.html#_membership', 'unloc/experiment.py'),
                                   'unloc.experiment._model': ('experiment.html#_model', 'unloc/experiment.py'),

@@ -266,21 +266,19 @@ def linear_probe(
     model:nn.Module,
     right:Sequence[Example], # [n]
     wrong:Sequence[Example], # [n], a false answer to each question
-    layer:int,
     seed:int=0, # of the control's labels
     folds:int=5,
     ridge:float=1e-2, # times the mean squared length of the states
-)->tuple[float, float]: # accuracy on questions that were not trained on; the same of the control
-    "Tell true from false answers by what leaves a layer"
+)->Tensor: # [n_layers, 2] float64, accuracy on questions that were not trained on; the same of the control
+    "Tell true from false answers by what leaves each layer"
     if len(right) != len(wrong): raise ValueError(f"{len(right)} right answers and {len(wrong)} wrong ones; give one wrong answer to each question")
     if len(right) < 2 * folds: raise ValueError(f"{len(right)} questions are too few for {folds} folds; give at least {2 * folds}")
-    states = [h[-1] for h in hidden_states(model, [*right, *wrong])[layer]]
-    features, n = torch.stack(states).double().cpu(), len(right)
-    generator = torch.Generator().manual_seed(seed)
+    generator, n = torch.Generator().manual_seed(seed), len(right)
     groups = (torch.randperm(n, generator=generator) % folds).repeat(2)
     truth = torch.cat([torch.ones(n), -torch.ones(n)]).double()
     swapped = (torch.randint(2, (n,), generator=generator) * 2. - 1).double().repeat(2) * truth
-    return tuple(_held_out_accuracy(features, sign, groups, ridge) for sign in (truth, swapped))
+    layers = [torch.stack([h[-1] for h in layer]).double().cpu() for layer in hidden_states(model, [*right, *wrong])]
+    return torch.tensor([[_held_out_accuracy(features, sign, groups, ridge) for sign in (truth, swapped)] for features in layers], dtype=torch.float64)
 
 # %% ../nbs/11_attacks.ipynb #2124fb0e
 @torch.no_grad()

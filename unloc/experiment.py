@@ -615,7 +615,8 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
 # %% ../nbs/15_experiment.ipynb #6b7def2e
-def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->tuple[dict, dict]: # per attack: [n] knowledge; figures of what looks inside
+def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->dict: # per attack: [n] knowledge
+    "Round a model, and ask it in other words, behind other answers, and many times"
     from unloc import attacks
     from unloc.evaluation import rouge, score
     from unloc.tokens import encode
@@ -631,15 +632,20 @@ def _ask_otherwise(model, original, without, facts, examples, probe, base, how, 
     if how.get('shots', 3): found['few-shot'] = knows(attacks.few_shot(forget, _spread(examples['retain'], how.get('shots', 3))))
     def samples(model): return attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens)
     if n := how.get('samples', 4): found |= {f'{name}{when}': answer(asked) for name, answer in (('sampled', samples), ('said', says)) for when, asked in (('', model), (' at first', original), (' without', without))}
-    lens = attacks.logit_lens(model, forget).mean(1)
-    never, inside = attacks.hidden_states(without, forget), {}
-    right, wrong = probe.choices['forget'].right, probe.choices['forget'].wrong
-    if len(right) >= 10:
-        probes = [attacks.linear_probe(model, right, wrong[::len(wrong) // len(right)], layer, seed) for layer in range(len(never))]
-        inside |= {'probe': max(a for a, _ in probes), 'probe_control': max(b for _, b in probes)}
-    try: depth = attacks.unlearning_depth(original, forget, attacks.hidden_states(model, forget), never)
+    return found
+
+def _look_inside(model, original, without, forget, choices, seed)->dict: # of the attacked model; 'at first' of the original one, 'without' of the one without the facts
+    "Read the answers in the middle of a model, beside the two between which it stands"
+    from unloc import attacks
+    right, found = choices.right, {}
+    wrong = choices.wrong[::len(choices.wrong) // len(right)]
+    for when, one in (('', model), (' at first', original), (' without', without)):
+        lens = attacks.logit_lens(one, forget).mean(1)
+        found |= {f'lens{when}': float(lens[:-1].max()), f'lens_last{when}': float(lens[-1])}
+        if len(right) >= 10: found |= zip((f'probe{when}', f'probe_control{when}'), attacks.linear_probe(one, right, wrong, seed).amax(0).tolist())
+    try: depth = attacks.unlearning_depth(original, forget, attacks.hidden_states(model, forget), attacks.hidden_states(without, forget))
     except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
-    return found, inside | {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1]), 'depth': depth}
+    return found | {'depth': depth}
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
@@ -650,7 +656,7 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     from unloc.masked import put_columns
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
-    origin, how = _ancestor(description, parent, ('inject',)), description['attack']
+    origin, how, seed = _ancestor(description, parent, ('inject',)), description['attack'], description['seed']
     without = _without(origin, base)
     put_columns(model := copy.deepcopy(without), _load_columns(origin))
     original = copy.deepcopy(model)
@@ -661,9 +667,12 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
     left = score(model, forget).extraction_strength
     others = _others(examples) if origin.description.get('others') else []
-    rows, facts = _teach_again(model, target, examples, how, others, description['seed'], known, left)
+    rows, facts = _teach_again(model, target, examples, how, others, seed, known, left)
     progress(.7)
-    asked, inside = ({}, {}) if how.get('only') else _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, description['seed'])
+    asked, inside = {}, {}
+    if not how.get('only'):
+        asked = _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, seed)
+        inside = _look_inside(model, original, without, forget, probe.choices['forget'], seed)
     gap = float((known - left).mean())
     def share(gained, lost): return gained / lost if lost > 0 else float('nan')
     rows += [{'attack': name, 'support': '', 'end': share(float((x - left).mean()), gap)} for name, x in asked.items() if not name.startswith('sa')]
