@@ -615,37 +615,44 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
     return rows, facts | {'measured': known.new_tensor(measured).long()}
 
 # %% ../nbs/15_experiment.ipynb #6b7def2e
-def _ask_otherwise(model, original, without, facts, examples, probe, base, how, seed)->dict: # per attack: [n] knowledge
-    "Round a model, and ask it in other words, behind other answers, and many times"
-    from unloc import attacks
-    from unloc.evaluation import rouge, score
+def _questions(facts, examples, probe, template, how)->dict: # name: the forgotten facts asked otherwise
+    "Put the questions in other words, and behind answered ones"
+    from unloc.attacks import few_shot
     from unloc.tokens import encode
-    forget, tokenizer = examples['forget'], probe.tokenizer
-    def knows(asked): return score(model, asked).extraction_strength
-    def says(model): return rouge(model, tokenizer, forget, score(model, forget).known, probe.max_new_tokens)
+    asked = {}
+    if all(f.paraphrased_question for f in facts.forget): asked['paraphrased'] = [encode(probe.tokenizer, f.paraphrased_question, f.answer, template) for f in facts.forget]
+    if shots := how.get('shots', 3): asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
+    return asked
+
+def _ask_otherwise(model, forget, questions, kernels)->dict: # per attack: [n] extraction strength
+    "Round a model, and ask it otherwise"
+    from unloc import attacks
+    from unloc.evaluation import score
     found = {}
     for bits in (8, 4):
-        with attacks.quantized(model, bits): found[f'{bits} bits'] = knows(forget)
-        if how.get('kernels'):
-            with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = knows(forget)
-    if all(f.paraphrased_question for f in facts.forget): found['paraphrased'] = knows([encode(tokenizer, f.paraphrased_question, f.answer, _template(base.description)) for f in facts.forget])
-    if how.get('shots', 3): found['few-shot'] = knows(attacks.few_shot(forget, _spread(examples['retain'], how.get('shots', 3))))
-    def samples(model): return attacks.best_of(model, tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens)
-    if n := how.get('samples', 4): found |= {f'{name}{when}': answer(asked) for name, answer in (('sampled', samples), ('said', says)) for when, asked in (('', model), (' at first', original), (' without', without))}
-    return found
+        with attacks.quantized(model, bits): found[f'{bits} bits'] = score(model, forget).extraction_strength
+        if kernels:
+            with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = score(model, forget).extraction_strength
+    return found | {name: score(model, asked).extraction_strength for name, asked in questions.items()}
 
-def _look_inside(model, original, without, forget, choices, seed)->dict: # of the attacked model; 'at first' of the original one, 'without' of the one without the facts
-    "Read the answers in the middle of a model, beside the two between which it stands"
+def _ask_often(models, forget, probe, n, seed)->dict: # [n_facts] ROUGE-L recall of the best of n sampled answers, and of the greedy one
+    from unloc.attacks import best_of
+    from unloc.evaluation import rouge, score
+    sampled = {f'sampled{when}': best_of(model, probe.tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens) for when, model in models.items()}
+    return sampled | {f'said{when}': rouge(model, probe.tokenizer, forget, score(model, forget).known, probe.max_new_tokens) for when, model in models.items()}
+
+def _look_inside(model, forget, choices, seed)->dict:
+    "Read the answers in the middle of a model"
     from unloc import attacks
-    right, found = choices.right, {}
-    wrong = choices.wrong[::len(choices.wrong) // len(right)]
-    for when, one in (('', model), (' at first', original), (' without', without)):
-        lens = attacks.logit_lens(one, forget).mean(1)
-        found |= {f'lens{when}': float(lens[:-1].max()), f'lens_last{when}': float(lens[-1])}
-        if len(right) >= 10: found |= zip((f'probe{when}', f'probe_control{when}'), attacks.linear_probe(one, right, wrong, seed).amax(0).tolist())
-    try: depth = attacks.unlearning_depth(original, forget, attacks.hidden_states(model, forget), attacks.hidden_states(without, forget))
-    except ValueError: depth = float('nan') # the injection taught too little to be told from the retained model
-    return found | {'depth': depth}
+    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right
+    found = {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1])}
+    if len(right) < 10: return found
+    return found | dict(zip(('probe', 'probe_control'), attacks.linear_probe(model, right, choices.wrong[::len(choices.wrong) // len(right)], seed).amax(0).tolist()))
+
+def _depth(model, original, without, forget)->float:
+    from unloc.attacks import hidden_states, unlearning_depth
+    try: return unlearning_depth(original, forget, hidden_states(model, forget), hidden_states(without, forget))
+    except ValueError: return float('nan') # the injection taught too little to be told from the retained model
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
@@ -669,16 +676,19 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     others = _others(examples) if origin.description.get('others') else []
     rows, facts = _teach_again(model, target, examples, how, others, seed, known, left)
     progress(.7)
-    asked, inside = {}, {}
-    if not how.get('only'):
-        asked = _ask_otherwise(model, original, without, benchmark(base.description['data']), examples, probe, base, how, seed)
-        inside = _look_inside(model, original, without, forget, probe.choices['forget'], seed)
-    gap = float((known - left).mean())
+    gap, asked, inside = float((known - left).mean()), {}, {}
     def share(gained, lost): return gained / lost if lost > 0 else float('nan')
-    rows += [{'attack': name, 'support': '', 'end': share(float((x - left).mean()), gap)} for name, x in asked.items() if not name.startswith('sa')]
-    if 'sampled' in asked:
-        sampled, said = (share(*(float((asked[name + when] - asked[f'{name} without']).mean()) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
-        rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
+    if not how.get('only'):
+        ends = {' at first': original, ' without': without} # one and the same for all arms, so told where the injection itself is taken back
+        models, questions = {'': model} | (ends if parent.description['kind'] == 'inject' else {}), _questions(benchmark(base.description['data']), examples, probe, _template(base.description), how)
+        found = {when: _ask_otherwise(one, forget, questions, how.get('kernels')) for when, one in models.items()}
+        rows += [{'attack': name, 'support': ''} | {f'end{when}': share(float((x[name] - left).mean()), gap) for when, x in found.items()} for name in found['']]
+        asked = {f'{name}{when}': x for when, known_then in found.items() for name, x in known_then.items()}
+        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices['forget'], seed).items()} | {'depth': _depth(model, original, without, forget)}
+        if n := how.get('samples', 4):
+            asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
+            sampled, said = (share(*(float((answers[name + when] - answers[f'{name} without']).mean()) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
+            rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
     _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})
