@@ -247,7 +247,7 @@ def compile_paper(root:Path)->Path: # paper/unloc.pdf
     import typst
     from unloc.figures import write_whole
     pdf = root / 'paper' / 'unloc.pdf'
-    try: write_whole(pdf, typst.compile(str(root / 'paper' / 'unloc.typ'), root=str(root), ignore_system_fonts=True))
+    try: write_whole(pdf, typst.compile(str(root / 'paper' / 'unloc.typ'), root=str(root), ignore_system_fonts=True, pdf_tags=False)) # typst 0.15 fails to tag floats in some layouts
     except typst.TypstError as error: raise Problem(f"the paper does not compile: {' '.join(str(error).split())}; regenerate the figures it reads with unloc reproduce") from None
     return pdf
 
