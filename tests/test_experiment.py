@@ -372,7 +372,7 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
 def test_both_ends_are_told_once_beside_what_is_asked_and_seen(armed): # by the injection taken back, for all arms
     _, _, _, attacks = armed
     asked, inside = attacks["Restore"].table("attacks.csv").set_index("attack"), attacks["Restore"].json()
-    for bits in ("8 bits", "4 bits"): assert asked["end at first"][bits] > .8 and asked["end without"][bits] < 0 < asked["end at first"][bits] - asked["end"][bits]
+    for bits in ("8 bits", "4 bits"): assert asked["end at first"][bits] > .5 and asked["end without"][bits] < 0 < asked["end at first"][bits] - asked["end"][bits]
     assert asked["end at first"]["paraphrased"] >= asked["end without"]["paraphrased"] and asked["end at first"].isna().sum() == 10 # relearning, and sampled answers
     assert inside["lens_last without"] < inside["lens_last"] < inside["lens_last at first"] and {f"{name}{when}" for name in ("lens", "probe", "probe_control") for when in ("", " at first", " without")} <= inside.keys()
     for arm in ("Oracle", "Random", "All weights"): assert not any(" " in name for name in [*attacks[arm].json(), *attacks[arm].table("attacks.csv").columns]) and {"lens", "probe", "depth"} <= attacks[arm].json().keys()
