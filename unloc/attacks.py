@@ -182,7 +182,7 @@ def _library_layer(layer, bits)->nn.Module: # computes the same in fewer bits, o
 # %% ../nbs/11_attacks.ipynb #1974547e
 @contextmanager
 def library_quantized(
-    model:nn.Module, # of 16 or 32 bit floats
+    model:nn.Module, # of 16 or 32 bit floats; for 4 bits, rows of a multiple of 64 weights
     bits:int, # 8: LLM.int8() (Dettmers et al. 2022); 4: NF4 (Dettmers et al. 2023)
 )->Iterator[None]:
     "Run the block with every linear layer computed by bitsandbytes, and the weights untouched"

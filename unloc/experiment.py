@@ -650,6 +650,7 @@ def _look_inside(model, forget, choices, seed)->dict:
     return found | dict(zip(('probe', 'probe_control'), attacks.linear_probe(model, right, choices.wrong[::len(choices.wrong) // len(right)], seed).amax(0).tolist()))
 
 def _depth(model, original, without, forget)->float:
+    "Measure how far down the facts are gone"
     from unloc.attacks import hidden_states, unlearning_depth
     try: return unlearning_depth(original, forget, hidden_states(model, forget), hidden_states(without, forget))
     except ValueError: return float('nan') # the injection taught too little to be told from the retained model
@@ -683,7 +684,7 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
         models, questions = {'': model} | (ends if parent.description['kind'] == 'inject' else {}), _questions(benchmark(base.description['data']), examples, probe, _template(base.description), how)
         found = {when: _ask_otherwise(one, forget, questions, how.get('kernels')) for when, one in models.items()}
         rows += [{'attack': name, 'support': ''} | {f'end{when}': share(float((x[name] - left).mean()), gap) for when, x in found.items()} for name in found['']]
-        asked = {f'{name}{when}': x for when, known_then in found.items() for name, x in known_then.items()}
+        asked = {f'{name}{when}': x for when, of_one in found.items() for name, x in of_one.items()}
         inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices['forget'], seed).items()} | {'depth': _depth(model, original, without, forget)}
         if n := how.get('samples', 4):
             asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
