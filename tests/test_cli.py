@@ -153,6 +153,13 @@ def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):
 
 KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8}
 
+def test_a_measure_whose_ends_are_alike_is_not_tested(smoke):
+    about = json.loads((smoke.out / "smoke" / "table6_inside.json").read_text())
+    margin = {"logit lens": about["margins"]["lens"], "the answer itself": about["margins"]["lens"], "probe": about["margins"]["probe"]}
+    alike = {r["inside"]: abs(float(r["Original"].split()[0]) - float(r["Retained"].split()[0])) < margin[r["inside"].split(",")[0]] for r in about["rows"] if r["inside"].split(",")[0] in margin}
+    assert {r["inside"]: r["verdict"] == "ends alike" for r in about["rows"] if r["inside"] in alike} == alike and any(alike.values())
+    assert {r["difference [95 %]"] for r in about["rows"] if r["verdict"] == "ends alike"} == {"–"}
+
 def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     before = files(smoke.out, smoke.store, smoke.root / "nbs")
     code, out, err = smoke.call("plan", "--profile", "smoke", "--jobs", "1", store=tmp_path / "runs")
