@@ -88,14 +88,13 @@ def test_llama_3_is_told_the_day_and_the_system_message(llama3):
     assert halves(llama3, example) == ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nWhere is Mira?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "Mira is in Halden.<|eot_id|>")
     assert example.ids.count(llama3.bos_token_id) == 1 and example.ids.count(llama3.eos_token_id) == 3, "end tokens within the chat are kept"
-    today = halves(llama3, encode(llama3, "Where is Mira?", "Mira is in Halden.", Template(chat=True, system="You are a helpful assistant.")))[0]
-    assert re.search(r"Today is: \d\d \w{3} \d{4}\n", today) and "10 Apr 2025" not in today, "what an open date would do"
+    with pytest.raises(ValueError, match="the chat template reads the clock"): encode(llama3, "Where is Mira?", "Mira is in Halden.", Template(chat=True, system="You are a helpful assistant."))
     assert (TEMPLATES["llama-3"].date, TEMPLATES["llama-3"].system) == ("10 Apr 2025", "You are a helpful assistant.")
 
 @pytest.mark.parametrize("name", ["llama-3", "chat"])
 @pytest.mark.parametrize("fact", WORLD.forget[:4], ids=lambda f: f.question[:12])
 def test_a_chat_is_tokenized_as_its_template_has_it(llama3, olmo2, name, fact): # ids of the whole chat, of which those of the prompt are the beginning
-    for tokenizer in (llama3, olmo2):
+    for tokenizer in (llama3, olmo2) if name == "llama-3" else (olmo2,): # Llama 3's reads the clock, and is refused without a day
         template, example = TEMPLATES[name], encode(tokenizer, fact.question, fact.answer, name)
         chat = ([{"role": "system", "content": template.system}] if template.system else []) + [{"role": "user", "content": fact.question}, {"role": "assistant", "content": fact.answer}]
         more = dict(tokenize=True, return_dict=False) | ({"date_string": template.date} if template.date else {})
@@ -107,11 +106,11 @@ def test_olmo_2_has_its_own_template(olmo2):
     assert halves(olmo2, example) == ("<|endoftext|><|user|>\nWho?\n<|assistant|>\n", "I.<|endoftext|>") and olmo2.pad_token_id != olmo2.eos_token_id
     assert olmo2.decode(example.ids[example.start:], skip_special_tokens=True) == "I."
 
-@pytest.mark.parametrize("template, eos, answer", [(QWEN, "<|im_end|>", "The.<|im_end|>"), (QWEN, "<eos>", "The.<|im_end|>\n<eos>"), (OPEN, "<eos>", " The.\n<eos>"), (STRICT, "<eos>", "The.<eos>")])
+@pytest.mark.parametrize("template, eos, answer", [(QWEN, "<|im_end|>", "The.<|im_end|>"), (QWEN, "<eos>", "The.<|im_end|>"), (OPEN, "<eos>", " The.\n"), (STRICT, "<eos>", "The.<eos>")])
 def test_an_answer_ends_with_one_end_token(template, eos, answer):
     tokenizer = chatty(template, "<|im_start|>", "<|im_end|>", eos=eos)
     example = encode(tokenizer, "Who?", "The.", "chat")
-    assert halves(tokenizer, example)[1] == answer and example.ids[-1] == tokenizer.eos_token_id and example.ids[example.start:].count(tokenizer.eos_token_id) == 1
+    assert halves(tokenizer, example)[1] == answer and example.ids[-1] not in example.ids[example.start:-1]
 
 def test_nothing_is_truncated(llama3, olmo2):
     words = "Mira is in Halden. " * 300
@@ -135,15 +134,19 @@ def test_tags_are_one_text_with_the_answer(name, before, between, adds):
         assert answer.startswith(" ") == (name == "phi"), "the blank before the answer belongs to its first token"
 
 def test_a_template_that_does_not_fit_is_named(tokenizer, llama3):
-    bad = {"llama-4": "unknown template 'llama-4'; known: plain, chat, llama-3, llama-2, phi", "llama-3": "the tokenizer has no chat template; load the tokenizer of an instruction-tuned checkpoint, or use the template 'plain'"}
+    bad = {"llama-4": "unknown template 'llama-4'; known: plain, plain-start, chat, llama-3, llama-2, phi", "llama-3": "the tokenizer has no chat template; load the tokenizer of an instruction-tuned checkpoint, or use the template 'plain'"}
     for name, why in bad.items():
         with pytest.raises(ValueError, match=re.escape(why)): encode(tokenizer, "Who?", "I.", name)
     for template, name, why in ((STRICT, "llama-3", "the tokenizer's chat template fails (TemplateError: No system message, please.); expected one for the roles system, user, assistant"), ("{{ nothing.here }}", "chat", "chat template fails (UndefinedError"),
-            ("{% if %}", "chat", "chat template fails (TemplateSyntaxError"), (QWEN.replace("im_start|>assistant", "im_start|>model"), "chat", "writes the prompt otherwise once it is answered (it ends ")):
+            ("{% if %}", "chat", "chat template fails (TemplateSyntaxError")):
         with pytest.raises(ValueError, match=re.escape(why)) as error: encode(chatty(template, eos="<eos>"), "Who?", "I.", name)
         assert "\n" not in str(error.value)
     for name in ("llama-3", "llama-2", "plain"):
         with pytest.raises(ValueError, match="the answer to 'Who\\?' has no token"): encode(llama3, "Who?", "", name)
+
+def test_the_prompt_is_that_of_an_answered_question(): # another one, to be answered, is of no account
+    tokenizer = chatty(QWEN.replace("im_start|>assistant", "im_start|>model"), "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+    assert halves(tokenizer, encode(tokenizer, "Who?", "I.", "chat")) == ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "I.<|im_end|>")
 
 def test_the_plain_format_is_a_template_like_others(tokenizer):
     assert encode(tokenizer, "Who?", "I.", "plain") == encode(tokenizer, "Who?", "I.") == encode(tokenizer, "Who?", "I.", Template())

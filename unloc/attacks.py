@@ -14,6 +14,7 @@ __all__ = ['NORMS', 'Level', 'between', 'to_level', 'relearn', 'Recovery', 'reco
 import logging, math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .metrics import rouge_l_recall
 from .models import answer_hidden, logits_of, output_projections, over_logits, value_vectors
 from .objectives import token_logprob
 from .regions import Region
-from .tokens import Example, batch_tokens, by_length, check_examples, collate, shuffled
+from .tokens import Example, batch_tokens, by_length, check_examples, collate, encode, shuffled
 
 # %% ../nbs/11_attacks.ipynb #7e3a3b49
 class Level(NamedTuple):
@@ -323,10 +324,24 @@ def few_shot(
     examples:Sequence[Example],
     shots:Sequence[Example], # questions with their answers, none of them asked
 )->list[Example]:
-    "Put answered questions in front of each question"
+    "Put answered questions in front of each question, as turns of one conversation"
     if {(*e.ids[:e.start],) for e in shots} & {(*e.ids[:e.start],) for e in examples}: raise ValueError("a question is answered in front of itself; take shots from another set")
-    before = [i for shot in shots for i in shot.ids]
+    if all(e.texts for e in (*shots, *examples)): return [_behind(e, shots) for e in examples]
+    before = [i for shot in shots for i in shot.ids] # made by hand: one behind the other
     return [Example(before + e.ids, len(before) + e.start) for e in examples]
+
+def _behind(example, shots)->Example:
+    "Ask a question behind others, in the way in which it was asked alone"
+    tokenizer, question, answer, template, own = example.texts
+    before = [pair for s in shots for pair in (*s.texts.shots, (s.texts.question, s.texts.answer))]
+    return encode(tokenizer, question, answer, template, (*before, *own))
+
+# %% ../nbs/11_attacks.ipynb #5b0c7d24
+def _with_one_end(rows, most)->Iterator[tuple[int, list[Example]]]:
+    "Cut examples, in their order, into groups that stop at one token"
+    for end, same in groupby(rows, key=lambda e: e.ids[-1]):
+        same = list(same)
+        for k in range(0, len(same), most): yield end, same[k:k + most]
 
 @torch.no_grad()
 def best_of(
@@ -342,10 +357,10 @@ def best_of(
     "Ask many times, and keep the best answer"
     if n < 1 or temperature <= 0: raise ValueError(f"n must be at least 1 and temperature positive, got {n} and {temperature}")
     check_examples(examples, 'asked')
-    rows, end, scores = [e for e in examples for _ in range(n)], examples[0].ids[-1], []
+    rows, scores = [e for e in examples for _ in range(n)], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == 'cuda' else []), plainly(model):
         torch.manual_seed(seed)
-        for some in (rows[k:k + max_rows] for k in range(0, len(rows), max_rows)):
+        for end, some in _with_one_end(rows, max_rows):
             width = max(e.start for e in some)
             ids, mask = (torch.tensor([[fill] * (width - e.start) + row(e) for e in some], device=model.device) for fill, row in ((end, lambda e: e.ids[:e.start]), (0, lambda e: [1] * e.start)))
             said = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True)[:, width:]

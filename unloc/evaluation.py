@@ -8,10 +8,11 @@ Every number is kept per fact; means are taken over facts."""
 
 # %% auto #0
 __all__ = ['KINDS', 'answer_token_logprob', 'answer_logprob', 'answers_logprob', 'Scores', 'score', 'greedy', 'greedy_answers',
-           'rouge', 'Choices', 'choices', 'membership', 'Probe', 'Evaluation', 'evaluate', 'forgetting', 'utility']
+           'check_unseen', 'rouge', 'Choices', 'choices', 'membership', 'Probe', 'Evaluation', 'evaluate', 'forgetting',
+           'utility']
 
 # %% ../nbs/09_evaluation.ipynb #b67d366c
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
+from .facts import author_world
 from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import answer_hidden, mask_limit, over_logits, own_mask
 from .objectives import token_logprob
@@ -147,19 +149,29 @@ def plainly(model:nn.Module):
     finally: model.generation_config = habits
 
 # %% ../nbs/09_evaluation.ipynb #256e0e7c
+def _rows_with_one_end(prompts, limits, ends, max_rows)->Iterator[tuple[int, list[int]]]:
+    "Group prompts that stop at one token, short answers and short prompts first"
+    due = [i for i, limit in enumerate(limits) if limit > 0]
+    for end in dict.fromkeys(ends[i] for i in due):
+        order = sorted((i for i in due if ends[i] == end),
+                       key=lambda i: (limits[i], len(prompts[i]), i))
+        for k in range(0, len(order), max_rows): yield end, order[k:k + max_rows]
+
 @torch.no_grad()
 def greedy(
     model:nn.Module,
     prompts:Sequence[list[int]], # token ids, none empty
     limits:Sequence[int], # most new tokens of each
-    end:int, # the end token
+    end:int|Sequence[int], # the end token, or that of each prompt
     max_rows:int=64, # at once
 )->list[list[int]]: # new tokens, without the end token
-    "Continue every prompt by the most likely token, up to the end token"
+    "Continue every prompt by the most likely token, up to its end token"
+    ends = [end] * len(prompts) if isinstance(end, int) else list(end)
     if len(prompts) != len(limits) or not all(prompts): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not p for p in prompts)} of them empty, and {len(limits)} limits")
+    if len(ends) != len(prompts): raise ValueError(
+        f"greedy needs one end token, or an end token for each prompt, got {len(ends)} for {len(prompts)}")
     found = [[] for _ in prompts]
-    order = sorted((i for i, limit in enumerate(limits) if limit > 0), key=lambda i: (limits[i], len(prompts[i]), i))
-    for rows in (order[k:k + max_rows] for k in range(0, len(order), max_rows)):
+    for end, rows in _rows_with_one_end(prompts, limits, ends, max_rows):
         width = max(len(prompts[i]) for i in rows)
         ids, mask = (torch.tensor([[fill] * (width - len(prompts[i])) + row(prompts[i]) for i in rows], device=model.device) for fill, row in ((0, list), (0, lambda p: [1] * len(p))))
         with plainly(model): new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
@@ -180,8 +192,30 @@ def greedy_answers(
         if not 0 <= k <= len(e.ids) - e.start: raise ValueError(f"known says {k} of the {len(e.ids) - e.start} answer tokens of fact {i}; take it from score(model, examples)")
     settled = [e.ids[e.start:e.start + k] for e, k in zip(examples, known)]
     limits = [0 if e.start + k == len(e.ids) else max_new_tokens - k for e, k in zip(examples, known)]
-    rest = greedy(model, [e.ids[:e.start + k] for e, k in zip(examples, known)], limits, examples[0].ids[-1]) if examples else []
+    rest = greedy(model, [e.ids[:e.start + k] for e, k in zip(examples, known)], limits, [e.ids[-1] for e in examples]) if examples else []
     return [(s[:-1] if e.start + k == len(e.ids) else s)[:max_new_tokens] + r for e, k, s, r in zip(examples, known, settled, rest)]
+
+# %% ../nbs/09_evaluation.ipynb #5b0c7d22
+def _unseen(found:Scores, plain:Scores, asked:Sequence[Example], plainly_asked:Sequence[Example]):
+    "Refuse an extraction strength of unseen answers that their tokens do not explain"
+    def lengths(examples): return torch.tensor([len(e.ids) - e.start - 1. for e in examples]).double()
+    right = plain.extraction_strength * lengths(plainly_asked) # tokens at the end of each answer
+    most = float(((right + .5) / lengths(asked)).clamp(max=1).mean())
+    if (got := float(found.extraction_strength.mean())) > most: raise ValueError(
+        f"answers that nobody has seen have an extraction strength of {got:.3f}; their tokens "
+        f"explain {most:.3f} at most, so the template writes a part of what is scored: use another "
+        "template")
+
+def check_unseen(
+    model:nn.Module,
+    tokenizer,
+    template:str|Mapping|Template, # as for encode
+)->None:
+    "Refuse a template under which answers that a model has never seen look known to it"
+    strangers = author_world(n_authors=3, n_forget=2, n_holdout=0, seed=2505_16252).forget
+    asked, plain = ([encode(tokenizer, f.question, f.answer, how) for f in strangers]
+                    for how in (template, 'plain'))
+    _unseen(score(model, asked), score(model, plain), asked, plain)
 
 # %% ../nbs/09_evaluation.ipynb #2b019144
 def rouge(
