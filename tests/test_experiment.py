@@ -302,6 +302,30 @@ def test_existing_checkpoints_go_through_every_kind_of_run(existing, tmp_path, n
     first = experiment._examples(store[base].file("tokenizer"), json.dumps(base["data"]), "chat")["forget"][0]
     assert tokenizer.decode(first.ids[:first.start]).startswith("user: ") and tokenizer.decode(first.ids[:first.start]).endswith("assistant: ") and first.ids[-1] == tokenizer.eos_token_id
 
+def test_a_template_may_be_given_by_its_fields(existing, tmp_path):
+    own = {"before": "Q: ", "between": " A: ", "joined": True, "chat": False}
+    def described(template): return base_models(data_description(WORLD | {"n_holdout": 1}), "qwen", {name: str(existing / name) for name in ("retained", "original")} | {"template": template}, {}, HOW)
+    base = described(own)
+    assert base["model"]["template"] == {"before": "Q: ", "between": " A: ", "joined": True} and run_id(base) != run_id(described("chat"))
+    injected = injection(standard(base, JUDGE), 0, INJECT)
+    attacked, = sweep(store := Store(tmp_path), [attacking(unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 1}), ATTACK | {"samples": 0, "taught": 2})])
+    assert "few-shot" in set(attacked.table("attacks.csv").attack)
+    tokenizer = experiment._tokenizer(store[base].file("tokenizer"))
+    first = experiment._examples(store[base].file("tokenizer"), json.dumps(base["data"]), experiment._template(base))["forget"][0]
+    assert tokenizer.decode(first.ids).startswith("Q: ") and " A: " in tokenizer.decode(first.ids)
+    for odd, why in (({"befor": ""}, "a template has no field 'befor'"), ({"joined": 1}, "joined must be of type bool"), (3, "a template is a name or a dictionary")):
+        with pytest.raises(ValueError, match=why): described(odd)
+
+@pytest.mark.parametrize("names", [("retained", "original"), ("pretrained",)])
+@pytest.mark.parametrize("template, why", [("{{ strftime_now('%Y') }}", "the chat template reads the clock"), ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "does not write the answer .* as it is")])
+def test_a_chat_template_that_does_not_fit_is_found_before_anything_is_taught(existing, tmp_path, names, template, why):
+    shutil.copytree(existing, tmp_path / "hub")
+    for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template + (tmp_path / "hub" / name / "chat_template.jinja").read_text())
+    if "lower" in template:
+        for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=why): sweep(Store(tmp_path / "runs"), [standard(from_hub(tmp_path / "hub", *names), JUDGE)])
+    assert not [f for f in (tmp_path / "runs").rglob("*.safetensors")]
+
 def test_a_checkpoint_is_named_by_what_it_holds(existing, tmp_path):
     here = from_hub(existing, "retained", "original")
     shutil.copytree(existing, tmp_path / "moved")
@@ -311,7 +335,7 @@ def test_a_checkpoint_is_named_by_what_it_holds(existing, tmp_path):
     assert run_id(swapped) != run_id(here)
 
 @pytest.mark.parametrize("given, message", [({"original": "x"}, "name a retained model, or a pretrained one"), ({"retained": "retained"}, "name an original model, too, or a pretrained one"),
-    ({"retained": "retained", "original": "original", "template": "llama-4"}, "unknown template 'llama-4'; known: plain, chat, llama-3"), ({"retained": "retained", "d_model": 4}, "checkpoints has no setting 'd_model'"),
+    ({"retained": "retained", "original": "original", "template": "llama-4"}, "unknown template 'llama-4'; known: plain, plain-start, chat, llama-3"), ({"retained": "retained", "d_model": 4}, "checkpoints has no setting 'd_model'"),
     ({"pretrained": "nowhere/at all"}, "nowhere/at all")])
 def test_bad_checkpoints_cost_a_line(existing, given, message):
     given = {k: str(existing / v) if v in ("retained", "original") and k != "template" else v for k, v in given.items()}

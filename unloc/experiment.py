@@ -38,7 +38,7 @@ SETTINGS = { # group: the names of its settings and the type of each
     'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str, 'kernels': bool},
 }
 OBJECTIVES = 'ga', 'grad_diff', 'wga', 'npo', 'dpo', 'rmu'
-NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'chat', 'llama-3', 'llama-2', 'phi'), # what these settings may say
+NAMES = {'schedule': ('constant', 'linear', 'one-cycle'), 'retain': ('nll', 'kl', 'embed_diff', 'none'), 'template': ('plain', 'plain-start', 'chat', 'llama-3', 'llama-2', 'phi'), # what these settings may say
     'unit': ('value vector', 'neuron', 'head + neuron'), 'style': ('fine-tuned', 'mixed', 'with room'), 'by': ('FS', 'RS')}
 REQUIRED = {'pretrain': _TRAINING.keys() - {'schedule'}, 'retain': _TRAINING.keys() - {'schedule'}, 'evaluate': {'retain', 'utility'}, 'inject': _TRAINING.keys() - {'schedule'} | {'fraction'},
     'unlearn': {'lr', 'epochs'}, 'supervise': {'lr', 'epochs', 'batch_size'}, 'attack': {'lr', 'region_lr', 'epochs', 'batch_size', 'taught'}} # group: settings without a default
@@ -82,10 +82,19 @@ def data_description(
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
 
 # %% ../nbs/15_experiment.ipynb #2a6cbbfe
+def _described_template(template:str|dict)->str|dict:
+    "Check a template; describe one that is given by its fields by those that are not as usual"
+    from dataclasses import asdict
+    from unloc.tokens import Template, find_template
+    found = find_template(template)
+    if isinstance(template, str): return template
+    return {k: v for k, v in asdict(found).items() if v != getattr(Template, k)}
+
 def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore, where it lies
     "Describe existing checkpoints"
     from unloc.checkpoints import inspect
-    given, found = settings('checkpoints', given), {}
+    template, found = _described_template(given.get('template', 'chat')), {}
+    given = settings('checkpoints', {k: v for k, v in given.items() if k != 'template'})
     if not given.keys() & {'pretrained', 'retained'}: raise ValueError("checkpoints: name a retained model, or a pretrained one to learn the retain set")
     if 'pretrained' not in given and 'original' not in given: raise ValueError("checkpoints: name an original model, too, or a pretrained one to learn retain and forget set")
     for name in ('pretrained', 'retained', 'original'):
@@ -93,7 +102,7 @@ def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore
         source = given[name]
         known = inspect(source)
         found |= {name: f"{Path(source).name}@{known.commit or known.digest()}", f'_{name}': str(Path(source).resolve()) if Path(source).exists() else source}
-    return found | {'template': given.get('template', 'chat'), '_recompute': given.get('recompute', False)}
+    return found | {'template': template, '_recompute': given.get('recompute', False)}
 
 # %% ../nbs/15_experiment.ipynb #567bc74d
 def base_models(
@@ -238,7 +247,10 @@ def _examples(tokenizer_folder:Path, data:str, template:str='plain'): # data: th
     sets = {name: [encode(tokenizer, f.question, f.answer, template) for f in getattr(facts, name)] for name in ('forget', 'retain', 'holdout', 'real_authors', 'world_facts', 'background')}
     return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, '', text, template))]}
 
-def _template(base): return base['model'].get('template', 'plain')
+def _template(base): # a name, or a template: both can be a key of the caches
+    from unloc.tokens import find_template
+    template = base['model'].get('template', 'plain')
+    return template if isinstance(template, str) else find_template(template)
 
 def _weights(base, folder, name)->str|Path: # base: description; folder: of the run that trains it
     "Say where a model of the base run or one built on it lies: with the checkpoints, or in a run"
@@ -320,9 +332,22 @@ def _take_over(description, folder, progress):
     load_tokenizer(model.get('_retained') or model['_pretrained']).save_pretrained(folder / 'tokenizer')
     examples = _examples(folder / 'tokenizer', json.dumps(description['data']), _template(description))
     if '_retained' not in model:
-        _learn(_model(model['_pretrained'], description, 'float32'), description, description['retain'], examples['retain'], description['seed'], folder / 'retained', progress)
+        taught = _model(model['_pretrained'], description, 'float32')
+        _check_format(taught, folder / 'tokenizer', description)
+        _learn(taught, description, description['retain'], examples['retain'], description['seed'], folder / 'retained', progress)
         _tidy(folder)
+    else: _check_format(_model(model['_retained'], description), folder / 'tokenizer', description)
     _save_json(folder, {name: _knowledge(_weights(description, folder, name), description, examples) for name in ('pretrained', 'retained') if name == 'retained' or name in model})
+
+# %% ../nbs/15_experiment.ipynb #5b0c7d30
+def _check_format(model, tokenizer_folder, description)->None:
+    "Refuse a template that does not fit a checkpoint, before anything is taught or measured in it"
+    from unloc.evaluation import check_unseen
+    from unloc.tokens import check_template
+    tokenizer, template = _tokenizer(tokenizer_folder), _template(description)
+    facts = benchmark(description['data'])
+    check_template(tokenizer, template, ((f.question, f.answer) for f in facts.forget + facts.retain))
+    check_unseen(model, tokenizer, template)
 
 # %% ../nbs/15_experiment.ipynb #832bd958
 def _save_json(folder, result):
