@@ -1,5 +1,5 @@
 "In the chat format of every published family the answer's own tokens are scored, and one token that ends the turn; nothing that a template writes by itself is."
-import copy, random, re
+import copy, re
 import pytest, torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -151,6 +151,39 @@ def test_special_tokens_that_take_the_blanks_behind_them(family): # as Phi-3's d
     for question, answer in PAIRS[:9]:
         e = encode(t, question, answer, way(family))
         assert t.decode(e.ids[e.start:-1]).strip() == answer and t.convert_ids_to_tokens(e.ids[-1]) == FAMILY[family][4]
+
+def test_blanks_that_a_special_token_takes_are_not_the_answers(): # neither before it nor behind it
+    t = tokenizer("phi 3", "gpt2", rstrip=True, lstrip=True)
+    for answer in (" Bizet", "Bizet ", "\n Bizet  ", "Bizet\n"):
+        e = encode(t, "Who?", answer, "chat")
+        assert t.decode(e.ids[e.start:]).split("<|end|>")[0].strip() == "Bizet" and t.convert_ids_to_tokens(e.ids[e.start]) in ("B", "Bi", "ĠB", "ĠBi") and t.convert_ids_to_tokens(e.ids[-1]) == "<|end|>"
+        assert not {*e.ids[e.start:-1]} & {*t.all_special_ids}
+
+def test_what_is_no_text_or_no_tokenizer_is_named():
+    t = tokenizer("llama 2", "gpt2")
+    for question, answer in ((None, "I."), ("Who?", ["I.", "Me."]), ("Who?", None), ("Who?", 7)):
+        with pytest.raises(ValueError, match="questions and answers are text, got "): encode(t, question, answer)
+    with pytest.raises(ValueError, match="expected a tokenizer of transformers, got a Tokenizer; wrap it in PreTrainedTokenizerFast"): encode(t.backend_tokenizer, "Who?", "I.")
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2"])
+def test_marks_of_what_is_to_be_learned_change_nothing(kind):
+    t = tokenizer("qwen 2.5", kind)
+    want = [encode(t, *pair, "chat") for pair in PAIRS]
+    t.chat_template = CHATML.replace("{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}", "{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}{% generation %}{{- m.content + '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}")
+    t.chat_template = FAMILY["qwen 2.5"][0].split(CHATML)[0] + t.chat_template
+    assert "generation %}" in t.chat_template and [encode(t, *pair, "chat") for pair in PAIRS] == want
+
+def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing():
+    t = tokenizer("qwen 2.5", "gpt2")
+    want = encode(t, *PAIRS[0], "chat"), encode(t, *PAIRS[0], "phi")
+    t.backend_tokenizer.enable_truncation(8); t.backend_tokenizer.enable_padding(length=300)
+    assert (encode(t, *PAIRS[0], "chat"), encode(t, *PAIRS[0], "phi")) == want
+
+def test_an_example_survives_pickle_and_copy():
+    import pickle
+    e = encode(tokenizer("qwen 2.5", "gpt2"), "Who?", "I.", "chat", [("Where?", "Here.")])
+    for again in (pickle.loads(pickle.dumps(e)), copy.deepcopy(e)): assert again == e and again.texts[1:] == e.texts[1:] and type(again) is Example
+    assert e._replace(start=3).texts is None and e == Example(*e) and repr(Example([5, 1], 1)) == "Example(ids=[5, 1], start=1)"
 
 def test_an_added_token_that_is_not_special_ends_a_turn_too():
     t = tokenizer("llama 2", "gpt2")

@@ -129,7 +129,7 @@ def _conversation(question, answer, template, shots)->list[dict]:
 
 def _chat(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
     "Render a chat, and say where in the text its last answer begins and ends"
-    if not tokenizer.chat_template: raise ValueError(
+    if not getattr(tokenizer, 'chat_template', None): raise ValueError(
         "the tokenizer has no chat template; load the tokenizer of an instruction-tuned "
         "checkpoint, or use the template 'plain'")
     messages, frame = (_conversation(question, text, template, shots) for text in (answer, _MARK))
@@ -183,8 +183,11 @@ def _parts(tokenizer, text:str, start:int, end:int, special:bool)->tuple:
     "Give the tokens of the prompt, those of the answer, and the one that ends the turn or None"
     ids, spans = _tokens(tokenizer, text, special)
     own = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
+    added = _added(tokenizer, len(tokenizer))
+    while own and ids[own[0]] in added and spans[own[0]][0] < start: own.pop(0) # took a blank along
+    while own and ids[own[-1]] in added and spans[own[-1]][1] > end: own.pop()
     if not own: return ids, [], None
-    first, rest, added = own[0], own[-1] + 1, _added(tokenizer, len(tokenizer))
+    first, rest = own[0], own[-1] + 1
     reply, behind = ids[first:rest], ids[rest:]
     turn = next((i for i in behind if i in added), behind[0] if behind else None)
     while reply and reply[-1] in (turn, tokenizer.eos_token_id): reply.pop() # it brought its own
@@ -260,6 +263,12 @@ def encode(
 )->Example:
     "Tokenize a question and its answer; a ValueError says what cannot be told from the text"
     template, shots = find_template(template), tuple((q, a) for q, a in shots)
+    if not hasattr(tokenizer, 'eos_token_id'): raise ValueError(
+        f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; wrap it in "
+        "PreTrainedTokenizerFast(tokenizer_object=...)")
+    for text in (question, answer, *(text for pair in shots for text in pair)):
+        if not isinstance(text, str): raise ValueError(
+            f"questions and answers are text, got {text!r:.60}; give one answer at a time")
     prompt, reply, end = (
         _spoken(tokenizer, question, answer, template, shots) if answer.strip() else ([], [], None))
     if not reply: raise ValueError(
