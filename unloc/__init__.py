@@ -2,6 +2,7 @@
 
 Modules:
 
+- `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
 - `unloc.attacks`: Try to get back what a model was made to forget: by teaching, rounding, looking inside and asking otherwise
 - `unloc.attribution`: Score every value vector of a model by how much it seems to hold of some facts
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
