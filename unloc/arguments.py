@@ -11,7 +11,7 @@ __all__ = ['checked']
 # %% ../nbs/00_arguments.ipynb #a0000003
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -59,8 +59,6 @@ def _parts(hint)->list: # the kinds that an annotation allows, each as (test, na
         fits, name = _KINDS[kind]
         of = [x.__name__ for x in get_args(hint) if isinstance(x, type)] if name == 'a list' else []
         return [(fits, f"{name} of {of[0]}" if of and of[0][:1].isupper() else name)]
-    if getattr(kind, '__module__', '') == 'torch' and kind.__name__ == 'Tensor':
-        return [(lambda value: not isinstance(value, (NoneType, str, Mapping)), 'a tensor')]
     if isinstance(kind, type) and kind is not object:
         article = 'an' if kind.__name__[0] in 'AEIOU' else 'a'
         return [(lambda value: isinstance(value, kind), f'{article} {kind.__name__}')]
@@ -68,9 +66,12 @@ def _parts(hint)->list: # the kinds that an annotation allows, each as (test, na
 
 # %% ../nbs/00_arguments.ipynb #a0000010
 def checked(
-    function:Callable, # with annotated parameters
+    function:Callable|None=None, # with annotated parameters
+    *,
+    but:Sequence[str]=(), # arguments that the function looks at itself
 )->Callable: # the same, but for mistakes
     "Refuse arguments that are not what a function's signature says, with a ValueError"
+    if function is None: return partial(checked, but=but)
     parameters = inspect.signature(function).parameters
     named = [name for name, p in parameters.items()
              if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -78,7 +79,8 @@ def checked(
     def allowed(name):
         if not known:
             hints = get_type_hints(function)
-            known.update({name: _parts(hints[name]) for name in named if name in hints})
+            asked = [name for name in named if name in hints and name not in but]
+            known.update({name: _parts(hints[name]) for name in asked})
         return known.get(name, ())
 
     @wraps(function)

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .arguments import checked
+
 # %% ../nbs/03_regions.ipynb #92626187
 def extent(
     shape:tuple[int, ...], # (n_layers, d_ff), or (n_layers, d_model, d_ff) of single weights
@@ -79,6 +81,7 @@ def _same_model(a:Region, b:Region)->Tensor:
     return b.mask
 
 # %% ../nbs/03_regions.ipynb #d1278e58
+@checked(but=['fraction'])
 def sample_region(
     shape:tuple[int, ...], # (n_layers, d_ff) of the model, or (n_layers, d_model, d_ff) of single weights
     fraction:float, # share of all value vectors or weights, in (0, 1]
@@ -151,9 +154,11 @@ def average_precision(
     return ((torch.arange(len(ranks)) + 1) / ranks).mean().item()
 
 # %% ../nbs/03_regions.ipynb #ee315cf4
+@checked
 def save_region(region:Region, path:str|Path)->None:
     "Write a region to a safetensors file"
     Path(path).write_bytes(save({'region': region.mask}, metadata={'holds': 'unloc region'}))
+@checked
 def load_region(path:str|Path)->Region:
     "Read a region from a safetensors file"
     try:
