@@ -8,19 +8,20 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'NAMES', 'REQUIRED', 'MAY_BE_ZERO', 'PAIR', 'ARMS', 'LOCALIZERS', 'OWN_UNITS', 'SEEDED',
-           'settings', 'benchmark', 'data_description', 'base_models', 'standard', 'injection', 'teaching',
-           'unlearning', 'supervision', 'localization', 'localized_unlearning', 'device_name', 'provenance',
+           'settings', 'benchmark', 'data_description', 'data_source', 'base_models', 'standard', 'injection',
+           'teaching', 'unlearning', 'supervision', 'localization', 'localized_unlearning', 'device_name', 'provenance',
            'attacking', 'base', 'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
 
 # %% ../nbs/15_experiment.ipynb #623921cb
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from .facts import Benchmark, author_world, tofu
+from .facts import Benchmark, author_world, own_facts, tofu
 from .runs import Run, public, run_id
 
 # %% ../nbs/15_experiment.ipynb #c43b863d
@@ -28,6 +29,7 @@ _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
     'tofu': {'name': str, 'forget': str, 'n_authors': int},
+    'file': {'name': str, 'path': str, 'shape': str}, # your own
     'model': {'d_model': int, 'n_layers': int, 'd_ff': int, 'n_heads': int, 'vocab_size': int},
     'checkpoints': {'pretrained': str, 'retained': str, 'original': str, 'template': str, 'recompute': bool},
     'pretrain': _TRAINING, 'retain': _TRAINING,
@@ -64,22 +66,63 @@ def settings(
     return checked
 
 # %% ../nbs/15_experiment.ipynb #ed171f87
+_KNOWN_DATA = "name must be 'world', 'tofu' or 'file'"
+
 def benchmark(
-    data:dict, # {'name': 'world' or 'tofu', …} and, for TOFU, '_source': folder or hub id
+    data:dict, # from data_description
 )->Benchmark:
     "Load the facts that a description names"
     rest = {k: v for k, v in data.items() if k not in ('name', 'sha256', '_source')}
     if data['name'] == 'world': return author_world(**rest)
+    if data['name'] == 'file': return _described_file(data)
+    if data['name'] != 'tofu': raise ValueError(f"data: {_KNOWN_DATA}, got {data['name']!r}")
     return tofu(data['_source'], **rest) if data.get('_source') else tofu(**rest)
 
 def data_description(
-    data:dict, # settings of group 'world' or 'tofu'
+    data:dict, # settings of group 'world', 'tofu' or 'file'
     source:str='', # for TOFU: a folder or a hub id; '' for UNLOC_TOFU or the hub
 )->dict:
     "Describe the facts, with their digest"
-    if data.get('name') not in ('world', 'tofu'): raise ValueError(f"data: name must be 'world' or 'tofu', got {data.get('name')!r}")
+    if not isinstance(data, dict) or data.get('name') not in ('world', 'tofu', 'file'):
+        raise ValueError(f"data: {_KNOWN_DATA}, got {data.get('name') if isinstance(data, dict) else data!r}")
+    if data['name'] == 'file': return _file_description(settings('file', data))
     found = settings(data['name'], data) | ({'_source': str(Path(source).resolve()) if Path(source).exists() else source} if source else {})
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
+
+# %% ../nbs/15_experiment.ipynb #998f7ca0
+def _found_path(path:str)->Path: # absolute
+    "Find a file of a profile, from the working folder up to the project's own"
+    given, here = Path(path).expanduser(), Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / given).exists(): return (folder / given).resolve()
+        if given.is_absolute() or (folder / 'settings.ini').exists(): break
+    raise ValueError(f"data: {path}: no such file or folder; give the path of your facts")
+
+def _digest(facts:Benchmark)->str: return sha256(repr(facts).encode()).hexdigest()
+
+def _file_description(data:dict)->dict: # data: settings of group 'file'
+    "Describe facts of one's own by their content; where they lie is no part of it"
+    if not data.get('path'): raise ValueError('data: a file needs its path; give {"name": "file", "path": …}')
+    path = _found_path(data['path'])
+    shape = {'shape': data['shape']} if 'shape' in data else {}
+    found = {'name': 'file', '_path': str(path)} | shape
+    return found | {'sha256': _digest(own_facts(path, **shape))}
+
+def _described_file(data:dict)->Benchmark: # data: from data_description
+    "Load facts of one's own, and refuse others than those that were described"
+    facts = own_facts(data['_path'], data.get('shape', 'unloc'))
+    if data.get('sha256', found := _digest(facts)) != found:
+        raise ValueError(f"{data['_path']}: the facts are not those that were described; describe the runs anew")
+    return facts
+
+def data_source(
+    data:dict, # from data_description
+)->str:
+    "Say where the facts come from, for people"
+    if data['name'] == 'world': return 'the author world, made on the spot'
+    if data['name'] == 'file': return f"your own, from {data['_path']}"
+    if data['name'] != 'tofu': raise ValueError(f"data: {_KNOWN_DATA}, got {data['name']!r}")
+    return f"TOFU, from {data.get('_source') or os.environ.get('UNLOC_TOFU') or 'the hub'}"
 
 # %% ../nbs/15_experiment.ipynb #2a6cbbfe
 def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore, where it lies

@@ -426,7 +426,7 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch:
         for name, base in (() if done else bases.items()):
             data = base['data']
-            needs.append('facts: the author world, made on the spot' if data['name'] == 'world' else f"facts: TOFU, from {data.get('_source') or os.environ.get('UNLOC_TOFU') or 'the hub'}")
+            needs.append(f"facts: {experiment.data_source(data)}")
             try: models[name] = Models(base, Path(scratch) / name)
             except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(base['arch'])
             else: needs += models[name].needs
