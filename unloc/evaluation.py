@@ -10,7 +10,7 @@ Every number is kept per fact; means are taken over facts."""
 __all__ = ['LETTERS', 'KINDS', 'answer_token_logprob', 'answer_logprob', 'answers_logprob', 'Scores', 'score', 'greedy',
            'greedy_answers', 'rouge', 'best_recall', 'Choices', 'choices', 'other_answers', 'best_scores', 'Options',
            'options', 'letter_question', 'letter_options', 'choose', 'membership', 'MembershipAUC', 'membership_aucs',
-           'Probe', 'Evaluation', 'evaluate', 'undefined', 'forgetting', 'utility']
+           'Probe', 'Evaluation', 'evaluate', 'undefined', 'forgetting', 'utility', 'mean_of_defined']
 
 # %% ../nbs/09_evaluation.ipynb #b67d366c
 import math
@@ -495,10 +495,10 @@ def utility(
         there = name in nll
         share = probability if name == 'retain' else metrics.normalised_probability(*nll[name]) if there else probability[:0]
         parts[f'{name}_probability'] = share.mean().item()
-        parts[f'{name}_rouge'] = _mean_of_defined(facts.get(f'{name}_rouge', probability[:0]))
+        parts[f'{name}_rouge'] = mean_of_defined(facts.get(f'{name}_rouge', probability[:0]))
         parts[f'{name}_truth_ratio'] = metrics.retain_truth_ratio(metrics.truth_ratio(*nll[name], convention), convention) if there else math.nan
     return parts | {'MU': math.nan if any(map(math.isnan, parts.values())) else metrics.model_utility(parts)}
 
-def _mean_of_defined(values:Tensor)->float: # NaN where there is none
+def mean_of_defined(values:Tensor)->float: # NaN where there is none
     "Average what is not NaN"
     return (values[~values.isnan()] if values.isnan().any() else values).mean().item()

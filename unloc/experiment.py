@@ -317,9 +317,19 @@ def _probe(tokenizer_folder:Path, data:str, template:str, evaluate:str): # data 
     from unloc.tokens import encode
     facts, how, tokenizer = benchmark(json.loads(data)), json.loads(evaluate), _tokenizer(tokenizer_folder)
     whole = {name: [f for f in getattr(facts, name) if f.perturbed_answer] for name in KINDS}
-    asked = {'forget': facts.forget} | {name: _spread(rows, how['utility']) for name, rows in whole.items()}
-    forget, retain, useful = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, _spread(whole['retain'], how['retain']), asked['retain']))
-    return Probe(forget, retain, useful, {name: choices(tokenizer, rows, template) for name, rows in asked.items()}, tokenizer, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+    asked = {'forget': [f for f in facts.forget if f.perturbed_answer]} | {name: _spread(rows, how['utility']) for name, rows in whole.items()}
+    kept = _spread(whole['retain'] or facts.retain, how['retain']) # without wrong answers: any
+    asked = {name: rows for name, rows in asked.items() if rows}
+    useful = asked.get('retain', _spread(facts.retain, how['utility']))
+    examples = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, kept, useful))
+    offered = {name: choices(tokenizer, rows, template) for name, rows in asked.items()}
+    others = _further(tokenizer, {'forget': facts.forget, 'retain': kept, 'useful': useful} | {f'{name} right': rows for name, rows in asked.items()}, template)
+    return Probe(*examples, offered, tokenizer, others=others, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+
+def _further(tokenizer, sets, template)->dict:
+    "Tokenize the further right answers of sets that have any"
+    from unloc.evaluation import other_answers
+    return {name: other_answers(tokenizer, facts, template) for name, facts in sets.items() if any(f.other_answers for f in facts)}
 
 def _setting(description, run):
     "Give examples and probe, the base run, and how often to evaluate"
@@ -330,7 +340,7 @@ def _setting(description, run):
     probe = _probe(*facts, json.dumps(how))
     if judged.path.exists(): # absent while the standard itself is being computed
         known = judged.tensors('evaluation.safetensors')
-        probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
+        if 'forget' in probe.choices: probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
     return _examples(*facts), probe, base, {k: v for k, v in how.items() if k in ('every', 'full_every')}
 
 # %% ../nbs/15_experiment.ipynb #0d76dbb8
@@ -363,6 +373,7 @@ def _take_over(description, folder, progress):
     load_tokenizer(model.get('_retained') or model['_pretrained']).save_pretrained(folder / 'tokenizer')
     examples = _examples(folder / 'tokenizer', json.dumps(description['data']), _template(description))
     if '_retained' not in model:
+        if not examples['retain']: raise ValueError("checkpoints: the data have no retain set for a retained model to learn; name a retained model, too")
         _learn(_model(model['_pretrained'], description, 'float32'), description, description['retain'], examples['retain'], description['seed'], folder / 'retained', progress)
         _tidy(folder)
     _save_json(folder, {name: _knowledge(_weights(description, folder, name), description, examples) for name in ('pretrained', 'retained') if name == 'retained' or name in model})
@@ -375,16 +386,16 @@ def _knowledge(path, description, examples):
     "Give the mean extraction strength of a saved model on every set"
     from unloc.evaluation import score
     model = _model(path, description)
-    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) for name in ('forget', 'retain', 'real_authors', 'world_facts')}
+    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) if examples[name] else float('nan') for name in ('forget', 'retain', 'real_authors', 'world_facts')}
 
 # %% ../nbs/15_experiment.ipynb #307d8ce6
 def _membership(model, probe, examples):
     "Give the AUC of telling forget facts from facts that no model has seen"
-    from unloc.evaluation import membership
-    from unloc.metrics import membership_auc
+    from unloc.evaluation import membership, membership_aucs
     if not examples['holdout']: return {}
-    forget, holdout = (membership(model, probe.tokenizer, examples[name]) for name in ('forget', 'holdout'))
-    return {name: membership_auc(forget[name], holdout[name]) for name in forget}
+    found = membership_aucs(*(membership(model, probe.tokenizer, examples[name]) for name in ('forget', 'holdout')))
+    left = {f'{name}_left': [auc.n_forget, auc.n_holdout] for name, auc in found.items() if (auc.n_forget, auc.n_holdout) != (len(examples['forget']), len(examples['holdout']))}
+    return {name: auc.auc for name, auc in found.items()} | left
 
 def _save_evaluation(folder, evaluation):
     from safetensors.torch import save_file
@@ -397,12 +408,13 @@ def _load_evaluation(run):
 # %% ../nbs/15_experiment.ipynb #2cb54c43
 def judge(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Judge the retained model"
-    from unloc.evaluation import evaluate
+    from unloc.evaluation import evaluate, undefined
     examples, probe, base, _ = _setting(description, parent)
     model = _retained(base)
     _save_evaluation(folder, evaluation := evaluate(model, probe))
-    retained = evaluation.point | {'FQ': 0.} # it agrees with itself: p = 1
-    _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}})
+    retained = evaluation.point | ({'FQ': 0.} if 'forget' in probe.choices else {}) # it agrees with itself: p = 1
+    missing = {'undefined': why} if (why := undefined(retained, probe)) else {} # numbers of no judgement built on this one, with the reason
+    _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}} | missing)
 
 # %% ../nbs/15_experiment.ipynb #a78c3ec6
 def _save_columns(path, values):
@@ -645,6 +657,7 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
     chosen = {i * len(forget) // k for i in range(k)}
     half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
     taught = {'held-out facts': examples['holdout'][len(others):][:k], 'forgotten facts': half, 'retain facts': _spread(examples['retain'], k)}
+    taught = {kind: some for kind, some in taught.items() if some} # without a retain set its rows are missing
     every = {f'relearn {kind}, {support}': (kind, support) for kind in taught for support in ('target region', 'outside it', 'all weights')}
     if (only := how.get('only', '')) and only not in every: raise ValueError(f"attack: unknown attack {only!r} as the only one; known: {', '.join(every)}")
     rows, facts = [], {}
@@ -664,7 +677,7 @@ def _questions(facts, examples, probe, template, how)->dict: # name: the forgott
     from unloc.tokens import encode
     asked = {}
     if all(f.paraphrased_question for f in facts.forget): asked['paraphrased'] = [encode(probe.tokenizer, f.paraphrased_question, f.answer, template) for f in facts.forget]
-    if shots := how.get('shots', 3): asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
+    if (shots := how.get('shots', 3)) and examples['retain']: asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
     return asked
 
 def _ask_otherwise(model, forget, questions, kernels)->dict: # per attack: [n] extraction strength
@@ -687,7 +700,7 @@ def _ask_often(models, forget, probe, n, seed)->dict: # [n_facts] ROUGE-L recall
 def _look_inside(model, forget, choices, seed)->dict:
     "Read the answers in the middle of a model"
     from unloc import attacks
-    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right
+    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right if choices else []
     found = {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1])}
     if len(right) < 10: return found
     return found | dict(zip(('probe', 'probe_control'), attacks.linear_probe(model, right, choices.wrong[::len(choices.wrong) // len(right)], seed).amax(0).tolist()))
@@ -700,10 +713,10 @@ def _depth(model, original, without, forget)->float:
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
-    "Bring a run to a level of forgetting, and try to get the facts back"
+    "Bring a run to a level of forgetting, and try to get the facts back; of several right answers the one that was taught"
     import copy, pandas
     from safetensors.torch import save_file
-    from unloc.evaluation import score
+    from unloc.evaluation import mean_of_defined, score
     from unloc.masked import put_columns
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
@@ -712,7 +725,8 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     put_columns(model := copy.deepcopy(without), _load_columns(origin))
     original = copy.deepcopy(model)
     forget, target = examples['forget'], Region.load(origin.file('region.safetensors')) # of neurons their value vectors
-    def strength(asked): return float(score(model, asked).extraction_strength.mean())
+    if how.get('by') == 'RS' and not probe.retain: raise ValueError("attack: by RS needs retain facts, and the data have none; attack by FS")
+    def strength(asked): return float(score(model, asked).extraction_strength.mean()) if asked else float('nan')
     known = score(model, forget).extraction_strength
     put = _way(parent, origin, model, without)
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
@@ -728,10 +742,10 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
         found = {when: _ask_otherwise(one, forget, questions, how.get('kernels')) for when, one in models.items()}
         rows += [{'attack': name, 'support': ''} | {f'end{when}': share(float((x[name] - left).mean()), gap) for when, x in found.items()} for name in found['']]
         asked = {f'{name}{when}': x for when, of_one in found.items() for name, x in of_one.items()}
-        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices['forget'], seed).items()} | {'depth': _depth(model, original, without, forget)}
+        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices.get('forget'), seed).items()} | {'depth': _depth(model, original, without, forget)}
         if n := how.get('samples', 4):
             asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
-            sampled, said = (share(*(float((answers[name + when] - answers[f'{name} without']).mean()) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
+            sampled, said = (share(*(mean_of_defined(answers[name + when] - answers[f'{name} without']) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
             rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')

@@ -252,7 +252,7 @@ def _unlearn(m, d)->Cost:
     forget, retain, recipe = m.examples['forget'], m.examples['retain'], d['recipe']
     sets = {'rmu': 1, 'dpo': 3}.get(d['objective'], 2) # of facts in a step: retain facts, refusals
     size, epochs = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size)), recipe['epochs']
-    mean = sorted(retain, key=lambda e: len(e.ids))[len(retain) // 2]
+    mean = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(mean.ids)) / sets)
     known = {'npo': 1, 'dpo': 1 + epochs}.get(d['objective'], 0) # passes of the reference
