@@ -194,12 +194,14 @@ def rouge(
     known:Tensor, # [n] int64, from `score` of the same model and examples
     max_new_tokens:int=200,
     others:Sequence[Sequence[Example]]=(), # of each fact the further right answers; the best one counts
-)->Tensor: # [n] float64, ROUGE-L recall of the greedy answers; NaN where no right answer has a word, so that there is no recall
+)->Tensor: # [n] float64, ROUGE-L recall of the greedy answers; NaN where no right answer has a word
     "Compare what the model says with what it should say"
     said = tokenizer.batch_decode(greedy_answers(model, examples, known, max_new_tokens), skip_special_tokens=True)
     right = tokenizer.batch_decode([e.ids[e.start:] for e in examples], skip_special_tokens=True)
-    more = [tokenizer.batch_decode([e.ids[e.start:] for e in row], skip_special_tokens=True) for row in others] or [[]] * len(right)
-    return torch.tensor([best_recall(s, [r, *m]) for s, r, m in zip(said, right, more, strict=True)], dtype=torch.float64)
+    def texts(row): return tokenizer.batch_decode([e.ids[e.start:] for e in row], skip_special_tokens=True)
+    more = [texts(row) for row in others] or [[]] * len(right)
+    recalls = [best_recall(s, [r, *m]) for s, r, m in zip(said, right, more, strict=True)]
+    return torch.tensor(recalls, dtype=torch.float64)
 
 # %% ../nbs/09_evaluation.ipynb #623fb035
 def best_recall(
@@ -231,7 +233,8 @@ def other_answers(
     template:str|Template='plain', # as for encode
 )->list[list[Example]]: # of each fact its right answers beside the first; [] for none
     "Tokenize the further right answers of facts"
-    return [[encode(tokenizer, f.question, text, template) for text in f.other_answers] for f in facts]
+    def tokenized(f): return [encode(tokenizer, f.question, text, template) for text in f.other_answers]
+    return [tokenized(f) for f in facts]
 
 def best_scores(
     first:Scores, # of the first right answers [n]
@@ -240,10 +243,15 @@ def best_scores(
 )->Scores: # [n]
     "Keep of every fact the best of its right answers; `known` stays the first one's"
     if len(counts) != len(first.nll) or sum(counts) != len(others.nll):
-        raise ValueError(f"{len(first.nll)} facts with {sum(counts)} further answers, but {len(counts)} counts and {len(others.nll)} scores; take all from the same facts")
-    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
-    def best(which, reduce): return getattr(first, which).scatter_reduce(0, owner, getattr(others, which), reduce)
-    return Scores(best('extraction_strength', 'amax'), best('exact_memorization', 'amax'), best('nll', 'amin'), first.known)
+        raise ValueError(
+            f"{len(first.nll)} facts with {sum(counts)} further answers, but {len(counts)} counts "
+            f"and {len(others.nll)} scores; take all from the same facts")
+    counts = torch.tensor(counts, dtype=torch.long)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    def best(name, reduce):
+        return getattr(first, name).scatter_reduce(0, owner, getattr(others, name), reduce)
+    strength, memorized = (best(name, 'amax') for name in ('extraction_strength', 'exact_memorization'))
+    return Scores(strength, memorized, best('nll', 'amin'), first.known)
 
 # %% ../nbs/09_evaluation.ipynb #66a91ff5
 class Options(NamedTuple):
@@ -257,21 +265,29 @@ def options(
     facts:Sequence, # unloc.facts.Fact, each with a wrong answer at least
     template:str|Template='plain', # as for encode
 )->Options:
-    "Offer the right and the wrong answers of facts; of the trained answer its paraphrase where there is one, as the wrong ones are worded"
-    rows = [((f.paraphrased_answer or f.answer, *f.other_answers), f.perturbed_answer) for f in facts]
-    for f, (_, wrong) in zip(facts, rows):
-        if isinstance(wrong, str) or not wrong: raise ValueError(f"{f.question!r:.80} has no list of wrong answers; multiple choice needs at least one")
-    texts = [[*right, *wrong] for right, wrong in rows]
-    answers = [[encode(tokenizer, f.question, text, template) for text in row] for f, row in zip(facts, texts)]
-    return Options(answers, [[True] * len(right) + [False] * len(wrong) for right, wrong in rows], texts)
+    """Offer the right and the wrong answers of facts
+
+    In place of the trained answer stands its paraphrase where there is one: the wrong answers are worded like it."""
+    for f in facts:
+        wrong = f.perturbed_answer
+        if isinstance(wrong, str) or not wrong:
+            raise ValueError(
+                f"{f.question!r:.80} has no list of wrong answers; multiple choice needs at least "
+                "one")
+    texts = [[f.paraphrased_answer or f.answer, *f.other_answers, *f.perturbed_answer] for f in facts]
+    right = [[True] * len(f.answers) + [False] * len(f.perturbed_answer) for f in facts]
+    def tokenized(f, row): return [encode(tokenizer, f.question, text, template) for text in row]
+    return Options([tokenized(f, row) for f, row in zip(facts, texts)], right, texts)
 
 # %% ../nbs/09_evaluation.ipynb #f161b6b7
 LETTERS = Template(between=' ', joined=True) # a letter behind "Answer:", as in WMDP and MMLU
 
 def letter_question(question:str, choices:Sequence[str])->str:
     "Write a question with its choices under letters (Hendrycks et al. 2021)"
-    if not 2 <= len(choices) <= 26: raise ValueError(f"{len(choices)} choices; expected 2 to 26, one for each letter")
-    return '\n'.join([question.strip(), *(f"{chr(65 + i)}. {text}" for i, text in enumerate(choices)), 'Answer:'])
+    if not 2 <= len(choices) <= 26:
+        raise ValueError(f"{len(choices)} choices; expected 2 to 26, one for each letter")
+    lines = [f"{chr(65 + i)}. {text}" for i, text in enumerate(choices)]
+    return '\n'.join([question.strip(), *lines, 'Answer:'])
 
 def letter_options(
     tokenizer,
@@ -282,14 +298,21 @@ def letter_options(
     before:str='', # said before every question, such as what the questions are about
 )->Options:
     "Offer letters"
-    if not len(questions) == len(choices) == len(right): raise ValueError(f"{len(questions)} questions, {len(choices)} lists of choices and {len(right)} of right ones; expected one of each a question")
+    if not len(questions) == len(choices) == len(right):
+        raise ValueError(
+            f"{len(questions)} questions, {len(choices)} lists of choices and {len(right)} of "
+            "right ones; expected one of each a question")
     for i, (row, ok) in enumerate(zip(choices, right)):
-        if not (isinstance(ok, (list, tuple, set)) and ok and all(type(k) is int and 0 <= k < len(row) for k in ok)):
-            raise ValueError(f"right[{i}] is {ok!r:.40}; expected a list of numbers of right choices, 0 to {len(row) - 1}")
+        numbers = ok if isinstance(ok, (list, tuple, set)) else []
+        if not (numbers and all(type(k) is int and 0 <= k < len(row) for k in numbers)):
+            raise ValueError(
+                f"right[{i}] is {ok!r:.40}; expected a list of numbers of right choices, 0 to "
+                f"{len(row) - 1}")
     letters = [[chr(65 + k) for k in range(len(row))] for row in choices]
     asked = [before + letter_question(question, row) for question, row in zip(questions, choices)]
-    answers = [[encode(tokenizer, text, letter, template) for letter in row] for text, row in zip(asked, letters)]
-    return Options(answers, [[k in ok for k in range(len(row))] for row, ok in zip(choices, right)], letters)
+    def tokenized(text, row): return [encode(tokenizer, text, letter, template) for letter in row]
+    answers = [tokenized(text, row) for text, row in zip(asked, letters)]
+    return Options(answers, [[k in ok for k in range(len(row))] for row, ok in zip(letters, right)], letters)
 
 # %% ../nbs/09_evaluation.ipynb #8c6d6836
 @torch.no_grad()
@@ -300,7 +323,8 @@ def choose(
     max_tokens:int|None=None, # per batch, padding included; None: what suits the device
 )->metrics.Accuracy:
     "Measure how often the likeliest choice is a right one"
-    flat, texts = [e for row in options.answers for e in row], [text for row in options.texts for text in row]
+    flat = [e for row in options.answers for e in row]
+    texts = [text for row in options.texts for text in row]
     logprob, there = answers_logprob(model, flat, max_tokens)
     there = without_end(there)
     total, n = logprob.double().masked_fill(~there, 0).sum(1), there.sum(1).tolist()
@@ -309,7 +333,7 @@ def choose(
     def rows(values):
         values = iter(values)
         return [[next(values) for _ in row] for row in options.right]
-    return metrics.multiple_choice(rows(total.tolist()), options.right, None if convention == 'total' else rows(length))
+    return metrics.multiple_choice(rows(total.tolist()), options.right, rows(length))
 
 # %% ../nbs/09_evaluation.ipynb #f0a61ae8
 def _strangeness(logits:Tensor, target:Tensor)->Tensor: # [k, 3] float64: log-probability of the target, and mean and variance of the log-probability
@@ -329,7 +353,8 @@ def membership(
 )->dict[str, Tensor]: # 'loss', 'zlib', 'min_k', 'min_k_plus_plus': [n] float64, larger for a stranger
     """Score how strange each answer is to the model
 
-    NaN where a score is undefined: zlib of an answer that decodes to no text; `membership_aucs` leaves such facts out."""
+    NaN where a score is undefined: zlib of an answer that decodes to no text.
+    `membership_aucs` leaves such facts out."""
     check_examples(examples, 'asked')
     found = {name: torch.zeros(len(examples), dtype=torch.float64) for name in ('loss', 'zlib', 'min_k', 'min_k_plus_plus')}
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
@@ -359,7 +384,8 @@ def membership_aucs(
     found = {}
     for name in forget:
         a, b = (x[~x.isnan()] for x in (forget[name], holdout[name]))
-        found[name] = MembershipAUC(metrics.membership_auc(a, b) if len(a) and len(b) else math.nan, len(a), len(b))
+        auc = metrics.membership_auc(a, b) if len(a) and len(b) else math.nan
+        found[name] = MembershipAUC(auc, len(a), len(b))
     return found
 
 # %% ../nbs/09_evaluation.ipynb #d185423e
@@ -379,13 +405,19 @@ def _check_choices(name, c):
 
 def _check_others(probe):
     "Demand a row of further right answers for each fact, to its own question"
-    sets = {'forget': probe.forget, 'retain': probe.retain, 'useful': probe.useful} | {f'{name} right': c.right for name, c in probe.choices.items()}
+    sets = {'forget': probe.forget, 'retain': probe.retain, 'useful': probe.useful}
+    sets |= {f'{name} right': c.right for name, c in probe.choices.items()}
     for name, rows in probe.others.items():
-        if name not in sets: raise ValueError(f"others has no set {name!r}; known: {', '.join(sets)}")
-        if len(rows) != len(sets[name]): raise ValueError(f"others of {name} has {len(rows)} rows for {len(sets[name])} facts; expected a list for each, [] for none")
+        if name not in sets:
+            raise ValueError(f"others has no set {name!r}; known: {', '.join(sets)}")
+        if len(rows) != len(sets[name]):
+            raise ValueError(
+                f"others of {name} has {len(rows)} rows for {len(sets[name])} facts; expected a "
+                "list for each, [] for none")
         more = [e for row in rows for e in row]
         if more: check_examples(more, f'{name} other-answer')
-        _check_rows(f'the other answers of {name}', more, 'its facts', [e for e, row in zip(sets[name], rows) for _ in row])
+        facts = [e for e, row in zip(sets[name], rows) for _ in row]
+        _check_rows(f'the other answers of {name}', more, 'its facts', facts)
 
 # %% ../nbs/09_evaluation.ipynb #30c74766
 KINDS = 'retain', 'real_authors', 'world_facts' # of facts whose utility is measured
@@ -396,21 +428,24 @@ class Probe:
     forget:Sequence[Example]
     retain:Sequence[Example] # those that RS is measured on; none: no RS
     useful:Sequence[Example] = () # the retain facts whose utility is measured, those of choices['retain']
-    choices:dict[str, Choices] = field(default_factory=dict) # of 'forget' and of all KINDS; empty: no FQ and MU. Kinds may be missing: what they are needed for is NaN
+    choices:dict[str, Choices] = field(default_factory=dict) # of 'forget' and of KINDS; empty: no FQ and MU; one missing: what needs it is NaN
     tokenizer:object = None # for the greedy answers
     retained:tuple[Tensor, Tensor]|None = None # the retained model's nll of the right [n] and wrong [n, k] answers to the forget set; None: no FQ
     max_new_tokens:int = 200 # of a greedy answer
-    others:dict[str, Sequence[Sequence[Example]]] = field(default_factory=dict) # further right answers: of 'forget', 'retain', 'useful' and '<kind> right', row by row
+    others:dict[str, Sequence] = field(default_factory=dict) # 'forget', 'retain', 'useful' or '<kind> right': of each fact a list of further right answers
 
     def __post_init__(self):
         if len(self.retain): check_apart(forget=self.forget, retain=self.retain)
         else: check_examples(self.forget, 'forget')
         _check_others(self)
         if not self.choices: return
-        if not set(self.choices) <= {'forget', *KINDS}: raise ValueError(f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(self.choices)}")
+        if not set(self.choices) <= {'forget', *KINDS}:
+            raise ValueError(
+                f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(self.choices)}")
         if self.tokenizer is None: raise ValueError("greedy answers need the tokenizer, and there is none; give the model's own")
         for name, c in self.choices.items(): _check_choices(name, c)
-        if 'retain' in self.choices: _check_rows('useful', self.useful, 'the right answers of retain', self.choices['retain'].right)
+        if 'retain' in self.choices:
+            _check_rows('useful', self.useful, 'the right answers of retain', self.choices['retain'].right)
         if 'forget' not in self.choices: return
         asked = {tuple(e.ids[:e.start]) for e in self.forget}
         if strange := [i for i, e in enumerate(self.choices['forget'].right) if tuple(e.ids[:e.start]) not in asked]: raise ValueError(f"fact {strange[0]} of the choices of forget is not in the forget set; take both from the same facts")
@@ -432,43 +467,50 @@ def evaluate(
     "Judge a checkpoint"
     sets = {'forget': probe.forget, 'retain': probe.retain}
     if full and probe.choices: sets |= {'useful': probe.useful} | {f'{name} {which}': getattr(c, which) for name, c in probe.choices.items() for which in c._fields}
-    others = {name: rows for name, rows in probe.others.items() if name in sets and any(map(len, rows))}
+    others = {k: rows for k, rows in probe.others.items() if k in sets and any(map(len, rows))}
     sets |= {f'{name} others': [e for row in rows for e in row] for name, rows in others.items()}
     whole, found, start = score(model, [e for examples in sets.values() for e in examples]), {}, 0
     for name, examples in sets.items(): found[name], start = whole.part(start, len(examples)), start + len(examples)
-    for name, rows in others.items(): found[name] = best_scores(found[name], found[f'{name} others'], [len(row) for row in rows])
+    for name, rows in others.items():
+        found[name] = best_scores(found[name], found[f'{name} others'], list(map(len, rows)))
     forget, retain = found['forget'], found['retain']
-    strength = metrics.retain_strength(retain.extraction_strength) if len(probe.retain) else math.nan
+    kept = retain.extraction_strength
+    strength = metrics.retain_strength(kept) if len(kept) else math.nan
     point = {'FS': metrics.forget_strength(forget.extraction_strength), 'RS': strength}
     for name, s in (('forget', forget), ('probe', retain)): point |= {f'{name}_em': s.exact_memorization.mean().item(), f'{name}_probability': s.probability.mean().item()}
     facts = {'forget_es': forget.extraction_strength, 'retain_es': retain.extraction_strength}
     if full and probe.choices:
         nll = {name: (found[f'{name} right'].nll, found[f'{name} wrong'].nll.view(len(c.right), -1)) for name, c in probe.choices.items()}
         facts |= {f'{name}_{which}_nll': x for name, pair in nll.items() for which, x in zip(('right', 'wrong'), pair)} | _rouges(model, probe, found)
-        point |= forgetting(nll['forget'], probe.retained) if 'forget' in nll else {'forget_truth_ratio': math.nan, 'FQ': math.nan}
+        if 'forget' in nll: point |= forgetting(nll['forget'], probe.retained)
+        else: point |= {'forget_truth_ratio': math.nan, 'FQ': math.nan}
         point |= utility(nll, found['useful'].probability, facts)
     return Evaluation(point, facts)
 
+def _rouges(model, probe, found):
+    "Give the ROUGE-L recall of every fact whose utility is measured"
+    sets = {'retain': ('useful', probe.useful)}
+    sets |= {name: (f'{name} right', probe.choices[name].right) for name in KINDS[1:] if name in probe.choices}
+    asked = {name: (examples, found[place]) for name, (place, examples) in sets.items()}
+    others = [row for place, examples in sets.values() for row in probe.others.get(place, [[]] * len(examples))]
+    values = rouge(model, probe.tokenizer, [e for examples, _ in asked.values() for e in examples], torch.cat([s.known for _, s in asked.values()]), probe.max_new_tokens, others)
+    return dict(zip((f'{name}_rouge' for name in asked), values.split([len(examples) for examples, _ in asked.values()])))
+
+# %% ../nbs/09_evaluation.ipynb #4b8dbc10
 def undefined(
     point:dict[str, float], # from `evaluate`
     probe:Probe, # the one it was judged on
 )->dict[str, str]: # name: reason, of all that is NaN
     "Say why parts of a judgement are missing"
-    why = {'RS': 'no retain facts', 'probe_em': 'no retain facts', 'probe_probability': 'no retain facts'}
+    why = {name: 'no retain facts' for name in ('RS', 'probe_em', 'probe_probability')}
     why |= {name: 'no wrong answers to the forget set' for name in ('forget_truth_ratio', 'FQ')}
     missing = [name for name in metrics.UTILITY_PARTS if math.isnan(point.get(name, 0.))]
     for name in missing:
         kind = next(kind for kind in KINDS if name.startswith(kind))
-        why[name] = 'no right answer with a word' if kind in probe.choices else 'no facts with wrong answers'
+        there = kind in probe.choices
+        why[name] = 'no right answer with a word' if there else 'no facts with wrong answers'
     why['MU'] = f"without {', '.join(missing)}"
     return {name: why[name] for name, value in point.items() if math.isnan(value)}
-
-def _rouges(model, probe, found):
-    "Give the ROUGE-L recall of every fact whose utility is measured"
-    asked = {'retain': (probe.useful, found['useful'])} | {name: (probe.choices[name].right, found[f'{name} right']) for name in KINDS[1:] if name in probe.choices}
-    others = [row for name, (examples, _) in asked.items() for row in probe.others.get('useful' if name == 'retain' else f'{name} right', [[]] * len(examples))]
-    values = rouge(model, probe.tokenizer, [e for examples, _ in asked.values() for e in examples], torch.cat([s.known for _, s in asked.values()]), probe.max_new_tokens, others)
-    return dict(zip((f'{name}_rouge' for name in asked), values.split([len(examples) for examples, _ in asked.values()])))
 
 # %% ../nbs/09_evaluation.ipynb #0dffb687
 def forgetting(
@@ -482,22 +524,25 @@ def forgetting(
     return point if retained is None else point | {'FQ': metrics.forget_quality(ratio, metrics.truth_ratio(*retained, convention))}
 
 def utility(
-    nll:dict[str, tuple[Tensor, Tensor]], # of KINDS: the right [n] and the wrong [n, k] answers; kinds may be missing
+    nll:dict[str, tuple[Tensor, Tensor]], # of KINDS, or some: the right [n] and the wrong [n, k] answers
     probability:Tensor, # [n] of the retain answers themselves
     facts:dict[str, Tensor], # holds '<kind>_rouge' [n]
     convention:str='open-unlearning',
 )->dict[str, float]: # the nine parts and MU
     """Compute model utility
 
-    A part is NaN where no fact has it: a kind without wrong answers, right answers without a word. Facts without ROUGE are left out of its mean. With a part missing there is no utility, and it is NaN, too."""
-    parts = {}
+    A part is NaN where no fact has it: a kind without wrong answers, right answers without a word.
+    Facts without ROUGE are left out of its mean. With a part missing MU is NaN, too."""
+    parts = {f'{name}_{what}': math.nan for name in KINDS for what in ('probability', 'rouge', 'truth_ratio')}
     for name in KINDS:
-        there = name in nll
-        share = probability if name == 'retain' else metrics.normalised_probability(*nll[name]) if there else probability[:0]
-        parts[f'{name}_probability'] = share.mean().item()
-        parts[f'{name}_rouge'] = mean_of_defined(facts.get(f'{name}_rouge', probability[:0]))
-        parts[f'{name}_truth_ratio'] = metrics.retain_truth_ratio(metrics.truth_ratio(*nll[name], convention), convention) if there else math.nan
-    return parts | {'MU': math.nan if any(map(math.isnan, parts.values())) else metrics.model_utility(parts)}
+        if name == 'retain': parts[f'{name}_probability'] = probability.mean().item()
+        elif name in nll: parts[f'{name}_probability'] = metrics.normalised_probability(*nll[name]).mean().item()
+        if f'{name}_rouge' in facts: parts[f'{name}_rouge'] = mean_of_defined(facts[f'{name}_rouge'])
+        if name in nll:
+            ratio = metrics.truth_ratio(*nll[name], convention)
+            parts[f'{name}_truth_ratio'] = metrics.retain_truth_ratio(ratio, convention)
+    missing = any(map(math.isnan, parts.values()))
+    return parts | {'MU': math.nan if missing else metrics.model_utility(parts)}
 
 def mean_of_defined(values:Tensor)->float: # NaN where there is none
     "Average what is not NaN"

@@ -29,7 +29,8 @@ class Fact:
     other_answers:tuple[str, ...] = () # right answers beside the one that is trained on
 
     @property
-    def answers(self)->tuple[str, ...]: return self.answer, *self.other_answers # all that are right, the trained one first
+    def answers(self)->tuple[str, ...]: # all that are right, the trained one first
+        return self.answer, *self.other_answers
 
     def __repr__(self):
         shown = [f.name for f in fields(self) if f.name != "other_answers" or self.other_answers]
@@ -45,10 +46,14 @@ def _fault(
     for f in facts:
         if not (isinstance(f.perturbed_answer, tuple) and all(isinstance(text, str) and text.strip() for text in (f.question, f.answer, *f.perturbed_answer))):
             return f"{f.question!r} has an empty text or none; expected question and answer, and wrong answers in a tuple: complete the fact or drop it"
-        if not (isinstance(f.other_answers, tuple) and all(isinstance(text, str) and text.strip() for text in f.other_answers)):
-            return f"{f.question!r} has an empty text or none among its other right answers; expected texts in a tuple: complete the fact or drop it"
-        right, wrong = ({" ".join(text.split()) for text in texts} for texts in ((*f.answers, f.paraphrased_answer), f.perturbed_answer))
-        if right & wrong: return f"a wrong answer to {f.question!r} is the right one; expected it to be wrong: replace it"
+        others = f.other_answers
+        if not (isinstance(others, tuple) and all(isinstance(x, str) and x.strip() for x in others)):
+            return (f"{f.question!r} has an empty text or none among its other right answers; "
+                "expected texts in a tuple: complete the fact or drop it")
+        right = {" ".join(text.split()) for text in (*f.answers, f.paraphrased_answer)}
+        if right & {" ".join(text.split()) for text in f.perturbed_answer}:
+            return (f"a wrong answer to {f.question!r} is the right one; "
+                "expected it to be wrong: replace it")
     counts = sorted({len(f.perturbed_answer) for f in facts} - {0})
     return f"facts with {counts[0]} and with {counts[-1]} wrong answers; expected one number in a set: complete or drop them" if len(counts) > 1 else ""
 
@@ -67,7 +72,8 @@ class Benchmark:
     def __post_init__(self):
         sets = {name: getattr(self, name) for name in ("forget", "retain", "holdout", "real_authors", "world_facts", "background")}
         for name, facts in sets.items():
-            if wrong := _fault(facts, name == "forget"): raise ValueError(f"{self.name}, {name}: {wrong}")
+            if wrong := _fault(facts, name == "forget"):
+                raise ValueError(f"{self.name}, {name}: {wrong}")
         asked = {name: {f.question for f in facts} for name, facts in sets.items()}
         for a, b in combinations(asked, 2):
             if (a, b) != ("retain", "background") and (shared := sorted(asked[a] & asked[b])):
@@ -373,38 +379,57 @@ def tofu(
 def _text_of(path:Path)->str:
     "Read a text file, packed or not"
     try: content = path.read_bytes()
-    except OSError as error: raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects") from None
     if content[:2] == bytes.fromhex("1f8b"):
         try: content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error): raise ValueError(f"{path}: the gzip file is damaged; pack it anew") from None
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"): raise ValueError(f"{path}: the text is UTF-16; save it as UTF-8")
+        except (OSError, EOFError, zlib.error):
+            raise ValueError(f"{path}: the gzip file is damaged; pack it anew") from None
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path}: the text is UTF-16; save it as UTF-8")
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file "
+            "as UTF-8") from None
 
 def _object(pairs:list)->dict:
     "Keep a JSON object, and the name of a field that it gives twice"
     names = [name for name, _ in pairs]
     return dict(pairs) | {"": name for name in names if names.count(name) > 1}
 
+# %% ../nbs/00_facts.ipynb #0b75790a
 def _documents(path:Path)->list[tuple[str, object]]: # place in the file, and what stands there
     "Read a JSON array, a JSON object, or one JSON object a line"
     text = _text_of(path)
     if not text.strip(): raise ValueError(f"{path}: the file is empty; expected JSON objects")
     try: whole = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        if text.lstrip()[0] == "[": raise ValueError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({getattr(error, 'msg', error)}); expected an array of objects") from None
-    else: return [(f"item {i}", row) for i, row in enumerate(whole, 1)] if isinstance(whole, list) else [("line 1", whole)]
+        if text.lstrip()[0] == "[":
+            raise ValueError(
+                f"{path}, line {getattr(error, 'lineno', 1)}: not JSON "
+                f"({getattr(error, 'msg', error)}); expected an array of objects") from None
+    else:
+        if not isinstance(whole, list): return [("line 1", whole)]
+        return [(f"item {i}", row) for i, row in enumerate(whole, 1)]
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: found.append((f"line {number}", json.loads(line, object_pairs_hook=_object)))
-        except (ValueError, RecursionError) as error: raise ValueError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected one object a line") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected one "
+                "object a line") from None
     return found
 
 # %% ../nbs/00_facts.ipynb #e357091e
-def _text(row:dict, name:str, default:str|None=None)->str: # default: of a field that may be left out
+def _text(
+    row:dict,
+    name:str, # of the field
+    default:str|None=None, # of a field that may be left out
+)->str:
     "Read a field of text"
     value = row.get(name)
     if value is None and default is not None: return default
@@ -415,15 +440,23 @@ def _names(row:dict)->str: return ', '.join(map(repr, filter(None, row))) or 'no
 
 def _checked(name:str, value)->str:
     "Demand text that can be written down"
-    if not (isinstance(value, str) and value.strip()): raise ValueError(f"{name} is {value!r:.40}; expected text")
-    if re.search("[\ud800-\udfff]", value): raise ValueError(f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole characters: write them as UTF-8")
+    if not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"{name} is {value!r:.40}; expected text")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(
+            f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole characters: "
+            "write them as UTF-8")
     return value
 
-def _texts(row:dict, name:str)->tuple[str, ...]: # each once, in order; empty where the field is left out
+def _texts(
+    row:dict,
+    name:str, # of the field
+)->tuple[str, ...]: # each once, in order; empty where the field is left out
     "Read a field that holds a list of texts"
     value = row.get(name)
     if value is None: return ()
-    if not isinstance(value, list): raise ValueError(f"{name} is {value!r:.40}; expected a list of texts")
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r:.40}; expected a list of texts")
     return tuple(dict.fromkeys(_checked(f"{name}[{i}]", text) for i, text in enumerate(value)))
 
 def _right(row:dict, name:str)->tuple[str, ...]: # at least one
@@ -432,19 +465,26 @@ def _right(row:dict, name:str)->tuple[str, ...]: # at least one
     if not row[name]: raise ValueError(f"{name} is an empty list; expected at least one text")
     return _texts(row, name)
 
-def _asked(question:str, answers:tuple[str, ...], **rest)->Fact: return Fact(question, answers[0], other_answers=answers[1:], **rest)
+def _asked(question:str, answers:tuple[str, ...], **rest)->Fact:
+    "Make a fact of a question and all its right answers"
+    return Fact(question, answers[0], other_answers=answers[1:], **rest)
 
 # %% ../nbs/00_facts.ipynb #4b627129
-_FIELDS = "set", "question", "answer", "answers", "perturbed_answer", "paraphrased_answer", "paraphrased_question", "author"
+_OPTIONAL = "paraphrased_answer", "paraphrased_question", "author"
+_FIELDS = "set", "question", "answer", "answers", "perturbed_answer", *_OPTIONAL
 
 def _own_row(row)->list[tuple[str, Fact]]: # set ('' for the file's own) and fact
     "Read a row of the package's own shape"
-    if strange := [name for name in row if name not in _FIELDS and not name.startswith("_")]: raise ValueError(f"unknown field {strange[0]!r}; known: {', '.join(_FIELDS)}")
-    if {"answer", "answers"} <= row.keys(): raise ValueError("both 'answer' and 'answers'; keep one, a list holds several right ones")
-    if not {"answer", "answers"} & row.keys(): raise ValueError(f"no field 'answer' or 'answers'; found {_names(row)}")
+    if strange := [name for name in row if name not in _FIELDS and not name.startswith("_")]:
+        raise ValueError(f"unknown field {strange[0]!r}; known: {', '.join(_FIELDS)}")
+    if {"answer", "answers"} <= row.keys():
+        raise ValueError("both 'answer' and 'answers'; keep one, a list holds several right ones")
+    if not {"answer", "answers"} & row.keys():
+        raise ValueError(f"no field 'answer' or 'answers'; found {_names(row)}")
     question = _text(row, "question", "-" if row.get("set") == "refusals" else None)
-    rest = {name: _text(row, name, "") for name in ("paraphrased_answer", "paraphrased_question", "author")}
-    return [("", _asked(question, _right(row, "answers" if "answers" in row else "answer"), perturbed_answer=_texts(row, "perturbed_answer"), **rest))]
+    right = _right(row, "answers" if "answers" in row else "answer")
+    rest = {name: _text(row, name, "") for name in _OPTIONAL}
+    return [("", _asked(question, right, perturbed_answer=_texts(row, "perturbed_answer"), **rest))]
 
 def _knowundo_row(row)->list[tuple[str, Fact]]:
     "Read a row of KnowUnDo"
@@ -452,66 +492,102 @@ def _knowundo_row(row)->list[tuple[str, Fact]]:
 
 def _muse_row(row)->list[tuple[str, Fact]]:
     "Read a row of MUSE"
-    if not row.keys() & {"question", "prompt"}: raise ValueError("a passage without a question; expected 'question' and 'answer', or 'prompt' and 'gt': take MUSE's question files or its verbatim file")
-    return [("", _asked(_text(row, "question"), _right(row, "answer")) if "question" in row else _asked(_text(row, "prompt"), _right(row, "gt")))]
+    if not row.keys() & {"question", "prompt"}:
+        raise ValueError(
+            "a passage without a question; expected 'question' and 'answer', or 'prompt' and "
+            "'gt': take MUSE's question files or its verbatim file")
+    question, answer = ("question", "answer") if "question" in row else ("prompt", "gt")
+    return [("", _asked(_text(row, question), _right(row, answer)))]
 
 def _wmdp_row(row)->list[tuple[str, Fact]]:
     "Read a question of WMDP, MMLU or the like"
     choices, right = row.get("choices"), row.get("answer")
-    if not (isinstance(choices, list) and len(choices) > 1): raise ValueError(f"choices is {choices!r:.40}; expected a list of at least two texts")
-    if type(right) is not int or not 0 <= right < len(choices): raise ValueError(f"answer is {right!r:.40}; expected the number of the right choice, 0 to {len(choices) - 1}")
+    if not (isinstance(choices, list) and len(choices) > 1):
+        raise ValueError(f"choices is {choices!r:.40}; expected a list of at least two texts")
+    if type(right) is not int or not 0 <= right < len(choices):
+        raise ValueError(
+            f"answer is {right!r:.40}; expected the number of the right choice, 0 to "
+            f"{len(choices) - 1}")
     texts = [_checked(f"choices[{i}]", text) for i, text in enumerate(choices)]
     return [("", Fact(_text(row, "question"), texts.pop(right), perturbed_answer=tuple(texts)))]
 
+# %% ../nbs/00_facts.ipynb #1eebe18d
 def _rwku_row(row)->list[tuple[str, Fact]]:
     "Read a probe of RWKU"
-    return [("", _asked(_text(row, "query"), _right(row, "answer"), author=_text(row, "subject", "")))]
+    author = _text(row, "subject", "")
+    return [("", _asked(_text(row, "query"), _right(row, "answer"), author=author))]
 
 def _target(edit:dict, name:str)->str:
     "Read a target of CounterFact"
     target = edit.get(name)
-    if not (isinstance(target, dict) and "str" in target): raise ValueError(f"{name}: no field 'str'; expected an object with one")
+    if not (isinstance(target, dict) and "str" in target):
+        raise ValueError(f"{name}: no field 'str'; expected an object with one")
     return _checked(f"{name}: str", target["str"]).strip()
 
 def _counterfact_row(row)->list[tuple[str, Fact]]:
     "Read a record of CounterFact: its rewrite, and the neighbours that share the true target"
     edit = row.get("requested_rewrite")
-    if not isinstance(edit, dict): raise ValueError(f"requested_rewrite is {edit!r:.40}; expected an object")
+    if not isinstance(edit, dict):
+        raise ValueError(f"requested_rewrite is {edit!r:.40}; expected an object")
     prompt, subject = _text(edit, "prompt"), _text(edit, "subject")
-    if prompt.count("{}") != 1: raise ValueError(f"prompt is {prompt!r:.40}; expected one gap {{}} for the subject")
+    if prompt.count("{}") != 1:
+        raise ValueError(f"prompt is {prompt!r:.40}; expected one gap {{}} for the subject")
     true, new = (_target(edit, name) for name in ("target_true", "target_new"))
     again = (*_texts(row, "paraphrase_prompts"), "")[0]
-    fact = Fact(prompt.replace("{}", subject), true, paraphrased_question=again, perturbed_answer=(new,), author=subject)
-    return [("", fact), *(("neighbours", Fact(question, true, perturbed_answer=(new,))) for question in _texts(row, "neighborhood_prompts"))]
+    question = prompt.replace("{}", subject)
+    fact = Fact(question, true, "", again, perturbed_answer=(new,), author=subject)
+    near = [Fact(text, true, perturbed_answer=(new,)) for text in _texts(row, "neighborhood_prompts")]
+    return [("", fact), *(("neighbours", one) for one in near)]
 
 # %% ../nbs/00_facts.ipynb #31b98888
-SHAPES = {'unloc': _own_row, 'knowundo': _knowundo_row, 'muse': _muse_row, 'wmdp': _wmdp_row, 'rwku': _rwku_row, 'counterfact': _counterfact_row}
+SHAPES = { # name: function of a row, which gives facts, each with its set ('' for the file's own)
+    "unloc": _own_row,
+    "knowundo": _knowundo_row,
+    "muse": _muse_row,
+    "wmdp": _wmdp_row,
+    "rwku": _rwku_row,
+    "counterfact": _counterfact_row,
+}
 _SETS = "forget", "retain", "holdout", "real_authors", "world_facts", "background", "refusals"
 _CALLED = {name: name for name in _SETS} # what files and fields call a set
-_CALLED_BY = {"knowundo": {"unlearn": "forget", "retention": "retain"}, "muse": {"forget_qa": "forget", "retain_qa": "retain"},
-    "rwku": {f"forget_level{i}": "forget" for i in (1, 2, 3)} | {f"neighbor_level{i}": "retain" for i in (1, 2)}}
+_CALLED_BY = {
+    "knowundo": {"unlearn": "forget", "retention": "retain"},
+    "muse": {"forget_qa": "forget", "retain_qa": "retain"},
+    "rwku": {f"forget_level{i}": "forget" for i in (1, 2, 3)}
+        | {f"neighbor_level{i}": "retain" for i in (1, 2)},
+}
 
 def _flat(row, place:str, set_:str, called:dict): # -> set, place and row of each
     "Open lists of rows that stand under the names of sets, or of a set's parts"
     names = {"train": set_, "val": set_, "test": set_} | called
-    if not (isinstance(row, dict) and row and all(name in names and isinstance(rows, list) for name, rows in row.items())):
+    lists = isinstance(row, dict) and row and all(isinstance(rows, list) for rows in row.values())
+    if not (lists and set(row) <= set(names)):
         yield set_, place, row
         return
     for name, rows in row.items():
-        for i, inner in enumerate(rows, 1): yield from _flat(inner, f"{place}, {name} {i}", names[name], called)
+        for i, inner in enumerate(rows, 1):
+            yield from _flat(inner, f"{place}, {name} {i}", names[name], called)
 
-def _read(file:Path, shape:str, set_:str): # set_: of rows that name none -> set, place and fact of each
+# %% ../nbs/00_facts.ipynb #5173f74c
+def _read(
+    file:Path,
+    shape:str,
+    set_:str, # of rows that name none
+): # yields set, place and fact of each
     "Read the facts of a file"
     called = _CALLED | _CALLED_BY.get(shape, {})
     rows = [one for place, row in _documents(file) for one in _flat(row, place, set_, called)]
     for set_, place, row in rows:
         try:
-            if not isinstance(row, dict): raise ValueError(f"a JSON {type(row).__name__}; expected an object")
+            if not isinstance(row, dict):
+                raise ValueError(f"a JSON {type(row).__name__}; expected an object")
             if "" in row: raise ValueError(f"the field {row['']!r} is given twice; keep one")
             named = row.get("set", set_)
             if not (isinstance(named, str) and named in called):
                 wrong = f"set is {named!r}" if "set" in row else "no field 'set'"
-                raise ValueError(f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for each set")
+                raise ValueError(
+                    f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for each "
+                    "set")
             for other, fact in SHAPES[shape](row):
                 if wrong := _fault((fact,), False): raise ValueError(wrong)
                 yield other or called[named], f"{file}, {place}", fact
@@ -521,17 +597,28 @@ def _read(file:Path, shape:str, set_:str): # set_: of rows that name none -> set
 def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of rows that name none
     "Find the files of a data set"
     called = _CALLED | _CALLED_BY.get(shape, {})
-    if path.is_file(): return [(path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
-    if not path.is_dir(): raise ValueError(f"{path}: no such file or folder; expected a JSON file, or a folder with forget.jsonl and the like")
+    if path.is_file():
+        return [(path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
+    if not path.is_dir():
+        raise ValueError(
+            f"{path}: no such file or folder; expected a JSON file, or a folder with forget.jsonl "
+            "and the like")
     found = []
     for file in path.iterdir():
         name = file.name.split(".")[0]
         if not re.search(r"\.jsonl?(\.gz)?$", file.name) or not name: continue
         if name in called: found.append((file, called[name]))
-        elif shape == "unloc": raise ValueError(f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it out of the folder")
-    if not found: raise ValueError(f"{path}: no file named after a set; expected {' or '.join(f'{name}.jsonl' for name, set_ in called.items() if set_ in ('forget', 'retain'))}")
+        elif shape == "unloc":
+            raise ValueError(
+                f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it out of "
+                "the folder")
+    if not found:
+        raise ValueError(
+            f"{path}: no file named after a set; expected "
+            f"{' or '.join(f'{name}.jsonl' for name, set_ in called.items() if set_ in ('forget', 'retain'))}")
     return sorted(found, key=lambda one: (_SETS.index(one[1]), one[0].name))
 
+# %% ../nbs/00_facts.ipynb #e7957370
 def _gathered(path:Path, shape:str)->dict[str, dict[str, Fact]]: # set: question: fact
     "Read all sets, and refuse a question that is asked twice"
     sets, places = {name: {} for name in (*_SETS, "neighbours")}, {}
@@ -541,7 +628,9 @@ def _gathered(path:Path, shape:str)->dict[str, dict[str, Fact]]: # set: question
             if set_ not in ("neighbours", "refusals"):
                 for other, before in places.get(key, {}).items():
                     if {set_, other} == {"retain", "background"}: continue
-                    raise ValueError(f"{place}: {key!r:.80} is asked in {before}, too; keep one row with all right answers in a list")
+                    raise ValueError(
+                        f"{place}: {key!r:.80} is asked in {before}, too; keep one row with all "
+                        "right answers in a list")
                 places.setdefault(key, {})[set_] = place
             sets[set_].setdefault(key, fact)
     return sets
@@ -555,10 +644,13 @@ def own_facts(
     path = Path(path).expanduser()
     sets = _gathered(path, shape)
     asked = {question for name in _SETS[:-1] for question in sets[name]}
-    if not sets["retain"]: sets["retain"] = {question: fact for question, fact in sets["neighbours"].items() if question not in asked}
+    near = {question: fact for question, fact in sets["neighbours"].items() if question not in asked}
+    sets["retain"] = sets["retain"] or near
     asked |= sets["retain"].keys()
     for name, true in (("real_authors", _real_authors), ("world_facts", _world_facts)):
-        sets[name] = sets[name] or {fact.question: fact for fact in true() if fact.question not in asked}
+        ours = {fact.question: fact for fact in true() if fact.question not in asked}
+        sets[name] = sets[name] or ours
     facts = {name: tuple(sets[name].values()) for name in _SETS[:-1]}
-    try: return Benchmark(f"own facts, {shape}", **facts, refusals=tuple(sets["refusals"]) or tuple(_REFUSALS))
+    refusals = tuple(sets["refusals"]) or tuple(_REFUSALS)
+    try: return Benchmark(f"own facts, {shape}", **facts, refusals=refusals)
     except ValueError as error: raise ValueError(f"{path}: {error}") from None

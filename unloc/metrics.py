@@ -151,14 +151,17 @@ def retain_strength(
     return _pooled(es)
 
 # %% ../nbs/08_metrics.ipynb #663d6b69
-_WITHOUT_BLANKS = 'CJK', 'IDEOGRAPHIC', 'HIRAGANA', 'KATAKANA', 'BOPOMOFO', 'THAI', 'LAO', 'KHMER', 'MYANMAR', 'TIBETAN'
+_WITHOUT_BLANKS = ( # how the names of their characters begin
+    'CJK', 'IDEOGRAPHIC', 'HIRAGANA', 'KATAKANA', 'BOPOMOFO',
+    'THAI', 'LAO', 'KHMER', 'MYANMAR', 'TIBETAN')
 _JOINED = '\u00ad\u200c\u200d\u2060' # soft hyphen, (non-)joiners: inside a word, and no part of it
 
 def words(
     text:str, # in any script
 )->list[str]: # lower case; a character each where a script has no blanks between words
     "Cut a text into its words (Unicode Standard Annex 15, NFKC; general categories L, M and N)"
-    found, before = [], '' # before: '' at a boundary, 'word', or 'character' behind one that stands alone
+    found = []
+    before = '' # '' at a boundary, 'word', or 'character' behind one that stands alone
     for c in normalize('NFKC', normalize('NFKC', text).casefold()):
         kind = category(c)[0]
         if c in _JOINED: continue
@@ -180,10 +183,15 @@ class _Words:
     def tokenize(self, text): return words(text)
 
 @cache
-def _scorer(kind:str='rougeL', tokenizer:str='rouge_score', stem:bool=True): # kind: 'rougeL' or 'rouge1'
+def _scorer(
+    kind:str='rougeL', # or 'rouge1'
+    tokenizer:str='rouge_score', # or 'words'
+    stem:bool=True,
+):
     "Build a scorer, once"
     from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer([kind], use_stemmer=stem, tokenizer=_Words() if tokenizer == 'words' else None)
+    own = _Words() if tokenizer == 'words' else None
+    return RougeScorer([kind], use_stemmer=stem, tokenizer=own)
 
 def _latin(c): return c.isascii() or 'LATIN' in unicode_name(c, '')
 
@@ -192,7 +200,8 @@ def rouge_tokenizer(
 )->str|None: # 'rouge_score' or 'words'; None where neither finds a word
     "Choose what cuts a true answer into words, as the convention 'auto' does"
     letters = [c for c in reference if category(c)[0] in 'LN']
-    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search('[a-z0-9]', reference.lower()): return 'rouge_score'
+    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search('[a-z0-9]', reference.lower()):
+        return 'rouge_score'
     return 'words' if words(reference) else None
 
 # %% ../nbs/08_metrics.ipynb #c52d700a
@@ -204,12 +213,23 @@ class Rouge(NamedTuple):
 
 def _tokenizer_of(text, reference, tokenizer)->str:
     "Give the tokenizer of a convention, or say why there is no score"
-    if not (isinstance(text, str) and isinstance(reference, str)): raise ValueError(f'text and reference must be strings, got {type(text).__name__} and {type(reference).__name__}: decode the tokens first')
-    if tokenizer not in ROUGE_TOKENIZERS: raise ValueError(f'unknown ROUGE tokenizer {tokenizer!r}: expected one of {", ".join(ROUGE_TOKENIZERS)}')
-    if not reference.strip(): raise ValueError('reference is empty: recall needs at least one word; leave out facts without an answer')
+    if not (isinstance(text, str) and isinstance(reference, str)):
+        raise ValueError(
+            f'text and reference must be strings, got {type(text).__name__} and '
+            f'{type(reference).__name__}: decode the tokens first')
+    if tokenizer not in ROUGE_TOKENIZERS:
+        raise ValueError(
+            f'unknown ROUGE tokenizer {tokenizer!r}: expected one of {", ".join(ROUGE_TOKENIZERS)}')
+    if not reference.strip():
+        raise ValueError(
+            'reference is empty: recall needs at least one word; leave out facts without an '
+            'answer')
     found = rouge_tokenizer(reference) if tokenizer == 'auto' else tokenizer
     there = words(reference) if found == 'words' else found and re.search('[a-z0-9]', reference.lower())
-    if not there: raise ValueError(f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so ROUGE is undefined: leave the fact out, or take tokenizer='words' for another script")
+    if not there:
+        raise ValueError(
+            f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so ROUGE "
+            "is undefined: leave the fact out, or take tokenizer='words' for another script")
     return found
 
 def _rouge(kind, text, reference, tokenizer, stem)->Rouge:
@@ -323,26 +343,38 @@ def choice_length(
     convention:str, # one of CHOICE_CONVENTIONS
 )->int: # what its log-probability is divided by
     "Measure a choice in the unit of a convention"
-    if convention not in CHOICE_CONVENTIONS: raise ValueError(f'unknown multiple-choice convention {convention!r}: expected one of {", ".join(CHOICE_CONVENTIONS)}')
-    return {'total': 1, 'token': n_tokens, 'byte': len(text.encode()), 'character': len(text)}[convention]
+    if convention not in CHOICE_CONVENTIONS:
+        raise ValueError(
+            f'unknown multiple-choice convention {convention!r}: expected one of '
+            f'{", ".join(CHOICE_CONVENTIONS)}')
+    lengths = 1, n_tokens, len(text.encode('utf-8', 'surrogatepass')), len(text)
+    return dict(zip(CHOICE_CONVENTIONS, lengths))[convention]
 
 class Accuracy(NamedTuple):
     "How many questions are answered rightly"
     accuracy:float # fraction
     chance:float # fraction that guessing among the choices gets
-    correct:Tensor # [n] float64; 1 right, 0 wrong, between them where right and wrong choices are equally likely
+    correct:Tensor # [n] float64; 1 right, 0 wrong, between them where some of each are equally likely
 
+# %% ../nbs/08_metrics.ipynb #be9df863
 def multiple_choice(
     logprob:Sequence[Sequence[float]], # [n][k] nats, of whole choices; k may differ between questions
     right:Sequence[Sequence[bool]], # [n][k], True at right choices; several may be right, not all
     length:Sequence[Sequence[int]]|None=None, # [n][k] from `choice_length`; None for 'total'
 )->Accuracy:
     "Measure how often the likeliest choice is a right one"
-    sizes = [[len(row) for row in rows] for rows in (logprob, right, logprob if length is None else length)]
-    if not sizes[0] or any(other != sizes[0] for other in sizes): raise ValueError(f'logprob, right and length have {[len(x) for x in sizes]} questions of {[sum(x) for x in sizes]} choices: expected the same in each, at least one question')
+    given = (logprob, right, *([] if length is None else [length]))
+    sizes = [[len(row) for row in rows] for rows in given]
+    if not sizes[0] or any(other != sizes[0] for other in sizes):
+        raise ValueError(
+            f'logprob, right and length have {[len(x) for x in sizes]} questions of '
+            f'{[sum(x) for x in sizes]} choices: expected the same in each, at least one question')
     correct, chance = [], []
     for i, (row, ok) in enumerate(zip(logprob, right)):
-        if not any(ok) or all(ok): raise ValueError(f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected at least one right and one wrong')
+        if not any(ok) or all(ok):
+            raise ValueError(
+                f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected at '
+                'least one right and one wrong')
         value = _numbers(f'logprob[{i}]', row, 'k', high=0)
         if length is not None: value = value / _numbers(f'length[{i}]', length[i], 'k', low=1)
         ok = torch.tensor([bool(x) for x in ok])
@@ -409,8 +441,12 @@ def zlib_score(
 )->float: # nats per token and byte, larger for a stranger
     "Divide the nll by the length of the compressed answer (Carlini et al. 2021)"
     if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
-    if not text: raise ValueError('text is empty: its compressed length says nothing; leave out answers that decode to no text')
-    return _numbers('nll', nll, '', low=0).item() / len(zlib.compress(text.encode('utf-8', 'surrogatepass')))
+    if not text:
+        raise ValueError(
+            'text is empty: its compressed length says nothing; leave out answers that decode to '
+            'no text')
+    packed = zlib.compress(text.encode('utf-8', 'surrogatepass'))
+    return _numbers('nll', nll, '', low=0).item() / len(packed)
 
 # %% ../nbs/08_metrics.ipynb #cac9921e
 def membership_auc(

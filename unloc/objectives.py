@@ -20,13 +20,21 @@ from torch import Tensor
 def _check_tensors(ndim:int=0, **given): # ndim: fewest axes
     "Demand tensors"
     for name, x in given.items():
-        if not isinstance(x, Tensor): raise ValueError(f'{name} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
-        if x.ndim < ndim: raise ValueError(f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got shape {tuple(x.shape)}')
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'{name} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
+        if x.ndim < ndim:
+            raise ValueError(
+                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got shape '
+                f'{tuple(x.shape)}')
 
 def _check_number(name, value, low, above=False): # above: `low` itself is refused
     "Demand a finite number from `low` on"
-    fine = isinstance(value, Real) and value == value and value < math.inf and (value > low if above else value >= low)
-    if not fine: raise ValueError(f'{name} must be {"positive" if above else f"at least {low}"}, got {value!r:.60}')
+    fine = isinstance(value, Real) and value < math.inf
+    fine = fine and (value > low if above else value >= low)
+    if not fine:
+        raise ValueError(
+            f'{name} must be {"positive" if above else f"at least {low}"}, got {value!r:.60}')
 
 # %% ../nbs/07_objectives.ipynb #81d9ba50
 def _at(
@@ -170,8 +178,11 @@ def rmu_control(
     coefficient:float=2., # length of the vector, hidden units
 )->Tensor: # [d] float32
     "Draw a steering vector with non-negative entries and a given length"
-    if type(d) is not int or d < 1: raise ValueError(f'd must be at least 1 and a whole number, got {d!r:.60}')
-    if not isinstance(generator, torch.Generator): raise ValueError(f'generator must be a seeded torch.Generator, got {type(generator).__name__}')
+    if type(d) is not int or d < 1:
+        raise ValueError(f'd must be at least 1 and a whole number, got {d!r:.60}')
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f'generator must be a seeded torch.Generator, got {type(generator).__name__}')
     _check_number('coefficient', coefficient, 0)
     u = torch.rand(d, generator=generator, device=generator.device)
     return coefficient * u / u.norm()

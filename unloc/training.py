@@ -309,8 +309,8 @@ def _check_sets(forget, retain, recipe):
     check_examples(forget, 'forget')
     if recipe.retain == 'none': return
     raise ValueError(
-        f"the retain set is empty, and the retain term {recipe.retain!r} of {recipe.objective} needs facts; "
-        f"give retain facts, or the recipe retain='none'")
+        f"the retain set is empty, and the retain term {recipe.retain!r} of {recipe.objective} "
+        f"needs facts; give retain facts, or the recipe retain='none'")
 
 # %% ../nbs/10_training.ipynb #59edd144
 def unlearn(
