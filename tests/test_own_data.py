@@ -156,7 +156,7 @@ def test_data_that_changed_after_they_were_described_are_refused(tmp_path):
     with pytest.raises(ValueError, match="facts.jsonl: the facts are not those that were described; .*"): benchmark(described)
 
 @pytest.mark.parametrize("data, says", [({"name": "file"}, "data: a file needs its path"), ({"name": "file", "path": 3}, "path must be of type str, got 3"), ({"name": "file", "path": "x.json", "seed": 1}, "file has no setting 'seed'; known: name, path, shape"),
-    ({"name": "file", "path": "no such.json"}, "no such.json: no such file or folder"), ({"name": "file", "path": __file__, "shape": "squad"}, "unknown shape 'squad'"), ({"name": "mine"}, "name must be 'world', 'tofu' or 'file', got 'mine'")])
+    ({"name": "file", "path": "no such.json"}, "'no such.json': no such file or folder"), ({"name": "file", "path": "[{}]" * 2000}, "no such file or folder"), ({"name": "file", "path": "a\0b"}, "no such file or folder"), ({"name": "file", "path": __file__, "shape": "squad"}, "unknown shape 'squad'"), ({"name": "mine"}, "name must be 'world', 'tofu' or 'file', got 'mine'")])
 def test_settings_of_own_data(data, says):
     with pytest.raises(ValueError, match=says) as error: data_description(data)
     assert "\n" not in str(error.value)

@@ -208,7 +208,7 @@ def best_recall(
     text:str, # what the model wrote
     references:Sequence[str], # right answers
 )->float: # fraction; NaN where no right answer has a word
-    "Measure ROUGE-L recall of the right answer that a text comes nearest to"
+    "Measure ROUGE-L recall of the right answer that a text comes nearest to, by the tokenizer 'auto'"
     defined = [r.strip() for r in references if metrics.rouge_tokenizer(r.strip())]
     return max((metrics.rouge_l_recall(text.strip(), r) for r in defined), default=math.nan)
 

@@ -94,9 +94,11 @@ def _found_path(path:str)->Path: # absolute
     "Find a file of a profile, from the working folder up to the project's own"
     given, here = Path(path).expanduser(), Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / given).exists(): return (folder / given).resolve()
+        try:
+            if (folder / given).exists(): return (folder / given).resolve()
+        except (OSError, ValueError): break # no name that a file could have
         if given.is_absolute() or (folder / 'settings.ini').exists(): break
-    raise ValueError(f"data: {path}: no such file or folder; give the path of your facts")
+    raise ValueError(f"data: {path[:200]!r}: no such file or folder; give the path of your facts")
 
 def _digest(facts:Benchmark)->str: return sha256(repr(facts).encode()).hexdigest()
 
@@ -475,6 +477,7 @@ def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     model = _retained(base)
     target = _draw(model, description, description['seed'])
     how = {k: v for k, v in description.items() if k in _TRAINING}
+    if description.get('style') == 'mixed' and not examples['retain']: raise ValueError("inject: style 'mixed' needs retain facts, and the data have none; take another style")
     if description.get('others'): _inject_others(model, target, description, examples, how, folder)
     if description.get('style') == 'with room': _make_room(model, target, description, examples, base.description, folder)
     values, digest = training.inject(model, target, examples['forget'], seed=description['seed'], **how, progress=progress, beside=examples['retain'] if description.get('style') == 'mixed' else ())

@@ -603,8 +603,10 @@ def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of
         raise ValueError(
             f"{path}: no such file or folder; expected a JSON file, or a folder with forget.jsonl "
             "and the like")
+    try: files = list(path.iterdir())
+    except OSError as error: raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     found = []
-    for file in path.iterdir():
+    for file in files:
         name = file.name.split(".")[0]
         if not re.search(r"\.jsonl?(\.gz)?$", file.name) or not name: continue
         if name in called: found.append((file, called[name]))

@@ -160,6 +160,7 @@ def words(
     text:str, # in any script
 )->list[str]: # lower case; a character each where a script has no blanks between words
     "Cut a text into its words (Unicode Standard Annex 15, NFKC; general categories L, M and N)"
+    if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
     found = []
     before = '' # '' at a boundary, 'word', or 'character' behind one that stands alone
     for c in normalize('NFKC', normalize('NFKC', text).casefold()):
@@ -199,6 +200,7 @@ def rouge_tokenizer(
     reference:str, # the true answer
 )->str|None: # 'rouge_score' or 'words'; None where neither finds a word
     "Choose what cuts a true answer into words, as the convention 'auto' does"
+    if not isinstance(reference, str): raise ValueError(f'reference must be a string, got {type(reference).__name__}: decode the tokens first')
     letters = [c for c in reference if category(c)[0] in 'LN']
     if 2 * sum(map(_latin, letters)) >= len(letters) and re.search('[a-z0-9]', reference.lower()):
         return 'rouge_score'
@@ -343,6 +345,7 @@ def choice_length(
     convention:str, # one of CHOICE_CONVENTIONS
 )->int: # what its log-probability is divided by
     "Measure a choice in the unit of a convention"
+    if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
     if convention not in CHOICE_CONVENTIONS:
         raise ValueError(
             f'unknown multiple-choice convention {convention!r}: expected one of '
@@ -364,7 +367,8 @@ def multiple_choice(
 )->Accuracy:
     "Measure how often the likeliest choice is a right one"
     given = (logprob, right, *([] if length is None else [length]))
-    sizes = [[len(row) for row in rows] for rows in given]
+    try: sizes = [[len(row) for row in rows] for rows in given]
+    except TypeError: raise ValueError('logprob, right and length must be lists of rows, one row a question and one entry a choice') from None
     if not sizes[0] or any(other != sizes[0] for other in sizes):
         raise ValueError(
             f'logprob, right and length have {[len(x) for x in sizes]} questions of '
