@@ -184,8 +184,8 @@ def with_forget(right, wrong): return {"choices": PROBE["choices"] | {"forget": 
     (with_forget(OURS.right[:3], OURS.wrong[:2]), "have 2 wrong answers to 3 questions"), (with_forget([], []), "the forget right-answer set is empty"),
     (with_forget(OTHERS.right, OTHERS.wrong), "fact 0 of the choices of forget is not in the forget set"),
     ({"useful": KEEP[:2]}, "useful has 2 facts, the right answers of retain 3"), ({"useful": KEEP[1:4]}, "fact 0 of useful asks another question"), ({"useful": ()}, "useful has 0 facts"),
-    ({"retain": GET[:2]}, "fact 0 of the forget set asks what fact 0 of the retain set asks"), ({"forget": []}, "the forget set is empty"), ({"retain": []}, "the retain set is empty"),
-    ({"tokenizer": None}, "greedy answers need the tokenizer"), ({"choices": {"forget": OURS}}, "choices must be of forget, retain, real_authors, world_facts, got forget"),
+    ({"retain": GET[:2]}, "fact 0 of the forget set asks what fact 0 of the retain set asks"), ({"forget": []}, "the forget set is empty"),
+    ({"tokenizer": None}, "greedy answers need the tokenizer"), ({"choices": {"forget": OURS, "world": OURS}}, "choices must be of forget, retain, real_authors, world_facts, got forget, world"),
     ({"retained": torch.ones(3)}, "retained must be the retained model's nll of the 3 right and 15 wrong answers"), ({"retained": (torch.ones(3), torch.ones(3, 2))}, "retained must be"), ({"retained": (torch.ones(2), torch.ones(2, 5))}, "retained must be"),
     ({"forget": GET + [GET[0]._replace(start=0)]}, r"fact 10 of the forget set has no answer token .* \(start 0 of")])
 def test_a_probe_of_rows_that_do_not_match_is_refused(change, message):
@@ -196,7 +196,7 @@ def test_a_probe_of_rows_that_do_not_match_is_refused(change, message):
 E, M = GET[0], small()
 @pytest.mark.parametrize("bad", [E._replace(start=0), E._replace(start=len(E.ids) - 1), E._replace(start=len(E.ids)), E._replace(start=len(E.ids) + 3)])
 @pytest.mark.parametrize("call", [lambda x: score(M, x), lambda x: answers_logprob(M, x), lambda x: membership(M, TOKENIZER, x), lambda x: finetune(M, x, 1, 1e-3, 4, 0),
-    lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), x, KEEP, Probe(GET, KEEP), Recipe("ga", 1e-3, 1), 0), lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), GET, x, Probe(GET, KEEP), Recipe("ga", 1e-3, 1), 0)],
+    lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), x, KEEP, Probe(GET, KEEP), Recipe("ga", 1e-3, 1), 0), lambda x: unlearn(M, Region.sample(region_shape(M), .2, 0), GET, x, Probe(GET, KEEP), Recipe("npo", 1e-3, 1), 0)],
     ids=["score", "answers_logprob", "membership", "finetune", "forget", "retain"])
 def test_a_fact_without_an_answer_is_named(call, bad):
     with pytest.raises(ValueError, match=rf"fact 1 of the \w+ set has no answer token between its prompt and its end token \(start {bad.start} of {len(E.ids)} tokens\)"): call([KEEP[5], bad])

@@ -74,7 +74,7 @@ def test_names_are_those_of_training():
 @pytest.mark.parametrize("bad, says", [
     *((lambda g=g: settings(g, {"epoch": 3}), f"{g} has no setting 'epoch'; known: {next(iter(SETTINGS[g]))}") for g in SETTINGS),
     *((lambda g=g: settings(g, [3]), f"{g} must be a dictionary of settings, got [3]") for g in SETTINGS),
-    (lambda: data_description({"name": "wmdp"}), "data: name must be 'world' or 'tofu', got 'wmdp'"), (lambda: data_description({}), "data: name must be 'world' or 'tofu', got None"),
+    (lambda: data_description({"name": "wmdp"}), "data: name must be 'world', 'tofu' or 'file', got 'wmdp'"), (lambda: data_description({}), "data: name must be 'world', 'tofu' or 'file', got None"),
     (lambda: data_description({"name": "world", "forget": "forget10"}), "world has no setting 'forget'"), (lambda: data_description({"name": "tofu", "n_forget": 1}), "tofu has no setting 'n_forget'"),
     (lambda: data_description(WORLD | {"n_forget": 3}), "n_forget=3: expected a whole number from 1 to 2"), (lambda: data_description({"name": "tofu", "forget": "forget20"}), "forget='forget20': expected forget01, forget05 or forget10"),
     (lambda: data_description({"name": "tofu"}, "/nonexistent"), "source='/nonexistent': no such folder; expected a folder or a hub data set"),

@@ -134,6 +134,8 @@ def test_benchmark_refuses_a_shared_question(first, second, turn):
     ((Fact("q?", ""),), "'q[?]' has an empty text or none; expected question and answer"), ((Fact("q?", " \n"),), "'q[?]' has an empty text"), ((Fact("q?", None),), "'q[?]' has an empty text"), ((Fact(" ", "a"),), "' ' has an empty"), ((Fact(None, "a"),), "None has an empty"),
     ((Fact("q?", "a", perturbed_answer=("b", "")),), "'q[?]' has an empty text"), ((Fact("q?", "a", perturbed_answer=("b", None)),), "'q[?]' has an empty text"), ((Fact("q?", "a", perturbed_answer="abc"),), "'q[?]' has .* wrong answers in a tuple"), ((Fact("q?", "a", perturbed_answer=None),), "'q[?]' has .* wrong answers in a tuple"),
     (asked_wrongly([3, 3], perturbed_answer=("x", "right")), "a wrong answer to '0[?]' is the right one"), (asked_wrongly([3], paraphrased_answer="1"), "a wrong answer to '0[?]' is the right one"),
+    ((Fact("q?", "a", other_answers=("b", " ")),), "'q[?]' has an empty text or none among its other right answers"), ((Fact("q?", "a", other_answers="b"),), "'q[?]' has .* right answers"),
+    (asked_wrongly([3], other_answers=("left", "2 ")), "a wrong answer to '0[?]' is the right one"),
     (asked_wrongly([5, 0, 4]), "facts with 4 and with 5 wrong answers; expected one number in a set"), (asked_wrongly([1, 2]), "facts with 1 and with 2 wrong answers")])
 def test_benchmark_refuses_facts_that_cannot_be_asked(name, facts, says):
     with pytest.raises(ValueError, match=f"^b, {name}: {says}") as error: Benchmark("b", **sets(**{name: facts}), refusals=())
@@ -141,9 +143,9 @@ def test_benchmark_refuses_facts_that_cannot_be_asked(name, facts, says):
 
 @pytest.mark.parametrize("name", SETS)
 def test_what_a_benchmark_may_leave_out(name):
-    "Nothing to forget or to retain is no benchmark; every other set may be empty, and facts without wrong answers may stand among facts with equally many"
+    "Nothing to forget is no benchmark; every other set may be empty, and facts without wrong answers may stand among facts with equally many"
     assert len(getattr(Benchmark("b", **sets(**{name: asked_wrongly([0, 3, 0, 3])}), refusals=()), name)) == 4
-    if name not in ("forget", "retain"): assert getattr(Benchmark("b", **sets(**{name: ()}), refusals=()), name) == (); return
+    if name != "forget": assert getattr(Benchmark("b", **sets(**{name: ()}), refusals=()), name) == (); return
     with pytest.raises(ValueError, match=f"^b, {name}: no facts; expected at least one"): Benchmark("b", **sets(**{name: ()}), refusals=())
 
 # --- TOFU

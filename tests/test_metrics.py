@@ -379,17 +379,23 @@ def test_importing_is_light_and_rouge_needs_no_network(guarded):
     code = """if True:
         import sys
         from unloc.metrics import rouge_l_recall as r
-        print(*[m for m in ('scipy', 'nltk', 'rouge_score', 'absl', 'pandas', 'transformers') if m in sys.modules], 'light', r('a b c', 'a c d e'), r('Running', 'runs'), r('x', '.'))"""
+        print(*[m for m in ('scipy', 'nltk', 'rouge_score', 'absl', 'pandas', 'transformers') if m in sys.modules], 'light', r('a b c', 'a c d e'), r('Running', 'runs'), r('x', 'море'))"""
     assert subprocess.run([sys.executable, "-c", code], env=guarded, capture_output=True, text=True, check=True).stdout.split() == ["light", "0.5", "1.0", "0.0"]
     assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
 
 
 def test_equal_texts_score_what_the_scorer_finds():
     "The short way for equal texts is taken exactly where the scorer sees a word"
-    from unloc.metrics import _scorer
+    from unloc.metrics import _scorer, words
     assert _scorer() is _scorer()
-    for text in ("a", "A.", "The sea, 1950", "海", "É", "...", "_", "\u212a", "\u0130", "caf\u00e9", "-1-", " ok\n", "\u0661", "\ufb01"):
-        assert rouge_l_recall(text, text) == _scorer().score(text, text)["rougeL"].recall, text
+    for text in ("a", "A.", "The sea, 1950", "-1-", " ok\n", "caf\u00e9", "\u212a", "\u0130"):
+        assert rouge_l_recall(text, text) == rouge_l_recall(text, text, "rouge_score") == _scorer().score(text, text)["rougeL"].recall == 1, text
+    for text in ("海", "É", "\u0661", "\ufb01"): # no word for the scorer's own tokenizer, one for the other
+        assert _scorer().score(text, text)["rougeL"].recall == 0 and len(words(text)) == 1 and rouge_l_recall(text, text) == 1
+        with pytest.raises(ValueError, match="no word for the tokenizer 'rouge_score', so ROUGE is undefined"): rouge_l_recall(text, text, "rouge_score")
+    for text in ("...", "_", "\u2014"):
+        for tokenizer in ("auto", "words", "rouge_score"):
+            with pytest.raises(ValueError, match=f"no word for the tokenizer '{tokenizer}'"): rouge_l_recall(text, text, tokenizer)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda x: torch.tensor(x, dtype=torch.float32, requires_grad=True), lambda x: [torch.tensor(v) for v in x], lambda x: torch.tensor(x).numpy()],

@@ -227,6 +227,12 @@ BAD = [
     (lambda: npo(S, S, beta=0), "beta must be positive"), (lambda: dpo(S, S, S, S, beta=float("nan")), "beta must be positive"), (lambda: wga(LP, MASK, beta=-1.), "beta must be at least 0"),
     (lambda: token_logprob(H, torch.full((2, 4), -100)), "0 to 2, got -100"), (lambda: token_logprob(H, torch.full((2, 4), 3)), "0 to 2, got 3"),
     (lambda: token_logprob(H, torch.zeros(2, 3, dtype=torch.int64)), r"shape \(2, 4\)"), (lambda: token_logprob(H, LP), "torch.int64"),
+    (lambda: nll(LP.tolist(), MASK), "values must be a torch.Tensor, got list"), (lambda: ga(LP.numpy(), MASK), "values must be a torch.Tensor, got ndarray"),
+    (lambda: wga(LP, MASK.tolist()), "mask must be a torch.Tensor"), (lambda: sequence_logprob(None, MASK), "token_logprob must be a torch.Tensor, got NoneType"),
+    (lambda: token_logprob(torch.tensor(1.), torch.tensor(0)), r"at least 1 axis, got shape \(\)"), (lambda: token_logprob(H, [[0] * 4] * 2), "target must be a torch.Tensor"),
+    (lambda: npo([0.], S), "logprob must be a torch.Tensor"), (lambda: kl(H, H.tolist(), MASK), "reference_logits must be a torch.Tensor"), (lambda: rmu(H, [0.] * 3, MASK), "control must be"),
+    (lambda: npo(S, S, beta=None), "beta must be positive, got None"), (lambda: dpo(S, S, S, S, beta="0.1"), "beta must be positive, got '0.1'"), (lambda: wga(LP, MASK, beta=float("inf")), "beta must be"),
+    (lambda: rmu_control(2.5, torch.Generator()), "whole number, got 2.5"), (lambda: rmu_control(2, 0), "generator must be"), (lambda: rmu_control(2, torch.Generator(), float("nan")), "coefficient must be"),
 ]
 
 

@@ -9,7 +9,7 @@ Modules:
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.experiment`: The experiments as kinds of run: base models, their judgement, injection or teaching, localization, unlearning, direct supervision
-- `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, or TOFU itself
+- `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import training
-from .evaluation import answer_token_logprob, plainly, score
+from .evaluation import answer_token_logprob, best_recall, plainly, score
 from .masked import in_float32, put_columns, unlock
-from .metrics import rouge_l_recall
 from .models import answer_hidden, logits_of, output_projections, over_logits, value_vectors
 from .objectives import token_logprob
 from .regions import Region
@@ -353,7 +352,7 @@ def best_of(
     seed:int=0,
     max_new_tokens:int=60,
     max_rows:int=64, # answers at once
-)->Tensor: # [examples] float64, highest ROUGE-L recall among the sampled answers
+)->Tensor: # [examples] float64, highest ROUGE-L recall among the sampled answers; NaN where the right one has no word
     "Ask many times, and keep the best answer"
     if n < 1 or temperature <= 0: raise ValueError(f"n must be at least 1 and temperature positive, got {n} and {temperature}")
     check_examples(examples, 'asked')
@@ -365,5 +364,5 @@ def best_of(
             ids, mask = (torch.tensor([[fill] * (width - e.start) + row(e) for e in some], device=model.device) for fill, row in ((end, lambda e: e.ids[:e.start]), (0, lambda e: [1] * e.start)))
             said = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True)[:, width:]
             texts = zip(tokenizer.batch_decode(said, skip_special_tokens=True), tokenizer.batch_decode([e.ids[e.start:] for e in some], skip_special_tokens=True))
-            scores += [rouge_l_recall(text.strip(), right.strip()) for text, right in texts]
+            scores += [best_recall(text, [right]) for text, right in texts]
     return torch.tensor(scores, dtype=torch.float64).view(len(examples), n).amax(1)

@@ -8,19 +8,20 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'NAMES', 'REQUIRED', 'MAY_BE_ZERO', 'PAIR', 'ARMS', 'LOCALIZERS', 'OWN_UNITS', 'SEEDED',
-           'settings', 'benchmark', 'data_description', 'base_models', 'standard', 'injection', 'teaching',
-           'unlearning', 'supervision', 'localization', 'localized_unlearning', 'device_name', 'provenance',
+           'settings', 'benchmark', 'data_description', 'data_source', 'base_models', 'standard', 'injection',
+           'teaching', 'unlearning', 'supervision', 'localization', 'localized_unlearning', 'device_name', 'provenance',
            'attacking', 'base', 'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
 
 # %% ../nbs/15_experiment.ipynb #623921cb
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from .facts import Benchmark, author_world, tofu
+from .facts import Benchmark, author_world, own_facts, tofu
 from .runs import Run, public, run_id
 
 # %% ../nbs/15_experiment.ipynb #c43b863d
@@ -28,6 +29,7 @@ _TRAINING = {'epochs': int, 'lr': float, 'batch_size': int, 'schedule': str}
 SETTINGS = { # group: the names of its settings and the type of each
     'world': {'name': str, 'n_authors': int, 'n_forget': int, 'n_holdout': int, 'seed': int},
     'tofu': {'name': str, 'forget': str, 'n_authors': int},
+    'file': {'name': str, 'path': str, 'shape': str}, # your own
     'model': {'d_model': int, 'n_layers': int, 'd_ff': int, 'n_heads': int, 'vocab_size': int},
     'checkpoints': {'pretrained': str, 'retained': str, 'original': str, 'template': str, 'recompute': bool},
     'pretrain': _TRAINING, 'retain': _TRAINING,
@@ -64,22 +66,65 @@ def settings(
     return checked
 
 # %% ../nbs/15_experiment.ipynb #ed171f87
+_KNOWN_DATA = "name must be 'world', 'tofu' or 'file'"
+
 def benchmark(
-    data:dict, # {'name': 'world' or 'tofu', …} and, for TOFU, '_source': folder or hub id
+    data:dict, # from data_description
 )->Benchmark:
     "Load the facts that a description names"
     rest = {k: v for k, v in data.items() if k not in ('name', 'sha256', '_source')}
     if data['name'] == 'world': return author_world(**rest)
+    if data['name'] == 'file': return _described_file(data)
+    if data['name'] != 'tofu': raise ValueError(f"data: {_KNOWN_DATA}, got {data['name']!r}")
     return tofu(data['_source'], **rest) if data.get('_source') else tofu(**rest)
 
 def data_description(
-    data:dict, # settings of group 'world' or 'tofu'
+    data:dict, # settings of group 'world', 'tofu' or 'file'
     source:str='', # for TOFU: a folder or a hub id; '' for UNLOC_TOFU or the hub
 )->dict:
     "Describe the facts, with their digest"
-    if data.get('name') not in ('world', 'tofu'): raise ValueError(f"data: name must be 'world' or 'tofu', got {data.get('name')!r}")
+    if not isinstance(data, dict) or data.get('name') not in ('world', 'tofu', 'file'):
+        raise ValueError(f"data: {_KNOWN_DATA}, got {data.get('name') if isinstance(data, dict) else data!r}")
+    if data['name'] == 'file': return _file_description(settings('file', data))
     found = settings(data['name'], data) | ({'_source': str(Path(source).resolve()) if Path(source).exists() else source} if source else {})
     return found | {'sha256': sha256(repr(benchmark(found)).encode()).hexdigest()}
+
+# %% ../nbs/15_experiment.ipynb #998f7ca0
+def _found_path(path:str)->Path: # absolute
+    "Find a file of a profile, from the working folder up to the project's own"
+    given, here = Path(path).expanduser(), Path.cwd()
+    for folder in (here, *here.parents):
+        try:
+            if (folder / given).exists(): return (folder / given).resolve()
+        except (OSError, ValueError): break # no name that a file could have
+        if given.is_absolute() or (folder / 'settings.ini').exists(): break
+    raise ValueError(f"data: {path[:200]!r}: no such file or folder; give the path of your facts")
+
+def _digest(facts:Benchmark)->str: return sha256(repr(facts).encode()).hexdigest()
+
+def _file_description(data:dict)->dict: # data: settings of group 'file'
+    "Describe facts of one's own by their content; where they lie is no part of it"
+    if not data.get('path'): raise ValueError('data: a file needs its path; give {"name": "file", "path": …}')
+    path = _found_path(data['path'])
+    shape = {'shape': data['shape']} if 'shape' in data else {}
+    found = {'name': 'file', '_path': str(path)} | shape
+    return found | {'sha256': _digest(own_facts(path, **shape))}
+
+def _described_file(data:dict)->Benchmark: # data: from data_description
+    "Load facts of one's own, and refuse others than those that were described"
+    facts = own_facts(data['_path'], data.get('shape', 'unloc'))
+    if data.get('sha256', found := _digest(facts)) != found:
+        raise ValueError(f"{data['_path']}: the facts are not those that were described; describe the runs anew")
+    return facts
+
+def data_source(
+    data:dict, # from data_description
+)->str:
+    "Say where the facts come from, for people"
+    if data['name'] == 'world': return 'the author world, made on the spot'
+    if data['name'] == 'file': return f"your own, from {data['_path']}"
+    if data['name'] != 'tofu': raise ValueError(f"data: {_KNOWN_DATA}, got {data['name']!r}")
+    return f"TOFU, from {data.get('_source') or os.environ.get('UNLOC_TOFU') or 'the hub'}"
 
 # %% ../nbs/15_experiment.ipynb #2a6cbbfe
 def _described_template(template:str|dict)->str|dict:
@@ -286,9 +331,19 @@ def _probe(tokenizer_folder:Path, data:str, template:str, evaluate:str): # data 
     from unloc.tokens import encode
     facts, how, tokenizer = benchmark(json.loads(data)), json.loads(evaluate), _tokenizer(tokenizer_folder)
     whole = {name: [f for f in getattr(facts, name) if f.perturbed_answer] for name in KINDS}
-    asked = {'forget': facts.forget} | {name: _spread(rows, how['utility']) for name, rows in whole.items()}
-    forget, retain, useful = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, _spread(whole['retain'], how['retain']), asked['retain']))
-    return Probe(forget, retain, useful, {name: choices(tokenizer, rows, template) for name, rows in asked.items()}, tokenizer, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+    asked = {'forget': [f for f in facts.forget if f.perturbed_answer]} | {name: _spread(rows, how['utility']) for name, rows in whole.items()}
+    kept = _spread(whole['retain'] or facts.retain, how['retain']) # without wrong answers: any
+    asked = {name: rows for name, rows in asked.items() if rows}
+    useful = asked.get('retain', _spread(facts.retain, how['utility']))
+    examples = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, kept, useful))
+    offered = {name: choices(tokenizer, rows, template) for name, rows in asked.items()}
+    others = _further(tokenizer, {'forget': facts.forget, 'retain': kept, 'useful': useful} | {f'{name} right': rows for name, rows in asked.items()}, template)
+    return Probe(*examples, offered, tokenizer, others=others, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+
+def _further(tokenizer, sets, template)->dict:
+    "Tokenize the further right answers of sets that have any"
+    from unloc.evaluation import other_answers
+    return {name: other_answers(tokenizer, facts, template) for name, facts in sets.items() if any(f.other_answers for f in facts)}
 
 def _setting(description, run):
     "Give examples and probe, the base run, and how often to evaluate"
@@ -299,7 +354,7 @@ def _setting(description, run):
     probe = _probe(*facts, json.dumps(how))
     if judged.path.exists(): # absent while the standard itself is being computed
         known = judged.tensors('evaluation.safetensors')
-        probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
+        if 'forget' in probe.choices: probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
     return _examples(*facts), probe, base, {k: v for k, v in how.items() if k in ('every', 'full_every')}
 
 # %% ../nbs/15_experiment.ipynb #0d76dbb8
@@ -332,6 +387,7 @@ def _take_over(description, folder, progress):
     load_tokenizer(model.get('_retained') or model['_pretrained']).save_pretrained(folder / 'tokenizer')
     examples = _examples(folder / 'tokenizer', json.dumps(description['data']), _template(description))
     if '_retained' not in model:
+        if not examples['retain']: raise ValueError("checkpoints: the data have no retain set for a retained model to learn; name a retained model, too")
         taught = _model(model['_pretrained'], description, 'float32')
         _check_format(taught, folder / 'tokenizer', description)
         _learn(taught, description, description['retain'], examples['retain'], description['seed'], folder / 'retained', progress)
@@ -357,16 +413,16 @@ def _knowledge(path, description, examples):
     "Give the mean extraction strength of a saved model on every set"
     from unloc.evaluation import score
     model = _model(path, description)
-    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) for name in ('forget', 'retain', 'real_authors', 'world_facts')}
+    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) if examples[name] else float('nan') for name in ('forget', 'retain', 'real_authors', 'world_facts')}
 
 # %% ../nbs/15_experiment.ipynb #307d8ce6
 def _membership(model, probe, examples):
     "Give the AUC of telling forget facts from facts that no model has seen"
-    from unloc.evaluation import membership
-    from unloc.metrics import membership_auc
+    from unloc.evaluation import membership, membership_aucs
     if not examples['holdout']: return {}
-    forget, holdout = (membership(model, probe.tokenizer, examples[name]) for name in ('forget', 'holdout'))
-    return {name: membership_auc(forget[name], holdout[name]) for name in forget}
+    found = membership_aucs(*(membership(model, probe.tokenizer, examples[name]) for name in ('forget', 'holdout')))
+    left = {f'{name}_left': [auc.n_forget, auc.n_holdout] for name, auc in found.items() if (auc.n_forget, auc.n_holdout) != (len(examples['forget']), len(examples['holdout']))}
+    return {name: auc.auc for name, auc in found.items()} | left
 
 def _save_evaluation(folder, evaluation):
     from safetensors.torch import save_file
@@ -379,12 +435,13 @@ def _load_evaluation(run):
 # %% ../nbs/15_experiment.ipynb #2cb54c43
 def judge(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Judge the retained model"
-    from unloc.evaluation import evaluate
+    from unloc.evaluation import evaluate, undefined
     examples, probe, base, _ = _setting(description, parent)
     model = _retained(base)
     _save_evaluation(folder, evaluation := evaluate(model, probe))
-    retained = evaluation.point | {'FQ': 0.} # it agrees with itself: p = 1
-    _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}})
+    retained = evaluation.point | ({'FQ': 0.} if 'forget' in probe.choices else {}) # it agrees with itself: p = 1
+    missing = {'undefined': why} if (why := undefined(retained, probe)) else {} # numbers of no judgement built on this one, with the reason
+    _save_json(folder, {'retained': retained, 'membership': _membership(model, probe, examples), 'probe': {name: len(c.right) for name, c in probe.choices.items()}} | missing)
 
 # %% ../nbs/15_experiment.ipynb #a78c3ec6
 def _save_columns(path, values):
@@ -445,6 +502,7 @@ def inject(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     model = _retained(base)
     target = _draw(model, description, description['seed'])
     how = {k: v for k, v in description.items() if k in _TRAINING}
+    if description.get('style') == 'mixed' and not examples['retain']: raise ValueError("inject: style 'mixed' needs retain facts, and the data have none; take another style")
     if description.get('others'): _inject_others(model, target, description, examples, how, folder)
     if description.get('style') == 'with room': _make_room(model, target, description, examples, base.description, folder)
     values, digest = training.inject(model, target, examples['forget'], seed=description['seed'], **how, progress=progress, beside=examples['retain'] if description.get('style') == 'mixed' else ())
@@ -627,6 +685,7 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
     chosen = {i * len(forget) // k for i in range(k)}
     half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
     taught = {'held-out facts': examples['holdout'][len(others):][:k], 'forgotten facts': half, 'retain facts': _spread(examples['retain'], k)}
+    taught = {kind: some for kind, some in taught.items() if some} # without a retain set its rows are missing
     every = {f'relearn {kind}, {support}': (kind, support) for kind in taught for support in ('target region', 'outside it', 'all weights')}
     if (only := how.get('only', '')) and only not in every: raise ValueError(f"attack: unknown attack {only!r} as the only one; known: {', '.join(every)}")
     rows, facts = [], {}
@@ -646,7 +705,7 @@ def _questions(facts, examples, probe, template, how)->dict: # name: the forgott
     from unloc.tokens import encode
     asked = {}
     if all(f.paraphrased_question for f in facts.forget): asked['paraphrased'] = [encode(probe.tokenizer, f.paraphrased_question, f.answer, template) for f in facts.forget]
-    if shots := how.get('shots', 3): asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
+    if (shots := how.get('shots', 3)) and examples['retain']: asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
     return asked
 
 def _ask_otherwise(model, forget, questions, kernels)->dict: # per attack: [n] extraction strength
@@ -669,7 +728,7 @@ def _ask_often(models, forget, probe, n, seed)->dict: # [n_facts] ROUGE-L recall
 def _look_inside(model, forget, choices, seed)->dict:
     "Read the answers in the middle of a model"
     from unloc import attacks
-    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right
+    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right if choices else []
     found = {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1])}
     if len(right) < 10: return found
     return found | dict(zip(('probe', 'probe_control'), attacks.linear_probe(model, right, choices.wrong[::len(choices.wrong) // len(right)], seed).amax(0).tolist()))
@@ -682,10 +741,10 @@ def _depth(model, original, without, forget)->float:
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
-    "Bring a run to a level of forgetting, and try to get the facts back"
+    "Bring a run to a level of forgetting, and try to get the facts back; of several right answers the one that was taught"
     import copy, pandas
     from safetensors.torch import save_file
-    from unloc.evaluation import score
+    from unloc.evaluation import mean_of_defined, score
     from unloc.masked import put_columns
     from unloc.regions import Region
     examples, probe, base, _ = _setting(description, parent)
@@ -694,7 +753,8 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
     put_columns(model := copy.deepcopy(without), _load_columns(origin))
     original = copy.deepcopy(model)
     forget, target = examples['forget'], Region.load(origin.file('region.safetensors')) # of neurons their value vectors
-    def strength(asked): return float(score(model, asked).extraction_strength.mean())
+    if how.get('by') == 'RS' and not probe.retain: raise ValueError("attack: by RS needs retain facts, and the data have none; attack by FS")
+    def strength(asked): return float(score(model, asked).extraction_strength.mean()) if asked else float('nan')
     known = score(model, forget).extraction_strength
     put = _way(parent, origin, model, without)
     level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
@@ -710,10 +770,10 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
         found = {when: _ask_otherwise(one, forget, questions, how.get('kernels')) for when, one in models.items()}
         rows += [{'attack': name, 'support': ''} | {f'end{when}': share(float((x[name] - left).mean()), gap) for when, x in found.items()} for name in found['']]
         asked = {f'{name}{when}': x for when, of_one in found.items() for name, x in of_one.items()}
-        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices['forget'], seed).items()} | {'depth': _depth(model, original, without, forget)}
+        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices.get('forget'), seed).items()} | {'depth': _depth(model, original, without, forget)}
         if n := how.get('samples', 4):
             asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
-            sampled, said = (share(*(float((answers[name + when] - answers[f'{name} without']).mean()) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
+            sampled, said = (share(*(mean_of_defined(answers[name + when] - answers[f'{name} without']) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
             rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
     pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')

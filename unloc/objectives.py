@@ -11,16 +11,39 @@ Sums and means stay in the dtype that comes in; half-precision logits and hidden
 __all__ = ['token_logprob', 'sequence_logprob', 'nll', 'ga', 'grad_diff', 'wga', 'npo', 'dpo', 'rmu', 'rmu_control', 'kl']
 
 # %% ../nbs/07_objectives.ipynb #f97530e6
+import math
+from numbers import Real
 import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/07_objectives.ipynb #42ea548d
+def _check_tensors(ndim:int=0, **given): # ndim: fewest axes
+    "Demand tensors"
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'{name} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
+        if x.ndim < ndim:
+            raise ValueError(
+                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got shape '
+                f'{tuple(x.shape)}')
+
+def _check_number(name, value, low, above=False): # above: `low` itself is refused
+    "Demand a finite number from `low` on"
+    fine = isinstance(value, Real) and value < math.inf
+    fine = fine and (value > low if above else value >= low)
+    if not fine:
+        raise ValueError(
+            f'{name} must be {"positive" if above else f"at least {low}"}, got {value!r:.60}')
+
+# %% ../nbs/07_objectives.ipynb #81d9ba50
 def _at(
     values:Tensor, # [*positions, *trailing] any dtype
     mask:Tensor, # [*positions] bool
     trailing:int=0, # axes of `values` that the mask does not have
 )->Tensor: # [n_selected, *trailing] same dtype; n_selected >= 1
     "Select the entries of `values` where `mask` is True"
+    _check_tensors(values=values, mask=mask)
     shape = tuple(values.shape[:values.ndim - trailing])
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(f'the mask must be torch.bool of shape {shape}, got {mask.dtype} {tuple(mask.shape)}: one True or False per token')
@@ -29,11 +52,12 @@ def _at(
 
 def _check_sums(beta, **sums):
     "Demand sequence sums of one shape `[batch]` and a positive beta"
+    _check_tensors(**sums)
     shapes = {name: tuple(x.shape) for name, x in sums.items()}
     first = next(iter(shapes.values()))
     if len(first) != 1 or first[0] == 0 or any(s != first for s in shapes.values()):
         raise ValueError(f'sequence log-probabilities must share one shape [batch], batch >= 1, got {shapes}: use sequence_logprob')
-    if not beta > 0: raise ValueError(f'beta must be positive, got {beta}')
+    _check_number('beta', beta, 0, above=True)
 
 def _wide(x:Tensor)->Tensor:
     "Lift to float32 unless already wider"
@@ -45,6 +69,8 @@ def token_logprob(
     target:Tensor, # [...] int64, token ids
 )->Tensor: # [...] nats, float32 or float64
     "Compute the log-probability of each target token"
+    _check_tensors(1, logits=logits)
+    _check_tensors(target=target)
     vocab = logits.shape[-1]
     if target.dtype != torch.int64 or target.shape != logits.shape[:-1]:
         raise ValueError(f'target must be torch.int64 of shape {tuple(logits.shape[:-1])}, got {target.dtype} {tuple(target.shape)}')
@@ -58,6 +84,7 @@ def sequence_logprob(
     answer_mask:Tensor, # [batch, seq] bool
 )->Tensor: # [batch] nats
     "Sum the log-probability of each answer"
+    _check_tensors(1, token_logprob=token_logprob, answer_mask=answer_mask)
     if answer_mask.dtype != torch.bool or answer_mask.shape != token_logprob.shape:
         raise ValueError(f'answer_mask must be torch.bool of shape {tuple(token_logprob.shape)}, got {answer_mask.dtype} {tuple(answer_mask.shape)}')
     return token_logprob.masked_fill(~answer_mask, 0).sum(-1)
@@ -97,7 +124,7 @@ def wga(
 )->Tensor: # [] nats per token, not above 0
     """Ascend on answer tokens weighted by their own probability to the power beta
     Wang et al. 2025, "Rethinking LLM unlearning objectives: a gradient perspective and go beyond" """
-    if not beta >= 0: raise ValueError(f'beta must be at least 0, got {beta}')
+    _check_number('beta', beta, 0)
     logprob = _at(token_logprob, answer_mask)
     return ((beta * logprob.detach()).exp() * logprob).mean()
 
@@ -133,6 +160,7 @@ def rmu(
 )->Tensor: # [] squared hidden units per dimension
     "Average the squared distance between hidden states and a control (representation misdirection; Li et al. 2024)"
     if average not in ('sequence', 'token'): raise ValueError(f"average must be 'sequence' or 'token', got {average!r}")
+    _check_tensors(hidden=hidden, control=control, answer_mask=answer_mask)
     if hidden.ndim != 3 or control.shape not in (hidden.shape, hidden.shape[-1:]):
         raise ValueError(f'hidden must be [batch, seq, d] and control [d] or like hidden, got {tuple(hidden.shape)} and {tuple(control.shape)}')
     states = _at(hidden, answer_mask, trailing=1)
@@ -150,7 +178,12 @@ def rmu_control(
     coefficient:float=2., # length of the vector, hidden units
 )->Tensor: # [d] float32
     "Draw a steering vector with non-negative entries and a given length"
-    if d < 1: raise ValueError(f'd must be at least 1, got {d}')
+    if type(d) is not int or d < 1:
+        raise ValueError(f'd must be at least 1 and a whole number, got {d!r:.60}')
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f'generator must be a seeded torch.Generator, got {type(generator).__name__}')
+    _check_number('coefficient', coefficient, 0)
     u = torch.rand(d, generator=generator, device=generator.device)
     return coefficient * u / u.norm()
 
@@ -161,6 +194,7 @@ def kl(
     mask:Tensor, # [...] bool, positions to average over; at least one True
 )->Tensor: # [] nats per position, not below 0
     "Average KL(reference || current) over positions"
+    _check_tensors(1, logits=logits, reference_logits=reference_logits)
     if logits.shape != reference_logits.shape:
         raise ValueError(f'logits and reference_logits must have one shape, got {tuple(logits.shape)} and {tuple(reference_logits.shape)}')
     current, reference = (_wide(_at(x, mask, trailing=1)).log_softmax(-1) for x in (logits, reference_logits))

@@ -252,7 +252,7 @@ def _unlearn(m, d)->Cost:
     forget, retain, recipe = m.examples['forget'], m.examples['retain'], d['recipe']
     sets = {'rmu': 1, 'dpo': 3}.get(d['objective'], 2) # of facts in a step: retain facts, refusals
     size, epochs = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size)), recipe['epochs']
-    mean = sorted(retain, key=lambda e: len(e.ids))[len(retain) // 2]
+    mean = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(mean.ids)) / sets)
     known = {'npo': 1, 'dpo': 1 + epochs}.get(d['objective'], 0) # passes of the reference
@@ -426,7 +426,7 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch:
         for name, base in (() if done else bases.items()):
             data = base['data']
-            needs.append('facts: the author world, made on the spot' if data['name'] == 'world' else f"facts: TOFU, from {data.get('_source') or os.environ.get('UNLOC_TOFU') or 'the hub'}")
+            needs.append(f"facts: {experiment.data_source(data)}")
             try: models[name] = Models(base, Path(scratch) / name)
             except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(base['arch'])
             else: needs += models[name].needs

@@ -302,12 +302,22 @@ class Recipe:
         if self.retain is None: object.__setattr__(self, 'retain', {'ga': 'none', 'rmu': 'embed_diff'}.get(self.objective, 'nll'))
         if self.retain not in (*RETAIN, 'none'): raise ValueError(f"unknown retain term {self.retain!r}; known: {', '.join(RETAIN)}, none")
 
+# %% ../nbs/10_training.ipynb #c46061f0
+def _check_sets(forget, retain, recipe):
+    "Demand two sets that are apart, or none to retain where the recipe asks for none"
+    if len(retain): return check_apart(forget=forget, retain=retain)
+    check_examples(forget, 'forget')
+    if recipe.retain == 'none': return
+    raise ValueError(
+        f"the retain set is empty, and the retain term {recipe.retain!r} of {recipe.objective} "
+        f"needs facts; give retain facts, or the recipe retain='none'")
+
 # %% ../nbs/10_training.ipynb #59edd144
 def unlearn(
     model:nn.Module, # the original model; becomes the unlearned model
     region:Region|Neurons|None, # where updates may go; None: everywhere
     forget:Sequence[Example],
-    retain:Sequence[Example],
+    retain:Sequence[Example], # may be empty where the recipe has no retain term
     probe:Probe, # what the model is judged on
     recipe:Recipe,
     seed:int, # of batches, refusals and control vector
@@ -316,11 +326,11 @@ def unlearn(
     progress:Callable[[float], None]|None=None, # told the share of all steps done
 )->tuple[Trajectory, dict]: # and the trained columns, as from Columns.values, or weights by name
     "Unlearn the forget set through a region, every other weight proved untouched"
-    check_apart(forget=forget, retain=retain)
+    _check_sets(forget, retain, recipe)
     record = _Recorder(model, probe, recipe.epochs, recipe.every, recipe.full_every, start)
     def batches(epoch):
         partners = _partners(len(forget), retain, seed, epoch)
-        return [(rows, [partners[i] for i in rows]) for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
+        return [(rows, [partners[i] for i in rows if partners]) for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
     with held(model, region) as columns, _watch_gradients(columns) as live:
         run = Unlearning(model, columns, seed, refusals, recipe.layer, recipe.coefficient)
         def loss(batch, epoch):
