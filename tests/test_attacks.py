@@ -281,3 +281,30 @@ def test_the_probe_needs_pairs_and_has_a_control():
     accuracy, control = linear_probe(model, told[:20], told[20:])[0].tolist()
     assert accuracy > .9 and .2 < control < .8
     with pytest.raises(ValueError, match="20 right answers and 3 wrong"): linear_probe(model, right, wrong[:3])
+
+# --- what cannot be attacked
+
+def one_line(match, call):
+    with pytest.raises(ValueError, match=match) as error: call()
+    assert "\n" not in str(error.value)
+
+def test_bad_settings_are_named():
+    model, some = small(), facts(6, 0)
+    states = hidden_states(model, some)
+    w = torch.ones(2, 4)
+    for match, call in {
+        "bits must be a whole number from 2 to 8, got 4.5": lambda: rounded(w, 4.5), "bits must be .*, got 9": lambda: rounded(w, 9), "group must be at least 1 weight, got 0": lambda: rounded(w, 4, 0),
+        "only floats can be rounded, got torch.int8": lambda: rounded(w.to(torch.int8), 4), "start and end hold 0 and 0 layers": lambda: between(model, {}, {}), "start and end hold 1 and 2 layers": lambda: between(model, {0: (w, w)}, {0: (w, w), 1: (w, w)}),
+        "before holds 2 strengths of 6 measured facts": lambda: relearn(model, facts(3, 9), some, 1e-3, 1, 4, 0, before=torch.zeros(2)), "batch_size must be a whole number of at least 1, got 0": lambda: relearn(model, facts(3, 9), some, 1e-3, 1, 0, 0),
+        "a recovery curve needs .* got 1 rows": lambda: recovery(torch.zeros(1, 3), torch.ones(3)), "folds must be at least 2 and ridge positive, got 1": lambda: linear_probe(model, some, some, folds=1), "ridge positive, got 2 and 0": lambda: linear_probe(model, some, some, folds=2, ridge=0),
+        "the asked set is empty": lambda: hidden_states(model, []), "layer must be 0 to 2, got 3": lambda: patched_logprob(model, some, 3, states[0]), "layer must be 0 to 2, got -1": lambda: patched_logprob(model, some, -1, states[0]),
+        "the states of 2 facts .* 6 of": lambda: patched_logprob(model, some, 0, states[0][:2]), "the states of 6 facts have the shapes": lambda: patched_logprob(model, some, 0, [s[:, :5] for s in states[0]]),
+        "states of 2 and 3 layers, the original model has 3": lambda: unlearning_depth(model, some, states[:2], states), "max_new_tokens and max_rows must be at least 1, got 0": lambda: best_of(model, None, some, max_new_tokens=0), "and 0$": lambda: best_of(model, None, some, max_rows=0),
+        "temperature positive, got 8 and nan": lambda: best_of(model, None, some, temperature=math.nan)}.items(): one_line(match, call)
+
+def test_rounding_is_of_a_model_that_is_not_unlocked():
+    model = small()
+    with unlock(model, Region.sample(region_shape(model), .2, 0)):
+        with pytest.raises(ValueError, match="the model is unlocked, and its columns would not be rounded"):
+            with quantized(model, 4): pass
+    with quantized(model, 4): pass

@@ -483,3 +483,16 @@ def test_a_gpu_holds_one_layers_gradient(name):
     before = torch.cuda.memory_allocated()
     call()
     assert torch.cuda.max_memory_allocated() - before < every / 4
+
+def test_a_full_folder_of_temporary_files_is_named(monkeypatch, tmp_path):
+    model, some = tiny_model("llama", 60, d_model=16, n_layers=2, d_ff=24, n_heads=2), [Example([5, 6, 7, 8 + i, 1], 3 - i) for i in range(2)]
+    monkeypatch.setattr(A.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(A.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2 * 16 * 24 * 4 - 1})) # a byte too few for two layers
+    for localizer in (A.wagle, A.wagle_weights, A.memflex, A.memflex_projections):
+        with pytest.raises(OSError, match="the gradients of the forget set take .* GiB, the folder of temporary files, .* free; free some, or set TMPDIR"): localizer(model, some[:1], some[1:])
+    monkeypatch.undo()
+    assert A.wagle(model, some[:1], some[1:]).isfinite().all() and not list(tmp_path.iterdir())
+
+def test_integrated_gradients_need_room_for_a_copy():
+    model = tiny_model("llama", 60, d_model=16, n_layers=2, d_ff=24, n_heads=2)
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"): A.integrated_gradients(model, [Example([5, 6, 7, 1], 2)], max_tokens=0)

@@ -237,3 +237,11 @@ def test_greedy_answers_in_bfloat16_are_greedy(arch): # near ties may fall eithe
     for e, answer in zip(KEEP, answers):
         logits = model(input_ids=torch.tensor([e.ids[:e.start] + answer + [TOKENIZER.eos_token_id]])).logits[0, e.start - 1:-1].float()
         for token, row in zip(answer, logits): assert row[token] > row.max() - .2
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: Probe(GET, KEEP, max_new_tokens=0), "max_new_tokens must be a whole number of at least 1, got 0"), (lambda: Probe(GET, KEEP, max_new_tokens=2.5), "max_new_tokens must be a whole number"),
+    (lambda: greedy_answers(M, GET, torch.zeros(len(GET)).long(), 0), "max_new_tokens must be at least 1, got 0"), (lambda: greedy(M, [[5]], [3], 1, max_rows=0), "max_rows must be at least 1, got 0"),
+    (lambda: membership(M, TOKENIZER, GET, k=0), r"k must lie in \(0, 1\]")])
+def test_settings_that_decode_or_look_at_nothing_are_named(call, says):
+    with pytest.raises(ValueError, match=says) as error: call()
+    assert "\n" not in str(error.value)

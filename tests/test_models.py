@@ -58,7 +58,10 @@ def test_hooks_never_stay(model):
     for read in (mlp_outputs, lambda m, b: hidden_after(m, b, 1), answer_logits):
         read(model, BATCH)
         assert hooks() == before
-        with pytest.raises(IndexError): read(model, bad)
+        with pytest.raises(ValueError, match="the batch has the token 1"): read(model, bad)
+        broken = model.lm_head.register_forward_hook(lambda *_: 1 / 0) if read is answer_logits else output_projections(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError): read(model, BATCH)
+        broken.remove()
         assert hooks() == before
     with pytest.raises(IndexError): hidden_after(model, BATCH, 3)
 
@@ -82,7 +85,7 @@ def test_a_seed_fixes_the_weights_and_leaves_the_generator(arch, tmp_path):
 def test_bad_models_are_named():
     with pytest.raises(ValueError, match="unknown architecture 'gpt2'; known: llama, olmo2"): tiny_model("gpt2", 30)
     with pytest.raises(ValueError, match="d_model 30 is not a multiple of n_heads 4"): tiny_model("llama", 30, d_model=30)
-    other = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4, bos_token_id=1, eos_token_id=1))
+    other = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, state_size=4, bos_token_id=1, eos_token_id=1))
     for door in (region_shape, output_projections, lambda m: hidden_after(m, BATCH, 0), lambda m: mlp_outputs(m, BATCH)):
         with pytest.raises(ValueError, match="no output projection is known for architecture 'mamba'; known: llama, .* unloc.models.PROJECTIONS"): door(other)
     with pytest.raises(ValueError, match="this LlamaModel are not where those of 'llama' are: .*; give transformers' own causal language model"): region_shape(tiny_model("llama", 30, d_model=8, n_heads=1).model)

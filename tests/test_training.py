@@ -403,3 +403,73 @@ def test_a_base_run_killed_and_resumed_gives_the_same_files(arch, kills, tmp_pat
     experiment.base(description, None, resumed, done.append)
     assert done == sorted(done) and done[-1] == 1 and kills[-1] - .25 < done[0] <= kills[-1] + .25, "goes on near where it was cut off"
     assert files(resumed) == files(whole)
+
+# --- what a descent finds, and leaves
+
+def test_a_gradient_that_was_left_behind_is_not_learned(): # and a parameter that was frozen learns all the same
+    clean, left = small(), small()
+    for i, p in enumerate(left.parameters()):
+        p.grad = torch.full_like(p, 100.)
+        p.requires_grad_(i % 2 == 0)
+    for model in (clean, left): finetune(model, GET, 2, 1e-3, 4, 0)
+    assert equal(weights(clean), weights(left)) and all((p.grad == 100).all() for p in left.parameters()) and [p.requires_grad for p in left.parameters()] == [i % 2 == 0 for i, _ in enumerate(left.parameters())]
+    x = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    x.grad = torch.full((1,), 9.)
+    with torch.no_grad(): descend([x], lambda e: [1.], lambda b, e: -x.sum(), 1, .1, weight_decay=0.)
+    assert x.item() == pytest.approx(1.1) and x.grad.item() == 9 and not x.requires_grad
+
+def test_only_the_given_parameters_learn():
+    model = small()
+    chosen = [model.lm_head.weight]
+    before = weights(model)
+    finetune(model, GET, 2, 1e-3, 4, 0, chosen)
+    assert {n for n, x in weights(model).items() if not torch.equal(x, before[n])} == {"lm_head.weight"} and all(p.grad is None and p.requires_grad for p in model.parameters())
+
+def test_an_objective_of_ones_own_says_what_it_keeps(monkeypatch):
+    monkeypatch.setitem(FORGET, "mine", FORGET["ga"])
+    with pytest.raises(ValueError, match="the objective 'mine' has no usual retain term; name one of nll, kl, embed_diff, none, or add it to unloc.training.USUAL_RETAIN"): Recipe("mine", 1e-3, 1)
+    assert Recipe("mine", 1e-3, 1, retain="kl").retain == "kl"
+    monkeypatch.setitem(training.USUAL_RETAIN, "mine", "nll")
+    assert Recipe("mine", 1e-3, 1).retain == "nll"
+    assert {name: Recipe(name, 1e-3, 1).retain for name in training.USUAL_RETAIN if name != "mine"} == {"ga": "none", "grad_diff": "nll", "wga": "nll", "npo": "nll", "dpo": "nll", "rmu": "embed_diff"}
+
+@pytest.mark.parametrize("bad, says", [
+    (dict(batch_size=0), "batch_size must be a whole number of at least 1, got 0"), (dict(every=0), "every must be"), (dict(full_every=-1), "full_every must be"), (dict(batch_size=2.5), "batch_size must be"),
+    (dict(epochs=0), "epochs must be at least 1"), (dict(lr=0.), "lr positive"), (dict(layer=-.5), r"layer is a fraction of the depth, in \[0, 1\], got -0.5"), (dict(layer=2), "layer is a fraction")])
+def test_a_recipe_of_no_steps_is_named(bad, says):
+    with pytest.raises(ValueError, match=says): Recipe(**dict(objective="npo", lr=1e-3, epochs=1) | bad)
+
+def test_supervision_is_by_targets_of_the_same_facts_and_shape():
+    model = small()
+    targets = mlp_targets(model, GET)
+    def by(targets, **more): return supervise(model, region(model), GET, Probe(GET, KEEP[:3]), targets, **dict(epochs=1, lr=1e-3, batch_size=4, seed=0) | more)
+    for bad, says in ((targets[:3], "3 targets for 10 facts"), ([t[:2] for t in targets], "the targets of fact 0 have 2 layers"), (targets[:4] + [[x[:1] for x in targets[4]]] + targets[5:], "the targets of fact 4 have 4 layers")):
+        with pytest.raises(ValueError, match=says): by(bad)
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1, got 0"): by(targets, every=0)
+    with pytest.raises(ValueError, match="batch_size must be"): finetune(model, GET, 1, 1e-3, 0, 0)
+    with pytest.raises(ValueError, match="the asked set is empty"): mlp_targets(model, [])
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_named(tmp_path):
+    one, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))
+    checkpoint = Checkpoint(tmp_path / "state.checkpoint", every=0.)
+    def learn(*parameters): descend(parameters, lambda e: [0], lambda b, e: sum(p.sum() for p in parameters), 1, .1, checkpoint=checkpoint)
+    learn(one)
+    for parameters in ((other,), (one, other), ()):
+        with pytest.raises(ValueError, match="state.checkpoint is the checkpoint of another run, its parameters have other shapes; remove it") as error: checkpoint.restore(parameters, None)
+    (tmp_path / "state.checkpoint").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="state.checkpoint cannot be read as a checkpoint") as error: learn(one)
+    assert "\n" not in str(error.value)
+
+def test_a_run_over_weights_in_another_memory_order_resumes_to_the_same_bits(tmp_path): # as experts are laid out
+    def train(epochs, checkpoint=None):
+        x = torch.nn.Parameter(torch.arange(6.).view(2, 3).T)
+        descend([x], lambda e: [1., 2.], lambda b, e: b * (x * torch.tensor([1., -3.])).square().sum(), epochs, .1, checkpoint=checkpoint)
+        return x.detach()
+    assert not torch.arange(6.).view(2, 3).T.is_contiguous()
+    train(2, Checkpoint(tmp_path / "a", every=0.))
+    assert torch.equal(train(4, Checkpoint(tmp_path / "a", every=0.)), train(4))
+
+def test_a_quantized_model_is_not_taught_as_a_whole():
+    model = small()
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(48, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="a parameter of torch.int8 cannot be trained; load the model unquantized"): finetune(model, GET, 1, 1e-3, 4, 0)

@@ -13,7 +13,7 @@ __all__ = ['POOLS', 'RANKINGS', 'LOCALIZERS', 'random_scores', 'mean_coefficient
            'memflex_score', 'memflex', 'memflex_projections', 'integrated_gradients']
 
 # %% ../nbs/04_attribution.ipynb #7e946507
-import tempfile
+import shutil, tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models import answer_hidden, logits_of, mask_limit, output_projections, over_logits, own_mask, region_shape, value_vectors
+from .models import answer_hidden, logits_of, mask_limit, measuring, output_projections, over_logits, own_mask, region_shape, value_vectors, vocabulary
 from .regions import Region
 from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples
 
@@ -63,9 +63,12 @@ def random_scores(
 def _watched(model, see:Callable[[int, Tensor, Tensor], Tensor|None])->Iterator[None]:
     "Hold a model frozen and in evaluation mode, and show `see(layer, input, output)` its output projections at work; it may return another output"
     trainable, training = [p for p in model.parameters() if p.requires_grad], [m for m in model.modules() if m.training]
-    hooks = [projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output)) for layer, projection in enumerate(output_projections(model))]
-    model.requires_grad_(False).eval()
-    try: yield
+    hooks = []
+    try:
+        for layer, projection in enumerate(output_projections(model)):
+            hooks.append(projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output)))
+        model.requires_grad_(False).eval()
+        yield
     finally:
         for hook in hooks: hook.remove()
         for p in trainable: p.requires_grad_(True)
@@ -107,10 +110,12 @@ def column_norm(x:Tensor, p:int=2)->Tensor: # [d_model, k] -> [k]; p 2: Euclidea
     return _wide(x).norm(p=p, dim=0)
 
 # %% ../nbs/04_attribution.ipynb #6041f2f9
+@measuring()
 def weight_norm(model:nn.Module)->Tensor: # [n_layers, d_ff] float32
     "Score value vectors by their length alone: no fact is looked at"
     return torch.stack(_finite([column_norm(value_vectors(p).detach()) for p in output_projections(model)]))
 
+@measuring()
 def activations(
     model:nn.Module, forget:Sequence[Example],
     abs_first:bool=False, # absolute value before the mean over tokens
@@ -130,6 +135,7 @@ def wanda_score(values:Tensor, mean_square:Tensor)->Tensor: # [d_model, k]; [k],
     "Weigh the sizes of a column's weights by the size of their input"
     return column_norm(values, 1) * mean_square.sqrt()
 
+@measuring()
 def wanda(
     model:nn.Module, forget:Sequence[Example],
     max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
@@ -170,6 +176,7 @@ def _mean_gradients(model, examples, max_tokens, progress)->list[Tensor]: # per 
     return [total.div_(len(examples)) for total in sums]
 
 # %% ../nbs/04_attribution.ipynb #35d0cd2b
+@measuring('on')
 def gradient(
     model:nn.Module, forget:Sequence[Example],
     max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
@@ -185,6 +192,7 @@ def fisher_score(coefficients:Tensor, gradient:Tensor)->Tensor: # [facts, seq, k
     "Sum over facts the squares of each column's gradient"
     return ((gradient @ gradient.mT @ coefficients) * coefficients).sum((0, 1)).clamp(min=0)
 
+@measuring('on')
 def fisher(
     model:nn.Module, forget:Sequence[Example],
     max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
@@ -206,6 +214,7 @@ def fisher_ratio_score(forget_fisher:Tensor, retain_fisher:Tensor)->Tensor: # [.
     "Divide the forget set's Fisher information by the retain set's"
     return (forget_fisher / retain_fisher).nan_to_num(nan=0.).clamp(max=torch.finfo(torch.float32).max)
 
+@measuring('on')
 def fisher_ratio(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
@@ -223,7 +232,11 @@ def _half(progress, k)->Progress: return progress and (lambda share: progress((k
 # %% ../nbs/04_attribution.ipynb #fc3a0ec8
 def _compare(model, forget, retain, combine, max_tokens, progress)->list: # per layer
     "Give `combine(values, forget gradient, retain gradient)` of each layer, never holding more than one set's gradients and one layer"
+    need = sum(v.numel() * torch.promote_types(v.dtype, torch.float32).itemsize for v in map(value_vectors, output_projections(model)))
     with tempfile.TemporaryDirectory() as folder:
+        if need > (free := shutil.disk_usage(folder).free): raise OSError(
+            f"the gradients of the forget set take {need / 2**30:.3g} GiB, the folder of temporary files, {tempfile.gettempdir()}, has {free / 2**30:.3g} free; "
+            "free some, or set TMPDIR to a folder on another disk")
         gradients = _mean_gradients(model, forget, max_tokens, _half(progress, 0))
         while gradients: save_file({'gradient': gradients.pop()}, f'{folder}/{len(gradients)}.safetensors')
         gradients = _mean_gradients(model, retain, max_tokens, _half(progress, 1))
@@ -242,6 +255,7 @@ def wagle_product(values:Tensor, forget_gradient:Tensor, retain_gradient:Tensor,
     return (values - retain_gradient / gamma) * forget_gradient
 
 # %% ../nbs/04_attribution.ipynb #185974f8
+@measuring('on')
 def wagle(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     gamma:float=1e-3, # curvature of the retain loss for mean gradients, nats per squared weight
@@ -262,6 +276,7 @@ def _wagle(model, forget, retain, gamma, combine, max_tokens, progress)->list[Te
     return _finite(_compare(model, forget, retain, combine, max_tokens, progress))
 
 # %% ../nbs/04_attribution.ipynb #6da249bf
+@measuring('on')
 def wagle_weights(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     gamma:float=1e-3, # curvature of the retain loss, for mean gradients
@@ -319,6 +334,7 @@ def memflex_score(
     return order.unique(return_inverse=True)[1].to(size.dtype)
 
 # %% ../nbs/04_attribution.ipynb #810f37ef
+@measuring('on')
 def memflex(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     variant:str='ranking', # a name in RANKINGS
@@ -348,8 +364,9 @@ def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, 
         config, generator = model.config.get_text_config(), torch.Generator().manual_seed(seed)
         known = (config.pad_token_id, config.bos_token_id, config.eos_token_id) if special is None else (list(special),)
         special = {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
-        tokens = torch.tensor([i for i in range(config.vocab_size) if i not in special])
-        if not len(tokens): raise ValueError(f"`special` leaves none of the {config.vocab_size} tokens to be drawn; name fewer")
+        n = min(config.vocab_size, vocabulary(model))
+        tokens = torch.tensor([i for i in range(n) if i not in special])
+        if not len(tokens): raise ValueError(f"`special` leaves none of the {n} tokens to be drawn; name fewer")
         forget, retain = ([corrupted(example, tokens, generator) for example in examples for _ in range(copies)] for examples in (forget, retain))
     def combine(values, *gradients): return torch.cat([gradient_moments(*block) for block in _blocks(*gradients)], 1)
     moments = torch.stack(_compare(model, forget, retain, combine, max_tokens, progress))
@@ -357,9 +374,13 @@ def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, 
     return moments
 
 # %% ../nbs/04_attribution.ipynb #f3693f37
-def memflex_projections(*sets, **options)->Tensor: # [n_layers] float32; takes what memflex takes
+@measuring('on')
+def memflex_projections(
+    model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
+    *options, **named, # of memflex
+)->Tensor: # [n_layers] float32
     "Score whole output projections by MemFlex"
-    return memflex(*sets, **options, projections=True)
+    return memflex(model, forget, retain, *options, **named, projections=True)
 
 # %% ../nbs/04_attribution.ipynb #c3382eac
 def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)->Tensor: # [d_ff]
@@ -384,6 +405,7 @@ def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)
     return total / (len(alpha) * (len(ids) - example.start))
 
 # %% ../nbs/04_attribution.ipynb #d64f1ed7
+@measuring('on')
 def integrated_gradients(
     model:nn.Module, forget:Sequence[Example], # the model with eager or sdpa attention
     steps:int=20, # points on the way from 0 to the coefficient, both ends included
@@ -397,6 +419,7 @@ def integrated_gradients(
     _known('attention for integrated gradients', model.config._attn_implementation, ('eager', 'sdpa'))
     if (longest := max(len(example.ids) for example in forget)) > (limit := mask_limit(model)): raise ValueError(
         f"a fact of {longest} tokens is longer than the {limit} the model's sliding window looks back on; leave it out of integrated gradients")
+    if max_tokens < 1: raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     sums = _zeros(model)
     alpha = torch.linspace(0, 1, steps, dtype=sums.dtype, device=sums.device)
     for done, example in enumerate(forget, 1):

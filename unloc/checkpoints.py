@@ -271,6 +271,15 @@ def load_tokenizer(
     return tokenizer
 
 # %% ../nbs/06_checkpoints.ipynb #ebeeff18
+@contextmanager
+def _in_modes(modes):
+    "Hold modules in the modes that they had: the backward pass may come when they have others"
+    now = [(m, m.training) for m, _ in modes]
+    for m, training in modes: m.training = training
+    try: yield
+    finally:
+        for m, training in now: m.training = training
+
 def recompute(
     model:nn.Module, # of transformers
     on:bool=True,
@@ -281,10 +290,11 @@ def recompute(
     for block in model.modules():
         if not isinstance(block, GradientCheckpointingLayer) or on == ('forward' in vars(block)): continue
         if not on: del block.forward; continue
-        def forward(*args, plain=block.forward, **more):
+        def forward(*args, plain=block.forward, block=block, **more):
             if not torch.is_grad_enabled(): return plain(*args, **more)
             more |= {name: None for name in ('past_key_values', 'use_cache') if name in more} # a cache would get every token twice
-            return checkpoint(plain, *args, use_reentrant=False, **more)
+            modes = [(m, m.training) for m in block.modules()]
+            return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _in_modes(modes)), **more)
         block.forward = forward
 
 # %% ../nbs/06_checkpoints.ipynb #c8fdfccb

@@ -313,9 +313,10 @@ def _retained(base): return _model(_weights(base.description, base.path, 'retain
 def _learn(model, base, how, examples, seed, path, progress):
     "Fine-tune float32 weights, under autocast where they will be kept in bfloat16, and save them"
     import torch
+    from unloc.models import mixed_precision
     from unloc.training import Checkpoint, finetune
     precision = getattr(torch, base['precision'])
-    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32, cache_enabled=False): # a cache would keep the first weights for the whole run
+    with mixed_precision(model, None if precision == torch.float32 else precision):
         finetune(model, examples, **how, seed=seed, checkpoint=Checkpoint(path.with_suffix('.checkpoint')), progress=progress)
     model.save_pretrained(path, state_dict={name: x.to(precision) for name, x in model.state_dict().items()})
 

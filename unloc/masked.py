@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .models import output_projections, region_shape, value_vectors
+from .models import mixed_precision, output_projections, region_shape, value_vectors
 from .regions import Region, extent
 
 # %% ../nbs/05_masked.ipynb #10529b99
@@ -36,8 +36,8 @@ class _Projection(torch.autograd.Function):
     def backward(ctx, grad):
         unlocked = _unchanged(ctx)
         chosen, = ctx.saved_tensors
-        to_input = grad @ unlocked.weight if ctx.needs_input_grad[0] else None
-        return to_input, (chosen.flatten(0, -2).T @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
+        to_input = grad @ unlocked.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None # of another dtype under autocast
+        return to_input, (chosen.flatten(0, -2).T.to(grad.dtype) @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
 
 def _unchanged(ctx):
     "Give the unlocked layer once its columns are known to be those of the forward pass"
@@ -115,8 +115,8 @@ class _RowProjection(torch.autograd.Function):
     def backward(ctx, grad):
         unlocked = _unchanged(ctx)
         x, = ctx.saved_tensors
-        to_input = grad @ unlocked.weight.T if ctx.needs_input_grad[0] else None
-        return to_input, (grad[..., unlocked.index].flatten(0, -2).T @ x.flatten(0, -2)).to(unlocked.columns.dtype), None
+        to_input = grad @ unlocked.weight.T.to(grad.dtype) if ctx.needs_input_grad[0] else None # of another dtype under autocast
+        return to_input, (grad[..., unlocked.index].flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(unlocked.columns.dtype), None
 
 class _UnlockedRows(_Unlocked):
     "One linear layer whose chosen rows are parameters"
@@ -219,7 +219,7 @@ def unlock(
     if any('forward' in vars(p) for p in output_projections(model)): raise ValueError("the model is unlocked already; leave the first `unlock` before the second")
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    unlocked = {name: kind(layer, index) for name, (kind, layer, index) in parts.items()}
+    with torch.inference_mode(False): unlocked = {name: kind(layer, index) for name, (kind, layer, index) in parts.items()}
     try: yield Columns(unlocked)
     finally:
         for u in unlocked.values(): u.leave()
@@ -280,8 +280,11 @@ def in_float32(
 )->Iterator[None]:
     "Hold weights of 16 bits in float32 during the block, and compute in what they were"
     kept = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-    for p in kept: p.data = p.data.float()
+    gradients = {p: p.grad for p in kept}
+    for p in kept: p.grad, p.data = None, p.data.float()
     try:
-        with torch.autocast(model.device.type, next(iter(kept.values()), None), enabled=bool(kept), cache_enabled=False): yield # a cache would keep the first weights
+        with mixed_precision(model, next(iter(kept.values()), None)): yield
     finally:
-        for p, dtype in kept.items(): p.grad, p.data = None, p.data.to(dtype)
+        for p, dtype in kept.items():
+            p.grad, p.data = None, p.data.to(dtype)
+            p.grad = gradients[p]

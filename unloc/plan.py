@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import experiment, masked, runs, training
 from .checkpoints import free_memory, inspect, load_tokenizer, recompute
-from .models import logits_of, output_projections, over_logits, region_shape, tiny_model
+from .models import logits_of, mixed_precision, output_projections, over_logits, region_shape, tiny_model
 from .objectives import nll
 from .regions import region_size
 from .runs import Store, run_id, stages
@@ -112,7 +112,7 @@ def through_region(k:int): # value vectors a layer
 def of_all_weights(precision:str):
     "Train every weight in float32, under autocast where they are kept in bfloat16"
     def act(model, *batch):
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16', cache_enabled=False): return _train(model, list(model.parameters()), *batch)
+        with mixed_precision(model, torch.bfloat16 if precision == 'bfloat16' else None): return _train(model, list(model.parameters()), *batch)
     return act
 
 def _gradients(model, *batch):
