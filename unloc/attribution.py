@@ -63,7 +63,7 @@ def random_scores(
 def _watched(model, see:Callable[[int, Tensor, Tensor], Tensor|None])->Iterator[None]:
     "Hold a model frozen and in evaluation mode, and show `see(layer, input, output)` its output projections at work; it may return another output"
     trainable, training = [p for p in model.parameters() if p.requires_grad], [m for m in model.modules() if m.training]
-    hooks = [projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output)) for layer, projection in enumerate(output_projections(model))]
+    hooks = [projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output), prepend=True) for layer, projection in enumerate(output_projections(model))]
     model.requires_grad_(False).eval()
     try: yield
     finally:
@@ -395,7 +395,9 @@ def integrated_gradients(
     check_examples(forget, 'forget')
     if steps < 2: raise ValueError(f"steps must be at least 2, one for each end of the way, got {steps}")
     _known('attention for integrated gradients', model.config._attn_implementation, ('eager', 'sdpa'))
-    if (longest := max(len(example.ids) for example in forget)) > (limit := mask_limit(model)): raise ValueError(
+    if not (limit := mask_limit(model)): raise ValueError(
+        f"a {type(model).__name__} does not follow positions of one's own (it measures distances in the row), which integrated gradients need; choose another localizer")
+    if (longest := max(len(example.ids) for example in forget)) > limit: raise ValueError(
         f"a fact of {longest} tokens is longer than the {limit} the model's sliding window looks back on; leave it out of integrated gradients")
     sums = _zeros(model)
     alpha = torch.linspace(0, 1, steps, dtype=sums.dtype, device=sums.device)
