@@ -140,6 +140,7 @@ def rounded(
     zero = (-low / step).round()
     return (((w / step).round() + zero).clamp(0, 2**bits - 1) - zero).mul(step).view(rows, columns).to(weight.dtype)
 
+# %% ../nbs/11_attacks.ipynb #9dd4b043
 def _linear_layers(model)->dict[str, nn.Module]: # by name, all but the output layer
     from transformers.pytorch_utils import Conv1D
     check_model(model)

@@ -261,6 +261,7 @@ def _parts(model:nn.Module, region:Region|Neurons)->dict[int|str, tuple[type, nn
     kind = _Unlocked if len(region.shape) == 2 else _UnlockedWeights
     return {layer: (kind, projection, index) for layer, (projection, index) in enumerate(zip(_fitting(model, region), region.index)) if len(index)}
 
+# %% ../nbs/05_masked.ipynb #3080bb32
 @contextmanager
 def _stepping(model, columns:list[nn.Parameter])->Iterator[None]:
     "Let `model.zero_grad()` clear the columns, and stop an optimizer that holds none of them"

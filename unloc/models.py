@@ -72,7 +72,7 @@ def _no_view(projection, weight)->str: # '' where the weight can be viewed
             "parallelism); load the whole model in one process"
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or weight.dtype not in _FLOATS \
         or weight.ndim != 2: return f"{found}; {quantized}"
-    if 'weight' in projection._parameters or isinstance(projection, ExpertProjection): return ''
+    if 'weight' in projection._parameters or getattr(projection, 'views_parameter', False): return ''
     return "a weight that is computed from other parameters (a parametrization, weight norm, " \
         "pruning, FSDP); make it one parameter first, as by " \
         "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
@@ -213,6 +213,7 @@ def region_shape(model:nn.Module)->tuple[int, int]: # (n_layers, d_ff)
 # %% ../nbs/02_models.ipynb #6de3d8c7
 class ExpertProjection(nn.Module):
     "The output projections of a layer's experts as one; it has no weight of its own"
+    views_parameter = True # a write to its weight is a write to the experts
     def __init__(self, experts:nn.Module):
         super().__init__()
         self.__dict__['experts'] = experts # not a submodule: the experts are its parent
