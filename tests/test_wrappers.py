@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 from unloc import attribution as A
 from unloc.attacks import library_quantized, quantized
+from unloc.evaluation import score
 from unloc.checkpoints import inspect, load_model, recompute, save_change, save_model, save_pretrained
 from unloc.masked import Neurons, is_unlocked, locked_digest, put_columns, unlock
 from unloc.models import bend_of, check_linear, logits_of, output_projections, region_shape, tiny_model
@@ -217,7 +218,7 @@ def test_recomputing_knows_its_own_mark():
 def test_offloaded_weights_are_refused():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(small(), execution_device=torch.device("cpu"))
-    refused(model, "has no weights in memory .*offloaded by device_map.; load the whole model on one device", doors()[4:6])
+    refused(model, "is offloaded by device_map, its weights are not in memory; load the whole model on one device")
 
 # --- wrappers
 
@@ -366,3 +367,28 @@ def test_values_that_do_not_fit_name_their_layer_and_change_nothing(values, says
     before = state(model)
     with pytest.raises(ValueError, match=says): put_columns(model, {0: (torch.tensor([1]), torch.ones(1, 16))} | values)
     assert same(state(model), before)
+
+# --- measuring
+
+def test_what_measures_names_its_cause_too(tmp_path):
+    from unloc.models import answer_logits
+    from unloc.tokens import collate
+    model = small()
+    for door in (lambda m: answer_logits(m, collate(FACTS)), lambda m: logits_of(m, torch.zeros(1, 16))):
+        refused(nn.DataParallel(model), "give the model inside it: model.module", [door])
+    for door in (lambda m: logits_of(m, torch.zeros(1, 16)), lambda m: score(m, FACTS)):
+        refused(transformers.LlamaForSequenceClassification(model.config), "a LlamaForSequenceClassification has no output layer; give transformers' own causal language model", [door])
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_an_adapter_is_measured_as_it_is(peft): # gradients and weights are not concerned
+    model = adapted(peft, ["down_proj", "q_proj"])
+    want = [F.cross_entropy(model(input_ids=torch.tensor([e.ids])).logits[0, e.start - 1:-1], torch.tensor(e.ids[e.start:])).item() for e in FACTS]
+    assert score(model, FACTS).nll.tolist() == pytest.approx(want, rel=1e-5) and score(small(), FACTS).nll.tolist() != pytest.approx(want, rel=1e-3)
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_layers_of_a_quantization_library_are_refused(kind):
+    layers = pytest.importorskip("bitsandbytes").nn
+    model = small()
+    made = layers.Linear8bitLt(24, 16, bias=False, has_fp16_weights=False) if kind == "Linear8bitLt" else layers.Linear4bit(24, 16, bias=False)
+    model.model.layers[0].mlp.down_proj = made.to("cpu")
+    refused(model, "a quantized checkpoint has to be loaded in bfloat16 or float32|does not compute the product")

@@ -158,7 +158,9 @@ def quantized(
 )->Iterator[None]:
     "Run the block with every linear layer rounded, and put the weights back"
     from transformers.pytorch_utils import Conv1D
-    if is_unlocked(model): raise ValueError("the model is unlocked, and each forward pass would write its columns over rounded ones; leave the `with unlock(...)` block first")
+    if is_unlocked(model): raise ValueError(
+        "the model is unlocked, and each forward pass would write its columns over rounded ones; "
+        "leave the `with unlock(...)` block first")
     layers, experts = _linear_layers(model), _expert_weights(model)
     for name, m in layers.items(): check_linear(m, name)
     weights = [m.weight for m in layers.values()] + list(experts.values())
@@ -198,7 +200,9 @@ def library_quantized(
     from transformers.pytorch_utils import Conv1D
     if bits not in (8, 4): raise ValueError(f"bitsandbytes has layers of 8 and of 4 bits, got {bits}; `quantized` simulates 2 to 8")
     layers, floats = _linear_layers(model), (torch.float16, torch.bfloat16, torch.float32)
-    if experts := list(_expert_weights(model)): raise ValueError(f"{experts[0]} holds the weights of experts, which bitsandbytes has no layer for; `quantized` rounds them, too")
+    if experts := list(_expert_weights(model)): raise ValueError(
+        f"{experts[0]} holds the weights of experts, which bitsandbytes has no layer for; "
+        "`quantized` rounds them, too")
     for name, m in layers.items():
         if getattr(m.forward, '__func__', None) not in (nn.Linear.forward, Conv1D.forward) or m.weight.dtype not in floats: raise ValueError(
             f"{name} is no plain linear layer of 16 or 32 bit floats but a {type(m).__name__} of {m.weight.dtype}, or computes something else already; take an unquantized model, outside of any other block that changes its layers")

@@ -63,7 +63,9 @@ def random_scores(
 def _watched(model, see:Callable[[int, Tensor, Tensor], Tensor|None])->Iterator[None]:
     "Hold a model frozen and in evaluation mode, and show `see(layer, input, output)` its output projections at work; it may return another output"
     trainable, training = [p for p in model.parameters() if p.requires_grad], [m for m in model.modules() if m.training]
-    hooks = [projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output), prepend=True) for layer, projection in enumerate(output_projections(model))]
+    def first(layer): # before any other hook: the output is still the product with the weight
+        return lambda module, inputs, output: see(layer, inputs[0], output)
+    hooks = [p.register_forward_hook(first(layer), prepend=True) for layer, p in enumerate(output_projections(model))]
     model.requires_grad_(False).eval()
     try: yield
     finally:

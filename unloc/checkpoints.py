@@ -123,9 +123,12 @@ def _check_adapter(source, folder:Path)->None:
     if not file.exists(): return
     try: about = json.loads(file.read_text('utf-8'))
     except ValueError: about = {}
-    kind, base = (about.get(key) if isinstance(about, dict) else None for key in ('peft_type', 'base_model_name_or_path'))
-    raise ValueError(f"{source}: an adapter ({kind or 'of unknown kind'}, of {base or 'a base model that it does not name'}), not a whole model; merge it first: "
-        "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(another folder); if its weights are merged already, remove adapter_config.json")
+    about = about if isinstance(about, dict) else {}
+    raise ValueError(f"{source}: an adapter ({about.get('peft_type') or 'of unknown kind'}, of "
+        f"{about.get('base_model_name_or_path') or 'a base model that it does not name'}), not a whole "
+        "model; merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
+        ".merge_and_unload().save_pretrained(another folder); if its weights are merged already, "
+        "remove adapter_config.json")
 
 def _check_config(source, folder:Path)->None:
     "Refuse a configuration that cannot be loaded"
@@ -339,7 +342,8 @@ def save_pretrained(
 
 def _with_old_names(config:dict)->dict: # as in config.json
     "Add the names under which transformers before 5 reads rotary embeddings and the dtype"
-    config = {key: _with_old_names(part) if isinstance(part, dict) and 'model_type' in part else part for key, part in config.items()}
+    parts = {key: part for key, part in config.items() if isinstance(part, dict) and 'model_type' in part}
+    config = config | {key: _with_old_names(part) for key, part in parts.items()}
     if config.get('dtype'): config['torch_dtype'] = config['dtype']
     kinds = [kind == 'full_attention' for kind in config.get('layer_types') or []]
     if config['model_type'] in ('cohere2', 'gemma3_text') and True in kinds:
@@ -368,8 +372,9 @@ def save_model(
     "Save a model that AutoModelForCausalLM.from_pretrained reloads to the bit"
     _settled(model)
     with _new(folder := Path(folder)) as partial, _quiet():
-        if lost := next((name for name, p in model.named_parameters() if p.device.type == 'meta'), None): raise ValueError(
-            f"{lost} has no weights in memory (it is on the meta device: not loaded yet, or offloaded by device_map); load the whole model on one device")
+        absent = [name for name, p in model.named_parameters() if p.device.type == 'meta']
+        if absent: raise ValueError(f"{absent[0]} has no weights in memory (it is on the meta device: "
+            "not loaded yet, or offloaded by device_map); load the whole model on one device")
         need, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder.parent).free
         if need > free: raise ValueError(f"{folder}: the weights take {_size(need)}, the disk has {_size(free)} left; free some, or give a folder on another disk")
         save_pretrained(model, partial, max_shard_size=max_shard_size)

@@ -188,22 +188,31 @@ def _rows_of_heads(model, attention:str, heads:Tensor)->dict[str, Tensor]: # hea
     def spread(index): return (index[:, None] * width + torch.arange(width)).flatten()
     return {f'{attention}.{name}': spread(groups if name in ('k_proj', 'v_proj') else heads) for name in _ATTENTION}
 
-def _layers_of(model:nn.Module, chosen:Neurons)->dict[str, tuple[type, nn.Module, Tensor]]: # place in the model: how it is unlocked, linear layer, and index [k] of its rows or columns
+# %% ../nbs/05_masked.ipynb #370aa2ac
+def _layers_of(
+    model:nn.Module, chosen:Neurons,
+)->dict[str, tuple[type, nn.Module, Tensor]]: # place in the model: how it is unlocked, linear layer, and index [k] of its rows or columns
     "Find the rows and columns that chosen neurons and heads are made of"
-    names, places, projections = {module: name for name, module in model.named_modules()}, {}, _fitting(model, chosen.vectors)
-    n_heads = model.config.get_text_config().num_attention_heads
-    if chosen.heads is not None and chosen.heads.shape != (len(projections), n_heads): raise ValueError(
-        f"the heads are of {' x '.join(map(str, chosen.heads.shape))} (layers, heads), the model has {len(projections)} x {n_heads}; draw them for this model")
+    names, places = {module: name for name, module in model.named_modules()}, {}
+    projections = _fitting(model, chosen.vectors)
+    whole = len(projections), model.config.get_text_config().num_attention_heads
+    if chosen.heads is not None and chosen.heads.shape != whole: raise ValueError(
+        f"the heads are of {' x '.join(map(str, chosen.heads.shape))} (layers, heads), the model "
+        f"has {whole[0]} x {whole[1]}; draw them for this model")
     try:
         for layer, projection in enumerate(projections):
-            mlp, index = names[projection].rpartition('.')[0], chosen.vectors.index[layer]
-            places |= {names[projection]: index} | {f'{mlp}.{name}': index for name in _MLP}
-            if chosen.heads is not None: places |= _rows_of_heads(model, _attention_of(names[projection]), chosen.heads.index[layer])
-        found, writers = {name: model.get_submodule(name) for name, index in places.items() if len(index)}, _writers(model)
-    except AttributeError as error: raise ValueError(f"a neuron is made of gate_proj, up_proj and down_proj, a head of q_proj, k_proj, v_proj and o_proj; this {type(model).__name__} is built otherwise, "
-        f"its layers are fused or called by other names: {error}; choose value vectors") from None
+            name, index = names[projection], chosen.vectors.index[layer]
+            places |= {name: index} | {f"{name.rpartition('.')[0]}.{part}": index for part in _MLP}
+            if chosen.heads is None: continue
+            places |= _rows_of_heads(model, _attention_of(name), chosen.heads.index[layer])
+        found = {name: model.get_submodule(name) for name, index in places.items() if len(index)}
+    except AttributeError as error: raise ValueError(
+        "a neuron is made of gate_proj, up_proj and down_proj, a head of q_proj, k_proj, v_proj and "
+        f"o_proj; this {type(model).__name__} is built otherwise, its layers are fused or called by "
+        f"other names: {error}; choose value vectors") from None
     for name, layer in found.items(): check_linear(layer, name)
     _untied(model, found)
+    writers = _writers(model)
     return {name: (_unlocked_as(name, writers), layer, places[name]) for name, layer in found.items()}
 
 # %% ../nbs/05_masked.ipynb #85b6fefb
@@ -212,27 +221,35 @@ def _fitting(model:nn.Module, region:Region)->list[nn.Module]:
     projections = output_projections(model)
     n_layers, (d_model, d_ff) = len(projections), value_vectors(projections[0]).shape
     whole = (n_layers, d_ff) if len(region.shape) == 2 else (n_layers, d_model, d_ff)
-    if region.shape != whole: raise ValueError(f"the region is of {extent(region.shape)}, the model has {extent(whole)}; draw the region for this model's shape")
-    _untied(model, {f'the output projection of layer {layer}': projection for layer, projection in enumerate(projections)})
+    if region.shape != whole: raise ValueError(
+        f"the region is of {extent(region.shape)}, the model has {extent(whole)}; "
+        "draw the region for this model's shape")
+    _untied(model, {f'the output projection of layer {i}': p for i, p in enumerate(projections)})
     return projections
 
-def _extent_in_memory(x:Tensor)->tuple: # device, first and last byte
+def _place_in_memory(x:Tensor)->tuple: # device, first byte, and the one behind the last
     return x.device, x.data_ptr(), x.data_ptr() + x.nbytes
 
 def _untied(model, layers:dict[str, nn.Module])->None: # by how an error calls them
     "Refuse layers whose weights are not there, or are also somewhere else"
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    memory = {name: _extent_in_memory(x) for name, x in tensors if x.device.type != 'meta'}
+    memory = {name: _place_in_memory(x) for name, x in tensors if x.device.type != 'meta'}
     for place, layer in layers.items():
         values = value_vectors(layer)
-        if values.device.type == 'meta': raise ValueError(f"{place} has no weights in memory (it is on the meta device: "
-            "not loaded yet, or offloaded by device_map); load the whole model on one device")
-        if values.is_inference(): raise ValueError(f"{place} was made inside torch.inference_mode, so its weights "
-            "can be neither changed nor trained; load the model outside of it")
-        device, start, end = _extent_in_memory(values)
-        owners = [name for name, (where, first, last) in memory.items() if where == device and first < end and start < last]
-        if len(owners) > 1: raise ValueError(f"{place} is tied: {' and '.join(owners)} share one memory, so one would change with the other; give each its own weights")
-        if not owners: raise ValueError(f"{place} has a weight that is no parameter of the model, so nothing would be saved; register it")
+        if values.device.type == 'meta': raise ValueError(
+            f"{place} has no weights in memory (it is on the meta device: not loaded yet, or "
+            "offloaded by device_map); load the whole model on one device")
+        if values.is_inference(): raise ValueError(
+            f"{place} was made inside torch.inference_mode, so its weights can be neither changed "
+            "nor trained; load the model outside of it")
+        device, start, end = _place_in_memory(values)
+        owners = [name for name, (where, first, last) in memory.items()
+            if where == device and first < end and start < last]
+        if len(owners) > 1: raise ValueError(
+            f"{place} is tied: {' and '.join(owners)} share one memory, so one would change with "
+            "the other; give each its own weights")
+        if not owners: raise ValueError(f"{place} has a weight that is no parameter of the model, "
+            "so it would not be saved; register it")
 
 # %% ../nbs/05_masked.ipynb #a56c0f58
 class Columns:
@@ -270,8 +287,10 @@ def _stepping(model, columns:list[nn.Parameter])->Iterator[None]:
     def look(optimizer, *_):
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
         if (not held or held & locked) and not held & own: raise RuntimeError(
-            f"this {type(optimizer).__name__} holds none of the unlocked columns, so its step trains nothing: it was made of "
-            "model.parameters(); make it of the columns: AdamW(columns.parameters()), of a Trainer: optimizers=(AdamW(columns.parameters()), None)")
+            f"this {type(optimizer).__name__} holds none of the unlocked columns, so its step trains "
+            "nothing: it was made of model.parameters(); make it of the columns: "
+            "AdamW(columns.parameters()), of a Trainer: "
+            "optimizers=(AdamW(columns.parameters()), None)")
     def zero_grad(set_to_none=True):
         type(model).zero_grad(model, set_to_none)
         for p in columns: p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
@@ -284,7 +303,8 @@ def _stepping(model, columns:list[nn.Parameter])->Iterator[None]:
 # %% ../nbs/05_masked.ipynb #bfe675d6
 def is_unlocked(model:nn.Module)->bool:
     "Say whether a region of the model is unlocked now"
-    return any(isinstance(getattr(vars(m).get('forward'), '__self__', None), _Unlocked) for m in model.modules())
+    forwards = (vars(module).get('forward') for module in model.modules())
+    return any(isinstance(getattr(forward, '__self__', None), _Unlocked) for forward in forwards)
 
 @contextmanager
 def unlock(
@@ -329,29 +349,36 @@ def put_columns(
     values:dict[int|str, tuple[Tensor, Tensor]], # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from Columns.values
 )->None:
     "Set value vectors, single weights, or neurons and heads of a model, in place"
-    projections, writers = output_projections(model), _writers(model) if any(isinstance(place, str) for place in values) else set()
+    projections = output_projections(model)
+    writers = _writers(model) if any(isinstance(place, str) for place in values) else set()
     views = {place: _view_at(model, place, projections, writers) for place in values}
-    for place, (index, columns) in values.items():
-        last = views[place].shape[1] if columns.ndim == 2 else views[place].numel()
-        right = columns.shape == (len(index), len(views[place])) if columns.ndim == 2 else columns.shape == index.shape
-        if not right or len(index) and not 0 <= int(index.min()) <= int(index.max()) < last: raise ValueError(
-            f"{_called(place)}: {len(index)} places up to {int(index.max()) if len(index) else '-'} with values {list(columns.shape)} do not fit its weight "
-            f"{list(views[place].shape)}; give values of a model of this shape")
+    for place, (index, columns) in values.items(): _check_values(place, views[place], index, columns)
     with torch.no_grad():
         for place, (index, columns) in values.items():
             weight, index = views[place], index.to(views[place].device)
             if columns.ndim == 1: weight[index // weight.shape[1], index % weight.shape[1]] = columns.to(weight)
             else: weight[:, index] = columns.T.to(weight)
 
-def _called(place:int|str)->str: return f'layer {place}' if isinstance(place, int) else place
-
 def _view_at(model, place, projections, writers)->Tensor: # columns are what can be chosen
     "View the weight of a layer that values are for"
-    if isinstance(place, int):
-        if not 0 <= place < len(projections): raise ValueError(f"there are values for layer {place}, the model has {len(projections)} layers; give values of a model of this shape")
-        return value_vectors(projections[place])
+    if isinstance(place, int) and not 0 <= place < len(projections): raise ValueError(
+        f"there are values for layer {place}, the model has {len(projections)} layers; "
+        "give values of a model of this shape")
+    if isinstance(place, int): return value_vectors(projections[place])
     try: return _unlocked_as(place, writers).view(model.get_submodule(place))
-    except AttributeError: raise ValueError(f"there are values for {place}, which this {type(model).__name__} does not have; give values of a model of this kind") from None
+    except AttributeError: raise ValueError(
+        f"there are values for {place}, which this {type(model).__name__} does not have; "
+        "give values of a model of this kind") from None
+
+def _check_values(place, weight, index, columns):
+    "Refuse values that do not fit the weight they are for"
+    single = columns.ndim == 1
+    fits = columns.shape == (index.shape if single else (len(index), len(weight)))
+    low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
+    if fits and 0 <= low and high < (weight.numel() if single else weight.shape[1]): return
+    raise ValueError(f"{f'layer {place}' if isinstance(place, int) else place}: {len(index)} places "
+        f"up to {high} with values {list(columns.shape)} do not fit its weight "
+        f"{list(weight.shape)}; give values of a model of this shape")
 
 # %% ../nbs/05_masked.ipynb #caa76e99
 class AllWeights:

@@ -7,9 +7,9 @@ and through the positions that predict an answer token, one before the token its
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PROJECTIONS', 'UNLOCKED', 'MOST_LOGITS', 'tiny_model', 'value_vectors', 'in_blocks', 'check_linear',
-           'check_model', 'output_projections', 'region_shape', 'ExpertProjection', 'Experts', 'in_experts', 'Bend',
-           'bend_of', 'logits_of', 'answer_hidden', 'answer_logits', 'over_logits', 'mask_limit', 'own_mask',
-           'blocks_of', 'hidden_after', 'mlp_outputs']
+           'check_wrapper', 'check_model', 'output_projections', 'region_shape', 'ExpertProjection', 'Experts',
+           'in_experts', 'Bend', 'head_of', 'bend_of', 'logits_of', 'answer_hidden', 'answer_logits', 'over_logits',
+           'mask_limit', 'own_mask', 'blocks_of', 'hidden_after', 'mlp_outputs']
 
 # %% ../nbs/02_models.ipynb #32f1f3a3
 import copy, inspect, math, sys
@@ -129,8 +129,9 @@ def _distance_from_product(layer)->float: # relative, of the outputs for a small
     with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
         found, product = layer.forward(x), F.linear(x, values, bias)
     if not isinstance(found, Tensor) or found.shape != product.shape: return math.inf
-    apart = (found.double() - product.double()).norm() / product.double().norm().clamp(min=1e-300)
-    return float(apart) if product.isfinite().all() else 0. # broken weights are another fault
+    if not product.isfinite().all(): return 0. # broken weights are another fault
+    found, product = found.cpu().double(), product.cpu().double()
+    return float((found - product).norm() / product.norm().clamp(min=1e-300))
 
 def check_linear(
     layer:nn.Module, # with a weight, such as one of output_projections(model)
@@ -138,6 +139,9 @@ def check_linear(
 )->None:
     "Refuse a layer that computes something else than the product of its weight and its input"
     values = value_vectors(layer)
+    if values.device.type == 'meta' and hasattr(layer, '_hf_hook'): raise ValueError(
+        f"{name} is offloaded by device_map, its weights are not in memory; load the whole model "
+        "on one device")
     if values.device.type == 'meta' or isinstance(values, FakeTensor): return # no values yet
     if getattr(vars(layer).get('forward'), '__func__', None) in UNLOCKED: return
     if _PLAIN.get(layer) == (state := _state_of(layer)): return
@@ -155,22 +159,29 @@ def check_linear(
 UNLOCKED = set() # forward functions that `unlock` puts into a layer: of the same output
 
 # %% ../nbs/02_models.ipynb #5dc688a2
+def check_wrapper(
+    model:nn.Module, # should be a transformers model
+)->None:
+    "Refuse what is wrapped around a model"
+    kind, package = type(model).__name__, type(model).__module__
+    if package.partition('.')[0] == 'peft': raise ValueError(
+        f"a {kind} wraps the model and changes what it computes; merge the adapter first: "
+        "model = model.merge_and_unload()")
+    outer = 'module', '_fsdp_wrapped_module' # where wrappers hold the model
+    inner = next((name for name in (*outer, 'model', 'base_model')
+        if hasattr(getattr(model, name, None), 'config')), None)
+    if getattr(model, 'config', None) is not None and inner not in outer: return
+    remedy = f"give the model inside it: model.{inner}" if inner else \
+        "give transformers' own causal language model"
+    if 'fsdp' in package or 'deepspeed' in package:
+        remedy = "its weights lie in parts; load the whole model in one process"
+    raise ValueError(f"a {kind} is no transformers model; {remedy}")
+
 def check_model(
     model:nn.Module, # should be a transformers causal language model
 )->None:
     "Refuse a wrapper around a model, and adapters inside it"
-    kind = type(model).__name__
-    if type(model).__module__.partition('.')[0] == 'peft': raise ValueError(
-        f"a {kind} wraps the model and changes what it computes; merge the adapter first: "
-        "model = model.merge_and_unload()")
-    inner = next((name for name in ('module', '_fsdp_wrapped_module', 'model', 'base_model')
-        if hasattr(getattr(model, name, None), 'config')), None)
-    if getattr(model, 'config', None) is None or inner in ('module', '_fsdp_wrapped_module'):
-        remedy = f"give the model inside it: model.{inner}" if inner else \
-            "give transformers' own causal language model"
-        if 'fsdp' in type(model).__module__ or 'deepspeed' in type(model).__module__:
-            remedy = "its weights lie in parts; load the whole model in one process"
-        raise ValueError(f"a {kind} is no transformers model; {remedy}")
+    check_wrapper(model)
     if not {'peft', 'adapters'} & sys.modules.keys(): return
     for name, module in model.named_modules():
         if type(module).__module__.partition('.')[0] in ('peft', 'adapters'): raise ValueError(
@@ -184,25 +195,33 @@ def output_projections(
 )->list[nn.Module]: # one per layer; its input is [batch, seq, d_ff], or [batch * seq, d_ff] where an architecture flattens its tokens
     "Find the output projection of every MLP, and see that it is one"
     found = _places(model)
-    for layer, projection in enumerate(found): check_linear(projection, f"the output projection of layer {layer}")
+    for layer, projection in enumerate(found):
+        check_linear(projection, f"the output projection of layer {layer}")
     return found
 
 def _places(model)->list[nn.Module]: # one per layer, whatever it computes
     "Find the modules where the output projections stand"
     check_model(model)
-    if (kind := model.config.model_type) not in PROJECTIONS: raise ValueError(
+    kind, name = model.config.model_type, type(model).__name__
+    if kind not in PROJECTIONS: raise ValueError(
         f"no output projection is known for architecture {kind!r}; known: {', '.join(PROJECTIONS)}; "
-        f"register a finder: unloc.models.PROJECTIONS[{kind!r}] = lambda model: [the output projection of each layer]")
+        f"register a finder: unloc.models.PROJECTIONS[{kind!r}] = "
+        "lambda model: [the output projection of each layer]")
     try: found = list(PROJECTIONS[kind](model))
     except (AttributeError, LookupError, TypeError) as error: raise ValueError(
-        f"the output projections of this {type(model).__name__} are not where those of {kind!r} are: {error}; "
-        f"give transformers' own causal language model, or correct the finder of {kind!r}") from None
-    if not found: raise ValueError(f"the finder of {kind!r} finds no output projection in this {type(model).__name__}; correct it")
+        f"the output projections of this {name} are not where those of {kind!r} are: {error}; give "
+        f"transformers' own causal language model, or correct the finder of {kind!r}") from None
+    if not found: raise ValueError(
+        f"the finder of {kind!r} finds no output projection in this {name}; correct it")
     shapes = [list(value_vectors(projection).shape) for projection in found]
     for layer, shape in enumerate(shapes):
-        if shape != shapes[0]: raise ValueError(f"a region needs layers of one shape; the value vectors of layer 0 are [d_model, d_ff] {shapes[0]}, those of layer {layer} {shape}")
-    if (width := getattr(model.config.get_text_config(), 'hidden_size', shapes[0][0])) != shapes[0][0]: raise ValueError(
-        f"an output projection writes to the residual stream, {width} wide in this model; the one found is [d_model, d_ff] {shapes[0]}; correct the finder of {kind!r}")
+        if shape != shapes[0]: raise ValueError(
+            "a region needs layers of one shape; the value vectors of layer 0 are "
+            f"[d_model, d_ff] {shapes[0]}, those of layer {layer} {shape}")
+    width = getattr(model.config.get_text_config(), 'hidden_size', shapes[0][0])
+    if width != shapes[0][0]: raise ValueError(
+        f"an output projection writes to the residual stream, {width} wide in this model; the one "
+        f"found is [d_model, d_ff] {shapes[0]}; correct the finder of {kind!r}")
     return found
 
 def region_shape(model:nn.Module)->tuple[int, int]: # (n_layers, d_ff)
@@ -274,6 +293,14 @@ class Bend(NamedTuple):
     slope:float # factor of the logits, where they are small
     cap:float # the bound c of c * tanh(logits / c); infinity: none
 
+def head_of(model:nn.Module)->nn.Module: # with a weight [vocab, d_model]
+    "Give the output layer of a model"
+    check_wrapper(model)
+    head = model.get_output_embeddings() if hasattr(model, 'get_output_embeddings') else None
+    if head is None: raise ValueError(f"a {type(model).__name__} has no output layer; give "
+        "transformers' own causal language model")
+    return head
+
 class _Stub:
     "Stands for a part of a model and gives what it is told to"
     def __init__(self, plain, give): self.plain, self.give, self.got = plain, give, None
@@ -288,7 +315,7 @@ def _run_head(model, hidden, logits)->tuple[_Stub, Tensor]: # the output layer, 
     class Output(BaseModelOutputWithPast):
         def __getattr__(self, name): return None # what else a base model may report
     model = getattr(model, '_orig_mod', model) # of a compiled one
-    outer, head = copy.copy(model), model.get_output_embeddings()
+    outer, head = copy.copy(model), head_of(model)
     base = _Stub(model.base_model, Output(last_hidden_state=hidden))
     names = [name for name, module in model._modules.items() if module is head]
     if not names or model.base_model is model: raise ValueError("it does not stand next to the base model")
@@ -299,6 +326,7 @@ def _run_head(model, hidden, logits)->tuple[_Stub, Tensor]: # the output layer, 
 
 # %% ../nbs/02_models.ipynb #408ed954
 _BENDS = WeakKeyDictionary() # model: numbers of its configuration, and its bend
+_ASKED = torch.tensor([2.**-20, 1., -8., 30., 1e9], dtype=torch.float64) # a small logit, and others
 
 def _numbers(model)->tuple: # any of which may bend the logits
     parts = model.config, model.config.get_text_config(), getattr(model, '_orig_mod', model)
@@ -308,30 +336,29 @@ def bend_of(
     model:nn.Module, # a transformers causal language model
 )->Bend:
     "Find what a model does around its output layer, once, by its own forward pass on given numbers"
-    if (known := _BENDS.get(model)) and known[0] == (numbers := _numbers(model)): return known[1]
+    known, numbers = _BENDS.get(model), _numbers(model)
+    if known and known[0] == numbers: return known[1]
     with _disable_current_modes(), torch.no_grad(): bend = _measured(model) # no weight is needed
-    _BENDS[model] = _numbers(model), bend
+    _BENDS[model] = numbers, bend
     return bend
 
 def _measured(model)->Bend:
-    kind = type(getattr(model, '_orig_mod', model)).__name__
-    vocab, width = model.get_output_embeddings().weight.shape
-    small, steps = 2.**-20, torch.tensor([2.**-20, 1., -8., 30., 1e9], dtype=torch.float64)
-    hidden = torch.arange(len(steps) * width, dtype=torch.float64).add(1).cos().view(1, -1, width)
-    try: end, found = _run_head(model, hidden, logits := steps[None, :, None].expand(1, -1, vocab).clone())
-    except Exception as error: raise ValueError(f"the output layer of this {kind} cannot be told from the rest "
-        f"of the model ({type(error).__name__}: {error}); give transformers' own causal language model") from None
-    reached = end.got is not None and end.got.shape == hidden.shape and found.shape == logits.shape
-    before, found = float((end.got * hidden).sum() / hidden.square().sum()) if reached else 0., found.double()
-    first = found[0, :, 0]
-    cap = float(first[4]) if first[4] < 1e6 else math.inf
-    slope = float(first[0] / small if cap < math.inf else first[1])
-    before, slope = (1. if abs(x - 1) < 1e-6 else x for x in (before, slope))
-    want = _bent(logits, Bend(before, slope, cap))
-    if not reached or not torch.allclose(end.got.double(), before * hidden) or not torch.allclose(found, want, 1e-5):
-        raise ValueError(f"this {kind} makes its logits of its output layer in a way that is not known: "
-            "neither scaled nor bent by tanh; its probabilities cannot be formed at the answers alone")
-    return Bend(before, slope, cap)
+    kind, (vocab, width) = type(getattr(model, '_orig_mod', model)).__name__, head_of(model).weight.shape
+    hidden = torch.arange(len(_ASKED) * width, dtype=torch.float64).add(1).cos().view(1, -1, width)
+    logits = _ASKED[None, :, None].expand(1, -1, vocab).clone()
+    try: end, found = _run_head(model, hidden, logits)
+    except Exception as error: raise ValueError(
+        f"the output layer of this {kind} cannot be told from the rest of the model "
+        f"({type(error).__name__}: {error}); give transformers' own causal language model") from None
+    if end.got is not None and end.got.shape == hidden.shape and found.shape == logits.shape:
+        before, first = float((end.got * hidden).sum() / hidden.square().sum()), found.double()[0, :, 0]
+        cap = float(first[4]) if first[4] < 1e6 else math.inf
+        slope = float(first[0] / _ASKED[0] if cap < math.inf else first[1])
+        bend = Bend(*(1. if abs(x - 1) < 1e-6 else x for x in (before, slope)), cap)
+        same = torch.allclose(found.double(), _bent(logits, bend), 1e-5)
+        if same and torch.allclose(end.got.double(), bend.before * hidden): return bend
+    raise ValueError(f"this {kind} makes its logits of its output layer in a way that is not known: "
+        "neither scaled nor bent by tanh; its probabilities cannot be formed at the answers alone")
 
 def _bent(logits, bend)->Tensor:
     if bend.slope != 1: logits = logits * bend.slope
@@ -343,8 +370,8 @@ def logits_of(
     hidden:Tensor, # [..., d_model], last hidden states
 )->Tensor: # [..., vocab] float32 (float64 for a float64 model)
     "Unembed hidden states as the model itself does"
-    bend = bend_of(model)
-    logits = model.get_output_embeddings()(hidden if bend.before == 1 else hidden * bend.before)
+    head, bend = head_of(model), bend_of(model)
+    logits = head(hidden if bend.before == 1 else hidden * bend.before)
     return _bent(logits.to(torch.promote_types(logits.dtype, torch.float32)), bend)
 
 def answer_hidden(
@@ -352,6 +379,7 @@ def answer_hidden(
     batch:Batch,
 )->Tensor: # [n_answer, d_model], row i predicts the i-th True of batch.answer
     "Give the last hidden states that predict the answer tokens under teacher forcing"
+    check_wrapper(model)
     return model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][batch.answer[:, 1:]]
 
 def answer_logits(model:nn.Module, batch:Batch)->Tensor: # [n_answer, vocab] float32 (float64 for a float64 model)
@@ -370,7 +398,7 @@ def over_logits(
     "Apply a function to the logits of some tokens, a part of the tokens at a time"
     from torch.utils.checkpoint import checkpoint
     def part(hidden, *rows): return f(logits_of(model, hidden), *rows)
-    size = max(1, MOST_LOGITS // model.get_output_embeddings().weight.shape[0])
+    size = max(1, MOST_LOGITS // head_of(model).weight.shape[0])
     if len(hidden) <= size: return part(hidden, *rows)
     return torch.cat([checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*(x.split(size) for x in (hidden, *rows)))])
 
@@ -379,9 +407,10 @@ _WINDOWS = 'sliding_window', 'attention_chunk_size', 'window_size' # in configur
 
 def mask_limit(model:nn.Module)->float: # tokens; 0: never, infinity: always
     "Tell how long a sequence may be to be given a mask of one's own in place of the model's"
+    check_wrapper(model)
     config, base = model.config.get_text_config(), type(getattr(model, '_orig_mod', model).base_model)
-    if config._attn_implementation not in ('eager', 'sdpa'): return 0
-    if 'position_ids' not in inspect.signature(base.forward).parameters or getattr(config, 'alibi', False): return 0
+    if config._attn_implementation not in ('eager', 'sdpa') or getattr(config, 'alibi', False): return 0
+    if 'position_ids' not in inspect.signature(base.forward).parameters: return 0
     windows = [getattr(config, name, None) for name in _WINDOWS]
     return min((w for w in windows if isinstance(w, int) and w > 0), default=math.inf)
 
