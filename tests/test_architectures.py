@@ -33,8 +33,23 @@ BUILD = { # class, configuration with and without a window, name of layer {}'s o
     "opt": ("OPT", lambda w: WIDTHS | SPECIAL | dict(ffn_dim=FF, word_embed_proj_dim=8), "model.decoder.layers.{}.fc2.weight"),
     "olmoe": ("Olmoe", lambda w: MIXTURE | dict(num_experts=4), EXPERTS), "mixtral": ("Mixtral", lambda w: MIXTURE | dict(num_local_experts=4, sliding_window=w), EXPERTS),
     "qwen3_moe": ("Qwen3Moe", lambda w: MIXTURE | dict(num_experts=4, moe_intermediate_size=FF // 4, head_dim=8, norm_topk_prob=True), EXPERTS),
-    "gptj": ("GPTJ", lambda w: SPECIAL | dict(n_embd=D, n_layer=2, n_head=2, n_inner=FF, rotary_dim=4), "transformer.h.{}.mlp.fc_out.weight")} # the one that is registered here
-KNOWN = [name for name in BUILD if name != "gptj"]
+    "gptj": ("GPTJ", lambda w: SPECIAL | dict(n_embd=D, n_layer=2, n_head=2, n_inner=FF, rotary_dim=4), "transformer.h.{}.mlp.fc_out.weight"),
+    "phi": ("Phi", lambda w: GATED | dict(partial_rotary_factor=.5), "model.layers.{}.mlp.fc2.weight"),
+    "gemma": ("Gemma", lambda w: GATED | dict(head_dim=8), DOWN), "olmo": ("Olmo", lambda w: GATED | dict(clip_qkv=8.), DOWN),
+    "granite": ("Granite", lambda w: GATED | dict(logits_scaling=6., embedding_multiplier=3., residual_multiplier=.5, attention_multiplier=.3), DOWN),
+    "cohere": ("Cohere", lambda w: GATED | dict(logit_scale=.3), DOWN), "cohere2": ("Cohere2", lambda w: SLIDING | dict(sliding_window=w, logit_scale=.3), DOWN),
+    "stablelm": ("StableLm", lambda w: GATED, DOWN), "smollm3": ("SmolLM3", lambda w: GATED | dict(no_rope_layers=[1, 0]), DOWN),
+    "glm": ("Glm", lambda w: GATED | dict(head_dim=8), DOWN), "glm4": ("Glm4", lambda w: GATED | dict(head_dim=8), DOWN),
+    "nemotron": ("Nemotron", lambda w: GATED, DOWN), "exaone4": ("Exaone4", lambda w: SLIDING | dict(sliding_window=w), DOWN),
+    "arcee": ("Arcee", lambda w: GATED, DOWN), "helium": ("Helium", lambda w: GATED | dict(head_dim=8), DOWN), "seed_oss": ("SeedOss", lambda w: GATED | dict(head_dim=8), DOWN),
+    "ernie4_5": ("Ernie4_5", lambda w: GATED | dict(head_dim=8), DOWN), "hunyuan_v1_dense": ("HunYuanDenseV1", lambda w: GATED | dict(head_dim=8), DOWN),
+    "ministral": ("Ministral", lambda w: SLIDING | dict(sliding_window=w, head_dim=8), DOWN), "ministral3": ("Ministral3", lambda w: GATED | dict(head_dim=8, sliding_window=w), DOWN), "apertus": ("Apertus", lambda w: GATED, DOWN),
+    "starcoder2": ("Starcoder2", lambda w: GATED | dict(sliding_window=w), "model.layers.{}.mlp.c_proj.weight"),
+    "gpt_neo": ("GPTNeo", lambda w: SPECIAL | dict(hidden_size=D, num_layers=2, num_heads=2, intermediate_size=FF, attention_types=[[["global", "local"], 1]], window_size=w), "transformer.h.{}.mlp.c_proj.weight"),
+    "gpt_bigcode": ("GPTBigCode", lambda w: SPECIAL | dict(n_embd=D, n_layer=2, n_head=2, n_inner=FF), "transformer.h.{}.mlp.c_proj.weight"),
+    "codegen": ("CodeGen", lambda w: SPECIAL | dict(n_embd=D * 2, n_layer=2, n_head=4, n_inner=FF, rotary_dim=4), "transformer.h.{}.mlp.fc_out.weight"),
+    "persimmon": ("Persimmon", lambda w: WIDTHS | SPECIAL | dict(intermediate_size=FF), "model.layers.{}.mlp.dense_4h_to_h.weight")} # the one that is registered here
+KNOWN = [name for name in BUILD if name != "persimmon"]
 NAMES = pytest.mark.parametrize("name", BUILD)
 KINDS = "gemma2", "gpt2", "opt", "olmoe" # one of each: bent logits, transposed weight, flattened tokens, experts
 SOME = pytest.mark.parametrize("name", KINDS)
@@ -44,7 +59,7 @@ GRID = pytest.mark.parametrize("name, unit", [(name, unit) for name in BUILD for
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch): monkeypatch.setitem(PROJECTIONS, "gptj", lambda model: [block.mlp.fc_out for block in model.transformer.h]) # one line
+def registered(monkeypatch): monkeypatch.setitem(PROJECTIONS, "persimmon", lambda model: [block.mlp.dense_4h_to_h for block in model.model.layers]) # one line
 
 def facts(n, seed):
     g = torch.Generator().manual_seed(seed)
@@ -67,7 +82,7 @@ def build(name, dtype=torch.float32, window=WINDOW, **more):
 
 def place(name, layer): return BUILD[name][2].format(layer)
 def vectors(name, t): return t.T if name == "gpt2" else t.transpose(0, 1).flatten(1) if t.ndim == 3 else t # a stored weight, or its gradient -> [d_model, d_ff], a copy for experts
-def slack(name): return 2e-6 if name in ("gemma2", "gpt_neox", "gptj") else 1e-12 # these take their softmax in float32 in a float64 model, too
+def slack(name): return 2e-6 if name in ("gemma2", "gpt_neox", "gptj", "gpt_neo", "codegen") else 1e-12 # these take their softmax in float32 in a float64 model, too
 def weights(name, model): return [vectors(name, dict(model.named_parameters())[place(name, layer)]).detach().clone() for layer in range(2)]
 def nll(model, e): return F.cross_entropy(model(input_ids=torch.tensor([e.ids], device=model.device)).logits[0, e.start - 1:-1].to(torch.promote_types(model.dtype, torch.float32)), torch.tensor(e.ids[e.start:], device=model.device))
 def mean(xs): return sum(xs) / len(xs)
@@ -325,7 +340,7 @@ def test_experts_of_another_layout_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"a GptOssExperts is not laid out as .* without biases \(is_concatenated, is_transposed, has_bias\)") as error: region_shape(model)
     assert "\n" not in str(error.value)
     mixed = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**BUILD["qwen3_moe"][1](8) | dict(mlp_only_layers=[1])))
-    with pytest.raises(ValueError, match="are not where those of 'qwen3_moe' are: 'Qwen3MoeMLP' object has no attribute 'experts'"): region_shape(mixed)
+    with pytest.raises(ValueError, match="layer 1 of this Qwen3MoeForCausalLM is dense, a Qwen3MoeMLP without experts, .*; a region needs layers of one kind"): region_shape(mixed)
 
 # --- at the door
 
@@ -338,14 +353,14 @@ def refused(model, says, doors=DOORS):
         assert "\n" not in str(error.value) and [p.requires_grad for p in model.parameters()] == flags and not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
 def test_an_unknown_architecture_says_how_to_register_a_finder(monkeypatch):
-    monkeypatch.delitem(PROJECTIONS, "gptj")
-    refused(build("gptj"), r"no output projection is known for architecture 'gptj'; known: llama, .*; register a finder: unloc.models.PROJECTIONS\['gptj'\] = lambda model: \[the output projection of each layer\]$")
+    monkeypatch.delitem(PROJECTIONS, "persimmon")
+    refused(build("persimmon"), r"no output projection is known for architecture 'persimmon'; known: llama, .*; register a finder: unloc.models.PROJECTIONS\['persimmon'\] = lambda model: \[the output projection of each layer\]$")
     assert set(PROJECTIONS) == set(KNOWN)
 
-@pytest.mark.parametrize("finder", [lambda model: [b.mlp.fc_in for b in model.transformer.h], lambda model: [nn.Linear(D, FF) for _ in range(2)]])
+@pytest.mark.parametrize("finder", [lambda model: [b.mlp.dense_h_to_4h for b in model.model.layers], lambda model: [nn.Linear(D, FF) for _ in range(2)]])
 def test_a_finder_of_the_wrong_module_is_told(finder, monkeypatch):
-    monkeypatch.setitem(PROJECTIONS, "gptj", finder)
-    refused(build("gptj"), r"writes to the residual stream, 16 wide in this model; the one found is \[d_model, d_ff\] \[32, 16\]; correct the finder of 'gptj'")
+    monkeypatch.setitem(PROJECTIONS, "persimmon", finder)
+    refused(build("persimmon"), r"writes to the residual stream, 16 wide in this model; the one found is \[d_model, d_ff\] \[32, 16\]; correct the finder of 'persimmon'")
 
 class Packed(torch.Tensor): "A tensor that is not what it says it is, as quantization libraries make them"
 

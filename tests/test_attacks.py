@@ -305,6 +305,6 @@ def test_bad_settings_are_named():
 def test_rounding_is_of_a_model_that_is_not_unlocked():
     model = small()
     with unlock(model, Region.sample(region_shape(model), .2, 0)):
-        with pytest.raises(ValueError, match="the model is unlocked, and its columns would not be rounded"):
+        with pytest.raises(ValueError, match="the model is unlocked, and each forward pass would write its columns over rounded ones"):
             with quantized(model, 4): pass
     with quantized(model, 4): pass

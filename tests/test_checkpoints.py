@@ -1,5 +1,5 @@
 "Checkpoints: what is wrong is said in one line before a weight is read, weights are held once, and saving and patching are exact to the bit."
-import hashlib, json, os, pickle, re, shutil, subprocess, sys, threading, warnings
+import copy, hashlib, json, os, pickle, re, shutil, subprocess, sys, threading, warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from unloc import attribution, checkpoints
-from unloc.checkpoints import apply_change, check_device, free_memory, inspect, load_model, load_tokenizer, recompute, save_change, save_model
+from unloc.checkpoints import apply_change, check_device, free_memory, inspect, load_model, load_tokenizer, recompute, save_change, save_model, save_pretrained
 from unloc.masked import put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model, value_vectors
 from unloc.regions import Region
@@ -556,3 +556,51 @@ def test_a_hub_checkpoint_from_first_look_to_offline(folder, tmp_path, guarded, 
     (tmp_path / "home/hub/models--some--model/snapshots" / COMMIT / weights[1]).unlink()
     assert f"some/model: {weights[1]} not fetched from the hub (OfflineModeIsEnabled" in complaint(load_model, "some/model")
     assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+
+# --- read by transformers 5 and by the versions before it
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8., "low_freq_factor": 1., "high_freq_factor": 4., "original_max_position_embeddings": 8192}
+LONG = {"short_factor": [1.] * 4, "long_factor": [2.] * 4}
+OLD_NAMES = { # class, settings, what transformers before 5 reads
+    "llama 3": ("Llama", dict(rope_theta=5e5, rope_scaling=LLAMA3, max_position_embeddings=131072), dict(rope_theta=5e5, rope_scaling=LLAMA3)),
+    "llama 2": ("Llama", {}, dict(rope_theta=1e4, rope_scaling=None)), "olmo2": ("Olmo2", dict(rope_theta=5e5), dict(rope_theta=5e5, rope_scaling=None)),
+    "qwen3": ("Qwen3", dict(rope_theta=1e6, head_dim=8), dict(rope_theta=1e6)), "mistral": ("Mistral", dict(rope_theta=1e6), dict(rope_theta=1e6)),
+    "phi": ("Phi", dict(rope_theta=3e4, partial_rotary_factor=.5), dict(rope_theta=3e4, partial_rotary_factor=.5)),
+    "phi3": ("Phi3", dict(rope_theta=2e4, rope_scaling={"type": "longrope"} | LONG, original_max_position_embeddings=32, max_position_embeddings=64), dict(rope_theta=2e4, rope_scaling={"type": "longrope"} | LONG)),
+    "gpt_neox": ("GPTNeoX", dict(rotary_emb_base=30000, rotary_pct=.5), dict(rotary_emb_base=30000, rotary_pct=.5)),
+    "olmo3": ("Olmo3", dict(rope_theta=4e5, layer_types=["sliding_attention", "full_attention"]), dict(rope_theta=4e5)),
+    "cohere2": ("Cohere2", dict(rope_theta=3e4, layer_types=["sliding_attention", "full_attention"]), dict(rope_theta=3e4, sliding_window_pattern=2)),
+    "gemma2": ("Gemma2", dict(head_dim=8), dict(rope_theta=1e4))}
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_rotary_settings_are_saved_under_both_names(name, tmp_path):
+    kind, settings, old = OLD_NAMES[name]
+    model, want = build(kind, intermediate_size=24, **copy.deepcopy(settings)).eval(), {"torch_dtype": "float32"} | old
+    save_model(model, tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text("utf-8"))
+    assert {key: saved.get(key) for key in want} == want and saved["rope_parameters"] and saved["dtype"] == "float32"
+    again = load_model(tmp_path / "m", "float32")
+    assert same(again, model) and again.config.rope_parameters == model.config.rope_parameters
+    with torch.no_grad(): assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    save_model(again, tmp_path / "once more")
+    assert json.loads((tmp_path / "once more" / "config.json").read_text("utf-8")) == saved, "saving once more adds nothing"
+
+def test_settings_of_two_kinds_of_layers_and_of_a_part_are_saved_under_both_names(tmp_path):
+    text = SMALL | dict(intermediate_size=24, head_dim=8, rope_theta=7e5, rope_local_base_freq=3e4, rope_scaling={"rope_type": "linear", "factor": 8.}, layer_types=["sliding_attention", "full_attention"])
+    old = {"rope_theta": 7e5, "rope_local_base_freq": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 8.}, "sliding_window_pattern": 2}
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14)
+    whole = dict(text_config=text | dict(model_type="gemma3_text"), vision_config=vision, mm_tokens_per_image=1, image_token_index=59, boi_token_index=57, eoi_token_index=58, pad_token_id=0, eos_token_id=1)
+    for name, model, part in (("text", transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**text)), lambda c: c), ("both", transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**whole)), lambda c: c["text_config"])):
+        save_model(model.eval(), tmp_path / name)
+        saved = part(json.loads((tmp_path / name / "config.json").read_text("utf-8")))
+        assert {key: saved.get(key) for key in old} == old, name
+        with torch.no_grad(): assert torch.equal(load_model(tmp_path / name, "float32")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+def test_a_model_without_rotary_settings_is_saved_as_it_is(tmp_path):
+    save_pretrained(make("gpt2"), tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text("utf-8"))
+    assert not [key for key in saved if "rope" in key or "rotary" in key] and same(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), make("gpt2"))
+
+def test_every_model_of_the_package_is_saved_by_one_function():
+    places = [(file.name, line.strip()) for file in Path(checkpoints.__file__).parent.glob("*.py") for line in file.read_text("utf-8").splitlines() if re.search(r"\w*model\w*\.save_pretrained\(", line)]
+    assert places == [("checkpoints.py", "model.save_pretrained(folder, **options)")]

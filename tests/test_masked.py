@@ -457,13 +457,77 @@ def test_neurons_are_kept_in_a_file_that_is_a_region_too(tmp_path):
         (chosen := Neurons.sample(model, .25, 3, heads)).save(tmp_path / "n.safetensors")
         assert Neurons.load(tmp_path / "n.safetensors") == chosen and Region.load(tmp_path / "n.safetensors") == chosen.vectors and len(chosen) == 16 + 2 * heads
 
-def test_heads_that_share_keys_are_refused():
-    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
-    model = transformers.LlamaForCausalLM(config)
-    with unlock(model, Neurons.sample(model, .1, 0)): pass
-    with pytest.raises(ValueError, match="4 heads share 2 keys and values .* choose neurons without heads"):
-        with unlock(model, Neurons.sample(model, .1, 0, heads=True)): pass
-    assert all(p.requires_grad for p in model.parameters())
+# --- heads that share keys and values
+
+def grouped(kind="Llama", n_heads=4, shared=2, head_dim=6, **more): # heads as wide as they like, not hidden_size / heads
+    config = getattr(transformers, kind + "Config")(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=n_heads, num_key_value_heads=shared,
+        head_dim=head_dim, pad_token_id=0, bos_token_id=None, eos_token_id=1, attn_implementation="eager", **more)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters(): p += .2 * torch.randn(p.shape, dtype=p.dtype)
+    return model
+
+def of_heads(*chosen, n_heads=4): # in the first of two layers
+    mask = torch.zeros(2, n_heads, dtype=torch.bool)
+    mask[0, list(chosen)] = True
+    return Neurons(Region.sample((2, 32), .1, seed=0), Region(mask))
+
+@pytest.mark.parametrize("kind, shared, more", [("Llama", 2, {}), ("Llama", 1, {}), ("Llama", 4, {}), ("Qwen3", 2, {}), ("Gemma", 2, {}), ("Gemma2", 2, {}), ("Mistral", 2, {"sliding_window": 8}), ("Qwen2", 2, {}), ("Olmo2", 2, {}), ("Granite", 2, {})])
+@pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 1), (0, 1, 2, 3)])
+def test_heads_of_groups_move_as_autograd_says(kind, shared, more, heads):
+    head_dim = 4 if kind in ("Qwen2", "Olmo2", "Granite", "Mistral") else 6
+    plain, model = (grouped(kind, shared=shared, head_dim=head_dim, **more) for _ in range(2))
+    chosen, ids = of_heads(*heads), torch.arange(2, 26).view(2, 12)
+    def loss(model): return model(input_ids=ids, labels=ids).loss
+    loss(plain).backward()
+    kept, start = locked_digest(model, chosen), state(model)
+    with unlock(model, chosen) as columns:
+        loss(model).backward()
+        for (place, (index, _)), p in zip(columns.values().items(), columns.parameters()):
+            whole = plain.get_submodule(place).weight.grad
+            torch.testing.assert_close(p.grad, whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index], rtol=1e-9, atol=1e-11)
+        torch.optim.AdamW(columns.parameters(), lr=1e-2, weight_decay=.1).step()
+        trained = columns.values()
+    assert locked_digest(model, chosen) == kept
+    whole = {g for g in range(shared) if set(range(g * 4 // shared, (g + 1) * 4 // shared)) <= set(heads)} # groups that are chosen as a whole
+    for name, axis, own in (("q", 0, set(heads)), ("k", 0, whole), ("v", 0, whole), ("o", 1, set(heads))):
+        before, after = (s[f"model.layers.0.self_attn.{name}_proj.weight"] for s in (start, model.state_dict()))
+        moved = (before != after).any(1 - axis).view(-1, head_dim)
+        assert {h for h in range(len(moved)) if moved[h].any()} == own and all(moved[h].all() for h in own), name
+    assert all(torch.equal(start[name], x) for name, x in model.state_dict().items() if "layers.1.self_attn" in name or "norm" in name)
+    fresh = grouped(kind, shared=shared, head_dim=head_dim, **more)
+    put_columns(fresh, trained)
+    assert same(fresh.state_dict(), model.state_dict())
+
+def test_a_head_that_is_not_chosen_computes_what_it_did(): # though its neighbour of the same group was trained
+    model, seen = grouped(), []
+    def look(module, inputs): seen.append(inputs[0].view(1, 12, 4, 6)) # what each head gives to the output projection
+    ids, chosen = torch.arange(2, 14)[None], of_heads(0)
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(look)
+    model(input_ids=ids)
+    with unlock(model, chosen) as columns:
+        for p in columns.parameters(): p.data += .5
+    model(input_ids=ids); handle.remove()
+    assert torch.equal(seen[0][:, :, 1:], seen[1][:, :, 1:]) and not torch.equal(seen[0][:, :, 0], seen[1][:, :, 0])
+
+def test_heads_are_drawn_and_kept_where_keys_are_shared(tmp_path):
+    model = grouped()
+    (chosen := Neurons.sample(model, .25, 3, heads=True)).save(tmp_path / "n.safetensors")
+    assert Neurons.load(tmp_path / "n.safetensors") == chosen and len(chosen.heads) == 2
+    with pytest.raises(ValueError, match="the heads are of 2 x 3 .layers, heads., the model has 2 x 4; draw them for this model"): locked_digest(model, of_heads(0, n_heads=3))
+    model.config.num_attention_heads = 5 # says something else than its layers
+    with pytest.raises(ValueError, match="model.layers.0.self_attn: 5 heads with 2 keys and values need layers of .*; choose neurons without heads"): locked_digest(model, of_heads(0, n_heads=5))
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)), "Phi3"),
+    (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_inner=32)), "GPT2"),
+    (lambda: transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, pad_token_id=0)), "Phi")], ids=["phi3", "gpt2", "phi"])
+def test_fused_layers_are_refused_for_neurons(make, says):
+    model = make()
+    for heads in (None, of_heads(0).heads):
+        with pytest.raises(ValueError, match=f"is built otherwise, its layers are fused or called by other names: {says}.* has no attribute .*; choose value vectors") as error: locked_digest(model, Neurons(of_heads(0).vectors, heads))
+        assert "\n" not in str(error.value)
 
 # --- every weight
 

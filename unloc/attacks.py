@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from . import training
 from .evaluation import answer_token_logprob, best_recall, plainly, score
-from .masked import _Unlocked, in_float32, put_columns, unlock
-from .models import answer_hidden, logits_of, measuring, output_projections, over_logits, value_vectors
+from .masked import in_float32, is_unlocked, put_columns, unlock
+from .models import (
+    answer_hidden, blocks_of, check_linear, check_model, measuring, output_projections, over_logits,
+    value_vectors)
 from .objectives import token_logprob
 from .regions import Region
 from .tokens import Example, batch_tokens, by_length, check_examples, collate, encode, shuffled
@@ -146,10 +148,15 @@ def rounded(
     zero = (-low / step).round()
     return (((w / step).round() + zero).clamp(0, 2**bits - 1) - zero).mul(step).view(rows, columns).to(weight.dtype)
 
+# %% ../nbs/11_attacks.ipynb #9dd4b043
 def _linear_layers(model)->dict[str, nn.Module]: # by name, all but the output layer
     from transformers.pytorch_utils import Conv1D
+    check_model(model)
     head = model.get_output_embeddings()
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+
+def _expert_weights(model)->dict[str, nn.Parameter]: # by name: [n_experts, rows, columns]
+    return {name: p for name, p in model.named_parameters() if p.ndim == 3}
 
 @contextmanager
 def quantized(
@@ -159,17 +166,21 @@ def quantized(
 )->Iterator[None]:
     "Run the block with every linear layer rounded, and put the weights back"
     from transformers.pytorch_utils import Conv1D
-    layers = list(_linear_layers(model).values())
-    if any(isinstance(getattr(vars(m).get('forward'), '__self__', None), _Unlocked) for m in layers): raise ValueError(
-        "the model is unlocked, and its columns would not be rounded; leave the `with unlock(...)` block first")
-    kept = [m.weight.detach().clone() for m in layers]
+    if is_unlocked(model): raise ValueError(
+        "the model is unlocked, and each forward pass would write its columns over rounded ones; "
+        "leave the `with unlock(...)` block first")
+    layers, experts = _linear_layers(model), _expert_weights(model)
+    for name, m in layers.items(): check_linear(m, name)
+    weights = [m.weight for m in layers.values()] + list(experts.values())
+    kept = [w.detach().clone() for w in weights]
     try:
         with torch.no_grad():
-            for m in layers: m.weight.copy_(rounded(m.weight.T, bits, group).T if isinstance(m, Conv1D) else rounded(m.weight, bits, group))
+            for m in layers.values(): m.weight.copy_(rounded(m.weight.T, bits, group).T if isinstance(m, Conv1D) else rounded(m.weight, bits, group))
+            for w in experts.values(): w.copy_(rounded(w.flatten(0, 1), bits, group).view(w.shape))
         yield
     finally:
         with torch.no_grad():
-            for m, w in zip(layers, kept): m.weight.copy_(w)
+            for w, before in zip(weights, kept): w.copy_(before)
 
 # %% ../nbs/11_attacks.ipynb #91e1aaba
 def _library_layer(layer, bits)->nn.Module: # computes the same in fewer bits, on the same device
@@ -197,6 +208,9 @@ def library_quantized(
     from transformers.pytorch_utils import Conv1D
     if bits not in (8, 4): raise ValueError(f"bitsandbytes has layers of 8 and of 4 bits, got {bits}; `quantized` simulates 2 to 8")
     layers, floats = _linear_layers(model), (torch.float16, torch.bfloat16, torch.float32)
+    if experts := list(_expert_weights(model)): raise ValueError(
+        f"{experts[0]} holds the weights of experts, which bitsandbytes has no layer for; "
+        "`quantized` rounds them, too")
     for name, m in layers.items():
         if getattr(m.forward, '__func__', None) not in (nn.Linear.forward, Conv1D.forward) or m.weight.dtype not in floats: raise ValueError(
             f"{name} is no plain linear layer of 16 or 32 bit floats but a {type(m).__name__} of {m.weight.dtype}, or computes something else already; take an unquantized model, outside of any other block that changes its layers")
@@ -223,12 +237,6 @@ def final_norm(model:nn.Module)->nn.Module:
         if hasattr(module, 'layers') or hasattr(module, 'h'): return next(getattr(module, name) for name in NORMS if isinstance(getattr(module, name, None), nn.Module))
     raise ValueError(f"no norm before the output layer is known in a {type(model).__name__}; looked for {', '.join(NORMS)} beside its list of layers")
 
-def _blocks(model)->list[nn.Module]:
-    projections = output_projections(model)
-    for blocks in model.modules():
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == len(projections) and all(any(m is p for m in b.modules()) for b, p in zip(blocks, projections)): return list(blocks)
-    raise ValueError(f"the blocks of a {type(model).__name__} do not hold one output projection each")
-
 @measuring()
 def hidden_states(
     model:nn.Module,
@@ -236,7 +244,7 @@ def hidden_states(
 )->list[list[Tensor]]: # per layer, per fact: [n_answer, d_model], at the positions that predict the answer
     "Record what leaves each block while the answers are predicted"
     check_examples(examples, 'asked')
-    blocks, found = _blocks(model), [None] * len(examples)
+    blocks, found = blocks_of(model), [None] * len(examples)
     for rows, batch in by_length(examples, batch_tokens(model.device)):
         batch, layers = batch.to(model.device), []
         def catch(module, inputs, output): layers.append((output[0] if isinstance(output, tuple) else output)[:, :-1][batch.answer[:, 1:]])
@@ -310,7 +318,7 @@ def patched_logprob(
     "Run a model with other states at one layer"
     check_examples(examples, 'asked')
     _check_states(model, examples, layer, states)
-    block, found = _blocks(model)[layer], [None] * len(examples)
+    block, found = blocks_of(model)[layer], [None] * len(examples)
     for rows, batch in by_length(examples, batch_tokens(model.device)):
         batch = batch.to(model.device)
         def put(module, inputs, output):

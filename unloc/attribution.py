@@ -64,9 +64,11 @@ def _watched(model, see:Callable[[int, Tensor, Tensor], Tensor|None])->Iterator[
     "Hold a model frozen and in evaluation mode, and show `see(layer, input, output)` its output projections at work; it may return another output"
     trainable, training = [p for p in model.parameters() if p.requires_grad], [m for m in model.modules() if m.training]
     hooks = []
+    def first(layer): # before any other hook: the output is still the product with the weight
+        return lambda module, inputs, output: see(layer, inputs[0], output)
     try:
         for layer, projection in enumerate(output_projections(model)):
-            hooks.append(projection.register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, inputs[0], output)))
+            hooks.append(projection.register_forward_hook(first(layer), prepend=True))
         model.requires_grad_(False).eval()
         yield
     finally:
@@ -417,7 +419,9 @@ def integrated_gradients(
     check_examples(forget, 'forget')
     if steps < 2: raise ValueError(f"steps must be at least 2, one for each end of the way, got {steps}")
     _known('attention for integrated gradients', model.config._attn_implementation, ('eager', 'sdpa'))
-    if (longest := max(len(example.ids) for example in forget)) > (limit := mask_limit(model)): raise ValueError(
+    if not (limit := mask_limit(model)): raise ValueError(
+        f"a {type(model).__name__} does not follow positions of one's own (it measures distances in the row), which integrated gradients need; choose another localizer")
+    if (longest := max(len(example.ids) for example in forget)) > limit: raise ValueError(
         f"a fact of {longest} tokens is longer than the {limit} the model's sliding window looks back on; leave it out of integrated gradients")
     if max_tokens < 1: raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     sums = _zeros(model)

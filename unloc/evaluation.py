@@ -541,6 +541,7 @@ class Probe:
             yield f'{name} right', c.right, self.max_new_tokens if name in KINDS[1:] else 0
             yield f'{name} wrong', c.wrong, 0
 
+# %% ../nbs/09_evaluation.ipynb #5b0c7d25
 class Evaluation(NamedTuple):
     "What a checkpoint knows, as means and fact by fact"
     point:dict[str, float] # FS, RS, exact memorization and probability of the forget set and of RS's probe; with choices also FQ (log10), MU and its nine parts

@@ -314,11 +314,12 @@ def _learn(model, base, how, examples, seed, path, progress):
     "Fine-tune float32 weights, under autocast where they will be kept in bfloat16, and save them"
     import torch
     from unloc.models import mixed_precision
+    from unloc.checkpoints import save_pretrained
     from unloc.training import Checkpoint, finetune
     precision = getattr(torch, base['precision'])
     with mixed_precision(model, None if precision == torch.float32 else precision):
         finetune(model, examples, **how, seed=seed, checkpoint=Checkpoint(path.with_suffix('.checkpoint')), progress=progress)
-    model.save_pretrained(path, state_dict={name: x.to(precision) for name, x in model.state_dict().items()})
+    save_pretrained(model, path, state_dict={name: x.to(precision) for name, x in model.state_dict().items()})
 
 def _tidy(folder):
     for file in (*folder.glob('*.checkpoint'), *folder.glob('*.partial')): file.unlink() # the latter of a run killed while it wrote one
