@@ -237,6 +237,15 @@ def _execute(notebook, copy, values):
         remedy = "; where memory ran out, --jobs 1 needs less, and unloc plan says how much" if died else _remedy(said, copy.parent)
         raise Problem(f"{notebook} failed: {said}{remedy} (messages: {messages})") from None
 
+# %% ../nbs/18_cli.ipynb #486930f9
+def _from(folder:Path, values:dict)->dict:
+    "Make folders of data and models absolute where they are named relative to a folder, since notebooks run in another"
+    def whole(name): return str((folder / name).resolve()) if isinstance(name, str) and name and (folder / name).exists() else name
+    found = {name: whole(value) if name == 'source' else value for name, value in values.items()}
+    if isinstance(model := values.get('model'), dict):
+        found['model'] = {k: whole(v) if k in ('pretrained', 'retained', 'original') else v for k, v in model.items()}
+    return found
+
 # %% ../nbs/18_cli.ipynb #124b69d7
 @dataclass(frozen=True)
 class Order:
@@ -246,14 +255,6 @@ class Order:
     store:Path # where runs are kept
     figures:Path # where figures and tables go
     copies:Path # where executed notebooks go
-
-def _from(folder:Path, values:dict)->dict:
-    "Make folders of data and models absolute where they are named relative to a folder, since notebooks run in another"
-    def whole(name): return str((folder / name).resolve()) if isinstance(name, str) and name and (folder / name).exists() else name
-    found = {name: whole(value) if name == 'source' else value for name, value in values.items()}
-    if isinstance(model := values.get('model'), dict):
-        found['model'] = {k: whole(v) if k in ('pretrained', 'retained', 'original') else v for k, v in model.items()}
-    return found
 
 def order(
     root:Path, # the checkout
