@@ -43,7 +43,7 @@ def test_settings_name_real_parameters():
     assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
 
 def test_import_is_light():
-    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 # --- bad words
@@ -145,7 +145,7 @@ def test_digest_follows_the_content_and_not_the_place(folder, monkeypatch):
         changed = data_description(few, "b")
         assert changed["sha256"] != b["sha256"] and run_id(changed) != run_id(b)
         b = changed
-    (folder / "b" / "README.md").write_text("no part of the data")
+    (folder / "b" / "README.md").write_text("no part of the data", "utf-8")
     assert data_description(few, "b")["sha256"] == b["sha256"]
 
 # --- the kinds of run

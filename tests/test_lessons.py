@@ -39,4 +39,4 @@ def test_lesson(lessons, name):
 
 def test_no_lesson_left_the_machine(lessons, guarded):
     for future in lessons.values(): future.exception()
-    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""

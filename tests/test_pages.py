@@ -40,7 +40,7 @@ def test_a_module_page_exports_its_module(path):
     assert names == [path.stem[3:]] and code[0].startswith("#| default_exp")
     convention = [s for k, s, _ in cells(path) if k == "markdown" and s.startswith("#| export")]
     assert len(convention) == 1 and len(convention[0].split()) > 15, "one exported markdown cell states the convention"
-    module = ast.parse((ROOT / "unloc" / f"{path.stem[3:]}.py").read_text())
+    module = ast.parse((ROOT / "unloc" / f"{path.stem[3:]}.py").read_text("utf-8"))
     assert convention[0].split("\n")[1] in ast.get_docstring(module)
 
 @each(PAGES)
@@ -72,7 +72,7 @@ def test_a_page_teaches_by_asserting(path):
 def test_chapters_import_only_chapters_before_them():
     place = {p.stem[3:]: p.stem for p in PAGES}
     for page in PAGES:
-        for node in ast.walk(ast.parse((ROOT / "unloc" / f"{page.stem[3:]}.py").read_text())):
+        for node in ast.walk(ast.parse((ROOT / "unloc" / f"{page.stem[3:]}.py").read_text("utf-8"))):
             if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("unloc")): continue
             names = [node.module.removeprefix("unloc.")] if node.module not in (None, "unloc") else [a.name for a in node.names]
             for name in names: assert name not in place or place[name] < page.stem, f"{page.stem} imports {name}"

@@ -32,7 +32,7 @@ finally:
 class Nodes:
     def __init__(self):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("UNLOC_", "RAY_"))} | {"RAY_USAGE_STATS_ENABLED": "0"}
-        self.process = subprocess.Popen([sys.executable, "-c", NODES], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, "-c", NODES], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True)
         self.address = self.ready()
     def ready(self): return next(line.split()[1] for line in iter(self.process.stdout.readline, "") if line.startswith("ready "))
     def do(self, word):
@@ -57,21 +57,21 @@ def on_ray(nodes, monkeypatch):
     return nodes
 
 def files(root): return {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*")) if f.is_file() and f.relative_to(root).parts[0] != "locks"}
-def lines(path): return Path(path).read_text().splitlines() if Path(path).exists() else []
+def lines(path): return Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []
 def numbered(*ns, **more): return [{"kind": "number", "n": n} | more for n in ns]
 
 def logging(path, do, seconds=.2): # a compute whose calls are lines: name, node, process
     def compute(description, parent, folder, progress):
         import ray, unloc.runs
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
-        with open(path, "a") as f: f.write(f"{unloc.runs.run_id(description)} {node} {os.getpid()}\n")
+        with open(path, "a", encoding="utf-8") as f: f.write(f"{unloc.runs.run_id(description)} {node} {os.getpid()}\n")
         time.sleep(seconds)
         do(description, parent, folder, progress)
     return compute
 
 def write(description, parent, folder, progress):
     progress(.5)
-    (folder / "result.json").write_text(json.dumps({"n": description["n"], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "told": os.environ.get("UNLOC_PROGRESS"), "ended": time.time()}))
+    (folder / "result.json").write_text(json.dumps({"n": description["n"], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "told": os.environ.get("UNLOC_PROGRESS"), "ended": time.time()}), "utf-8")
 
 # --- every run finishes, with the bytes of one machine
 
@@ -118,7 +118,7 @@ def test_jobs_are_a_limit_and_workers_do_the_work(on_ray, tmp_path, monkeypatch)
     monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events"))
     def timed(description, parent, folder, progress):
         began = time.time(); time.sleep(.4); write(description, parent, folder, progress)
-        (folder / "began.json").write_text(json.dumps(began))
+        (folder / "began.json").write_text(json.dumps(began), "utf-8")
     found = sweep(Store(tmp_path / "s"), numbered(*range(4)), 1, logging(str(tmp_path / "log"), timed, 0))
     spans = sorted((run.json("began.json"), run.json()["ended"]) for run in found)
     assert all(ended <= began for (_, ended), (began, _) in zip(spans, spans[1:])), "one after the other"
@@ -176,7 +176,7 @@ def test_a_node_with_other_code_is_named(on_ray, tmp_path, monkeypatch):
     fails(RuntimeError, f"{NODE}this node has other code of unloc or other libraries", Store(tmp_path), numbered(1), -1, write)
 
 def test_a_node_without_the_package_is_named(on_ray, tmp_path, monkeypatch):
-    (tmp_path / "only_here.py").write_text("def compute(*_): pass")
+    (tmp_path / "only_here.py").write_text("def compute(*_): pass", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import only_here
     fails(RuntimeError, " cannot begin a run: System error: No module named 'only_here'; install unloc and its libraries on every node", Store(tmp_path / "s"), numbered(1), -1, only_here.compute)
@@ -230,7 +230,7 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
     def start(engine, *words):
         shutil.copytree(ROOT / "nbs", tmp_path / engine / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")); shutil.copy(ROOT / "settings.ini", tmp_path / engine)
         return subprocess.Popen([Path(sys.executable).with_name("unloc"), "reproduce", "--engine", engine, *words, "--profile", "smoke", "--only", "20_injection_ratio", *SMALL, "--store", tmp_path / engine / "s", "--out", tmp_path / engine / "o"],
-            cwd=tmp_path / engine, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            cwd=tmp_path / engine, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     both = [start("ray"), start("local", "--jobs", "1")]
     try:
         for process in both:

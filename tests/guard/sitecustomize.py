@@ -9,7 +9,7 @@ def _local(host):
 
 def _refuse(what, address):
     if path := os.environ.get("UNLOC_TEST_SOCKETS"):
-        with open(path, "a") as file: file.write(f"{what} {address}\n")
+        with open(path, "a", encoding="utf-8") as file: file.write(f"{what} {address}\n")
     raise OSError(f"the tests forbid {what} to {address}")
 
 
