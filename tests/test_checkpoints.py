@@ -454,7 +454,7 @@ def test_loading_and_saving_hold_the_weights_once(tmp_path):
     model = model.bfloat16().to_empty(device="cpu")
     for p in model.parameters(): p.data.zero_()
     model.save_pretrained(tmp_path / "large", max_shard_size="30MB")
-    said = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, encoding="utf-8", timeout=120).stdout
+    said = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, encoding="utf-8", timeout=1200).stdout
     (size, own, loaded, saved), (wide, converted, both, after) = ([int(x) for x in line.split()] for line in said.splitlines())
     assert size > 95e6 and own < .15 * size and max(loaded, saved) < 1.2 * size, said # mapped, not copied
     assert wide == 2 * size and .95 * wide < converted < 1.1 * wide, said # one converted copy,
@@ -538,7 +538,7 @@ def test_a_hub_checkpoint_from_first_look_to_offline(folder, tmp_path, guarded, 
     train_tokenizer(["words"], 270).save_pretrained(folder)
     server = serve(folder, asked := [])
     environment = {k: v for k, v in guarded.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    client = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, encoding="utf-8", timeout=120, env=environment)
+    client = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, encoding="utf-8", timeout=1200, env=environment)
     assert client.returncode == 0, client.stderr
     said = client.stdout.splitlines()
     weights = sorted(f.name for f in folder.glob("*.safetensors"))

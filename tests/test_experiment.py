@@ -77,7 +77,7 @@ def test_names_are_those_of_training():
     (lambda: data_description({"name": "wmdp"}), "data: name must be 'world' or 'tofu', got 'wmdp'"), (lambda: data_description({}), "data: name must be 'world' or 'tofu', got None"),
     (lambda: data_description({"name": "world", "forget": "forget10"}), "world has no setting 'forget'"), (lambda: data_description({"name": "tofu", "n_forget": 1}), "tofu has no setting 'n_forget'"),
     (lambda: data_description(WORLD | {"n_forget": 3}), "n_forget=3: expected a whole number from 1 to 2"), (lambda: data_description({"name": "tofu", "forget": "forget20"}), "forget='forget20': expected forget01, forget05 or forget10"),
-    (lambda: data_description({"name": "tofu"}, "/nonexistent"), "source='/nonexistent': no such folder; expected a folder or a hub data set"),
+    (lambda: data_description({"name": "tofu"}, f"{__file__}.d/none"), f"source={__file__ + '.d/none'!r}: no such folder; expected a folder or a hub data set"),
     (lambda: base_models({}, "gpt2", MODEL, HOW, HOW), "unknown architecture 'gpt2'; known: llama, olmo2"), (lambda: base_models({}, "llama", MODEL | {"depth": 3}, HOW, HOW), "model has no setting 'depth'"),
     (lambda: base_models({}, "llama", MODEL, HOW, HOW | {"lr": "1"}), "retain: lr must be of type float, got '1'"),
     *((lambda f=f: injection(JUDGED, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),

@@ -118,7 +118,7 @@ def fresh(tmp_path_factory):
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (copy / "unloc").mkdir()
     shutil.copy(ROOT / "unloc" / "__init__.py", copy / "unloc")
-    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=copy, check=True, capture_output=True, timeout=120)
+    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=copy, check=True, capture_output=True, timeout=1200)
     return copy
 
 def test_the_package_is_what_the_notebooks_export(fresh):
@@ -128,5 +128,5 @@ def test_the_package_is_what_the_notebooks_export(fresh):
     assert {p.name: p.read_bytes() for p in (fresh / "nbs").glob("*.ipynb")} == {p.name: p.read_bytes() for p in EVERY}, "export edits no notebook"
 
 def test_cleaning_the_notebooks_changes_nothing(fresh):
-    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=fresh, check=True, capture_output=True, timeout=120)
+    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=fresh, check=True, capture_output=True, timeout=1200)
     assert [p.name for p in EVERY if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == []

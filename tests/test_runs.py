@@ -15,9 +15,11 @@ def compute(description, parent, folder, progress):
     with open(log, "a") as f: f.write(f"{description['kind']} {description['n']}\\n")
     (folder / "first.json").write_text(json.dumps({"n": description["n"]}))
     (folder / "deep").mkdir(exist_ok=True)
+    held = len(log.read_text("utf-8").splitlines()) >= int(os.environ.get("HOLD", 99)) and not Path("held").exists()
     for i in range(5): # half-written for most of the time
         progress(i / 5); time.sleep(description["_slow"] / 5)
         with open(folder / "deep" / "rows.csv", "a" if i else "w") as f: f.write(f"{i},{description['n'] + (parent.json('first.json')['n'] if parent else 0)}\\n")
+        if held and i == 2: Path("held").touch(); time.sleep(3600) # until it is killed
     if os.environ.get("FAIL"): raise OSError(28, "No space left on device")
 '''
 SCRIPT = "import json, sys, slow; slow.sweep(slow.Store(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), slow.compute)"
@@ -34,7 +36,7 @@ def start(tmp_path, guarded): # a sweep in a process of its own
 
 def calls(tmp_path): return (tmp_path / "calls").read_text("utf-8").split("\n")[:-1] if (tmp_path / "calls").exists() else []
 def files(root): return {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*")) if f.is_file() and f.relative_to(root).parts[0] != "locks"}
-def finish(process): out, err = process.communicate(timeout=60); assert process.returncode == 0, err; return out, err
+def finish(process): out, err = process.communicate(timeout=1200); assert process.returncode == 0, err; return out, err
 def until(true, process):
     while not true(): time.sleep(.005); assert process.poll() is None, process.communicate()
 
@@ -48,8 +50,9 @@ def test_kill_and_rerun_gives_the_same_bytes(start, tmp_path, jobs):
     kills = 0
     for after in (1, 4): # kill in the middle of a root, then in the middle of a leaf
         (tmp_path / "calls").unlink()
-        process = start("killed", jobs)
-        until(lambda: len(calls(tmp_path)) >= after and list((tmp_path / "killed").glob("*.partial/deep/rows.csv")), process)
+        (tmp_path / "held").unlink(missing_ok=True)
+        process = start("killed", jobs, HOLD=str(after))
+        until((tmp_path / "held").exists, process)
         os.killpg(process.pid, signal.SIGKILL); process.wait()
         left = [f for f in (tmp_path / "killed").iterdir() if f.suffix == ".partial"]
         for folder in (tmp_path / "killed").iterdir():
@@ -72,8 +75,8 @@ def test_two_processes_compute_each_run_once(start, tmp_path):
 
 def test_who_waits_takes_over_when_the_holder_is_killed(start, tmp_path):
     one = [{"kind": "root", "n": 0, "_slow": 1.}]
-    holder = start("shared", grid=[one[0] | {"_slow": 60.}])
-    until(lambda: list((tmp_path / "shared").glob("*.partial/deep/rows.csv")), holder)
+    holder = start("shared", grid=one, HOLD="1")
+    until((tmp_path / "held").exists, holder)
     waiting = start("shared", grid=one)
     time.sleep(2)
     assert calls(tmp_path) == ["root 0"] and waiting.poll() is None, "it does not begin while another holds the run"
@@ -96,7 +99,7 @@ def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):
     finish(start("store", grid=GRID[:2]))
     before = files(tmp_path / "store")
     process = start("store", jobs, FAIL="1")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=1200)
     assert process.returncode and "No space left on device" in err
     found = files(tmp_path / "store")
     assert {name: found[name] for name in before} == before and all(".partial/" in name for name in set(found) - set(before))
