@@ -248,4 +248,4 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
             assert process.returncode == 0 and "inject 2.0 of 2 runs" in out + err and not any(word in (out + err).lower() for word in ("warn", "raylet", "gcs")), (out, err)
     finally:
         for process in both: process.kill()
-    assert files(tmp_path / "ray" / "s") == files(tmp_path / "local" / "s") and files(tmp_path / "ray" / "o") == files(tmp_path / "local" / "o") and len(files(tmp_path / "ray" / "o")) == 4
+    assert files(tmp_path / "ray" / "s") == files(tmp_path / "local" / "s") and files(tmp_path / "ray" / "o") == files(tmp_path / "local" / "o") and len(files(tmp_path / "ray" / "o")) == 5

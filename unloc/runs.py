@@ -347,6 +347,7 @@ def _join(wanted:str, lost:bool): # 'CPU' or 'GPU'; whether workers were lost, a
 @contextlib.contextmanager
 def _held(path:Path):
     "Keep a locked file for as long as a sweep lasts"
+    path.touch()
     try:
         with _locked(path): yield path
     finally: path.unlink(missing_ok=True)
