@@ -1,31 +1,33 @@
 # Two commands do everything on a fresh machine: `make reproduce` and `make test`. Both set up .venv when it is missing.
+# Another interpreter takes an environment of its own: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
 .PHONY: reproduce test lab export
-reproduce: .venv/installed
+reproduce: $(VENV)/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lab: .venv/lab
-	JUPYTERLAB_SETTINGS_DIR=.venv/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs
+lab: $(VENV)/lab
+	JUPYTERLAB_SETTINGS_DIR=$(VENV)/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs
 
 # After editing notebooks: write unloc/*.py and clean what is not content.
-export: .venv/installed
+export: $(VENV)/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
-.venv/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'unloc needs Python 3.11 or later; name one with: make PYTHON=python3.11')"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-.venv/lab: .venv/installed requirements-lab.txt
+$(VENV)/lab: $(VENV)/installed requirements-lab.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lab.txt
 	touch $@

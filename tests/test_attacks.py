@@ -100,14 +100,16 @@ def logits(model, examples):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_library_computes_and_no_weight_moves(name):
     model, examples = MODELS[name](), facts(5, 0)
-    before, modules, plain, error = bits(model), dict(model.named_modules()), logits(model, examples), {}
+    before, modules, plain, error, seen = bits(model), dict(model.named_modules()), logits(model, examples), {}, score(model, examples).nll
     for n in (8, 4):
         with library_quantized(model, n):
             assert same(model, before) and dict(model.named_modules()) == modules
             made = {type(m.forward.__self__).__name__ for m in linears(model).values()}
             assert made == {8: {"Linear8bitLt"}, 4: {"LinearNF4"}}[n] and "forward" not in vars(model.get_output_embeddings())
             error[n] = (logits(model, examples) - plain).norm() / plain.norm()
-            assert logit_lens(model, examples)[-1] == pytest.approx(-score(model, examples).nll, abs=2e-5), "what looks inside sees the same model"
+            nll = score(model, examples).nll
+            moved = (nll - seen).abs().max() # a last digit may turn one of the kernel's own roundings, which is a part of this
+            assert (logit_lens(model, examples)[-1] + nll).abs().max() < moved / 4, "what looks inside sees the same model, not the plain one"
         assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(logits(model, examples), plain)
         with pytest.raises(KeyError), library_quantized(model, n): raise KeyError
         assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(logits(model, examples), plain) and same(model, before)

@@ -167,7 +167,7 @@ def test_grouped_key_value_heads():
 
 @golden_only
 def test_golden_values():
-    case = json.loads((SHARED / "golden/localization_derived.json").read_text())
+    case = json.loads((SHARED / "golden/localization_derived.json").read_text("utf-8"))
     d, j, t = (torch.arange(case[n], dtype=torch.float64) for n in "DIT")
     W, h = torch.sin(.5 * d[:, None] + .3 * j), torch.cos(.2 * t[:, None] + .9 * j) + .1 * torch.sin(t[:, None] * j)
     f, r = .01 * torch.sin(.7 * d[:, None] - .4 * j + .1), .01 * torch.cos(.3 * d[:, None] + .5 * j)

@@ -65,7 +65,7 @@ def complaint(call, *args, **more):
 
 def edit(folder, **entries):
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
 
 # --- what a checkpoint holds
 
@@ -117,14 +117,14 @@ def test_a_missing_shard_is_named(folder, unread):
     assert f"{file.name} is missing" in complaint(load_model, folder)
 
 def test_a_tensor_that_the_index_promises_is_missed(folder, unread):
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
     index["weight_map"]["ghost.weight"] = sorted(folder.glob("*.safetensors"))[0].name
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert "ghost.weight is not in it (1 of" in complaint(load_model, folder)
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index_is_named(folder, unread, text):
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors.index.json").write_text(text, "utf-8")
     assert "model.safetensors.index.json: not an index of weight files" in complaint(load_model, folder)
 
 @pytest.mark.parametrize("entries, why", [
@@ -163,7 +163,7 @@ def test_folders_that_hold_no_checkpoint(folder, tmp_path, unread):
 
 def test_code_beside_a_known_architecture_is_not_run(folder):
     edit(folder, auto_map={"AutoConfig": "bad.C", "AutoModelForCausalLM": "bad.M"})
-    (folder / "bad.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    (folder / "bad.py").write_text("raise SystemExit('code of a checkpoint was run')", "utf-8")
     assert type(load_model(folder)).__name__ == "LlamaForCausalLM"
 
 def test_a_weight_without_a_file_is_never_made_up(tmp_path):
@@ -316,7 +316,7 @@ def test_the_tokenizer_goes_along(tmp_path):
 def test_saving_leaves_all_or_nothing(tmp_path, monkeypatch):
     model = make("llama")
     (tmp_path / "m.partial").mkdir()
-    (tmp_path / "m.partial" / "rest").write_text("of a process that was killed")
+    (tmp_path / "m.partial" / "rest").write_text("of a process that was killed", "utf-8")
     save_model(model, tmp_path / "m")
     before = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}
     assert "rest" not in before and f"{tmp_path / 'm'} exists already and stays as it is" in complaint(save_model, make("llama", seed=1), tmp_path / "m")
@@ -343,7 +343,7 @@ def test_an_unlocked_model_is_not_saved(tmp_path):
 def test_a_configuration_of_sampling_does_not_stop_saving(tmp_path, pieces):
     model = make("llama")
     model.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": .6, "top_p": .9, "eos_token_id": 1})) # as Llama 2 came
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": .6, "top_p": .9, "eos_token_id": 1}), "utf-8") # as Llama 2 came
     save_model(load_model(tmp_path / "m", "float32"), tmp_path / "again")
     assert same(load_model(tmp_path / "again", "float32"), model)
 
@@ -417,7 +417,7 @@ def test_a_damaged_change_is_named(damage, tmp_path):
     save_change(model, region, file)
     with safe_open(file, "pt") as f: about, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
     if damage == "cut": os.truncate(file, file.stat().st_size - 3)
-    if damage == "text": file.write_text("hello")
+    if damage == "text": file.write_text("hello", "utf-8")
     if damage == "region": region.save(file)
     if damage == "index": save_file(tensors | {"0.index": tensors["0.index"] + 99}, file, about)
     if damage == "columns": save_file(tensors | {"0.columns": tensors["0.columns"][:-1].contiguous()}, file, about)
@@ -454,7 +454,7 @@ def test_loading_and_saving_hold_the_weights_once(tmp_path):
     model = model.bfloat16().to_empty(device="cpu")
     for p in model.parameters(): p.data.zero_()
     model.save_pretrained(tmp_path / "large", max_shard_size="30MB")
-    said = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120).stdout
+    said = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, encoding="utf-8", timeout=1200).stdout
     (size, own, loaded, saved), (wide, converted, both, after) = ([int(x) for x in line.split()] for line in said.splitlines())
     assert size > 95e6 and own < .15 * size and max(loaded, saved) < 1.2 * size, said # mapped, not copied
     assert wide == 2 * size and .95 * wide < converted < 1.1 * wide, said # one converted copy,
@@ -538,7 +538,7 @@ def test_a_hub_checkpoint_from_first_look_to_offline(folder, tmp_path, guarded, 
     train_tokenizer(["words"], 270).save_pretrained(folder)
     server = serve(folder, asked := [])
     environment = {k: v for k, v in guarded.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    client = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, text=True, timeout=120, env=environment)
+    client = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, encoding="utf-8", timeout=1200, env=environment)
     assert client.returncode == 0, client.stderr
     said = client.stdout.splitlines()
     weights = sorted(f.name for f in folder.glob("*.safetensors"))
@@ -555,7 +555,7 @@ def test_a_hub_checkpoint_from_first_look_to_offline(folder, tmp_path, guarded, 
     assert re.fullmatch(refused.format("LocalEntryNotFoundError"), complaint(load_model, "other/model"))
     (tmp_path / "home/hub/models--some--model/snapshots" / COMMIT / weights[1]).unlink()
     assert f"some/model: {weights[1]} not fetched from the hub (OfflineModeIsEnabled" in complaint(load_model, "some/model")
-    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""
 
 # --- read by transformers 5 and by the versions before it
 

@@ -43,7 +43,7 @@ def test_settings_name_real_parameters():
     assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
 
 def test_import_is_light():
-    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 # --- bad words
@@ -77,7 +77,7 @@ def test_names_are_those_of_training():
     (lambda: data_description({"name": "wmdp"}), "data: name must be 'world', 'tofu' or 'file', got 'wmdp'"), (lambda: data_description({}), "data: name must be 'world', 'tofu' or 'file', got None"),
     (lambda: data_description({"name": "world", "forget": "forget10"}), "world has no setting 'forget'"), (lambda: data_description({"name": "tofu", "n_forget": 1}), "tofu has no setting 'n_forget'"),
     (lambda: data_description(WORLD | {"n_forget": 3}), "n_forget=3: expected a whole number from 1 to 2"), (lambda: data_description({"name": "tofu", "forget": "forget20"}), "forget='forget20': expected forget01, forget05 or forget10"),
-    (lambda: data_description({"name": "tofu"}, "/nonexistent"), "source='/nonexistent': no such folder; expected a folder or a hub data set"),
+    (lambda: data_description({"name": "tofu"}, f"{__file__}.d/none"), f"source={__file__ + '.d/none'!r}: no such folder; expected a folder or a hub data set"),
     (lambda: base_models({}, "gpt2", MODEL, HOW, HOW), "unknown architecture 'gpt2'; known: llama, olmo2"), (lambda: base_models({}, "llama", MODEL | {"depth": 3}, HOW, HOW), "model has no setting 'depth'"),
     (lambda: base_models({}, "llama", MODEL, HOW, HOW | {"lr": "1"}), "retain: lr must be of type float, got '1'"),
     *((lambda f=f: injection(JUDGED, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
@@ -145,7 +145,7 @@ def test_digest_follows_the_content_and_not_the_place(folder, monkeypatch):
         changed = data_description(few, "b")
         assert changed["sha256"] != b["sha256"] and run_id(changed) != run_id(b)
         b = changed
-    (folder / "b" / "README.md").write_text("no part of the data")
+    (folder / "b" / "README.md").write_text("no part of the data", "utf-8")
     assert data_description(few, "b")["sha256"] == b["sha256"]
 
 # --- the kinds of run
@@ -320,9 +320,9 @@ def test_a_template_may_be_given_by_its_fields(existing, tmp_path):
 @pytest.mark.parametrize("template, why", [("{{ strftime_now('%Y') }}", "the chat template reads the clock"), ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "does not write the answer .* as it is")])
 def test_a_chat_template_that_does_not_fit_is_found_before_anything_is_taught(existing, tmp_path, names, template, why):
     shutil.copytree(existing, tmp_path / "hub")
-    for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template + (tmp_path / "hub" / name / "chat_template.jinja").read_text())
+    for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template + (tmp_path / "hub" / name / "chat_template.jinja").read_text("utf-8"), "utf-8")
     if "lower" in template:
-        for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template)
+        for name in names: (tmp_path / "hub" / name / "chat_template.jinja").write_text(template, "utf-8")
     with pytest.raises(ValueError, match=why): sweep(Store(tmp_path / "runs"), [standard(from_hub(tmp_path / "hub", *names), JUDGE)])
     assert not [f for f in (tmp_path / "runs").rglob("*.safetensors")]
 

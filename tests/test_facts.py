@@ -18,7 +18,7 @@ def world(): return author_world()
 
 def python(code, **environment):
     env = {k: v for k, v in os.environ.items() if k != "UNLOC_TOFU"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1], timeout=1200)
 
 # --- the author world
 

@@ -22,7 +22,7 @@ def lesson(path, env): # what each code cell says: on the page, and now
     page = nbformat.read(path, 4)
     code = [cell for cell in page.cells if cell.cell_type == "code"]
     stored = [said(cell) for cell in code]
-    NotebookClient(page, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}, extra_arguments=["--log-level=ERROR"]).execute(env=env)
+    NotebookClient(page, timeout=3600, startup_timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}, extra_arguments=["--log-level=ERROR"]).execute(env=env)
     return [(cell.source, before, said(cell)) for cell, before in zip(code, stored)]
 
 @pytest.fixture(scope="module")
@@ -39,4 +39,4 @@ def test_lesson(lessons, name):
 
 def test_no_lesson_left_the_machine(lessons, guarded):
     for future in lessons.values(): future.exception()
-    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""

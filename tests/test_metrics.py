@@ -16,7 +16,7 @@ FLOORS = ["open-unlearning", "strict"]
 @pytest.fixture(scope="module")
 def toy():
     "The golden file's language model in float64: ids, predictions and log-probabilities aligned with the tokens, answer mask, and the file"
-    case = json.loads((SHARED / "golden/metrics.json").read_text())
+    case = json.loads((SHARED / "golden/metrics.json").read_text("utf-8"))
     ids = torch.full((len(case["rows"]), max(map(len, case["rows"]))), case["pad_id"])
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for i, (row, p) in enumerate(zip(case["rows"], case["prompt_len"])): ids[i, :len(row)], mask[i, p:len(row)] = torch.tensor(row), True
@@ -72,7 +72,7 @@ def test_golden_probability(toy):
 @pytest.mark.parametrize("model", ["full", "retain90"])
 def test_published_logs_of_the_8b_model(model):
     "400 published extraction strengths: the pooled mean is the published aggregate, and the floor keeps every one above 0"
-    log = json.loads((SHARED / "golden/tofu_llama31_8b_forget10.json").read_text())[model]
+    log = json.loads((SHARED / "golden/tofu_llama31_8b_forget10.json").read_text("utf-8"))[model]
     es, want = log["extraction_strength"], log["agg"]["extraction_strength"]
     assert len(es) == 400 and min(es) > 0
     assert retain_strength(es) == pytest.approx(want, rel=1e-12) and forget_strength(es) == pytest.approx(1 - want, rel=1e-12)
@@ -168,10 +168,10 @@ def test_probability_ignores_what_is_not_answer():
 # published numbers of the new metrics
 
 @pytest.fixture(scope="module")
-def case(): return json.loads((SHARED / "golden/metrics.json").read_text())
+def case(): return json.loads((SHARED / "golden/metrics.json").read_text("utf-8"))
 
 @pytest.fixture(scope="module")
-def log(): return json.loads((SHARED / "golden/tofu_llama31_8b_forget10.json").read_text())
+def log(): return json.loads((SHARED / "golden/tofu_llama31_8b_forget10.json").read_text("utf-8"))
 
 def near(want, rel=1e-9): return pytest.approx(want, rel=rel, abs=0)
 
@@ -380,8 +380,8 @@ def test_importing_is_light_and_rouge_needs_no_network(guarded):
         import sys
         from unloc.metrics import rouge_l_recall as r
         print(*[m for m in ('scipy', 'nltk', 'rouge_score', 'absl', 'pandas', 'transformers') if m in sys.modules], 'light', r('a b c', 'a c d e'), r('Running', 'runs'), r('x', 'море'))"""
-    assert subprocess.run([sys.executable, "-c", code], env=guarded, capture_output=True, text=True, check=True).stdout.split() == ["light", "0.5", "1.0", "0.0"]
-    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == ""
+    assert subprocess.run([sys.executable, "-c", code], env=guarded, capture_output=True, encoding="utf-8", check=True).stdout.split() == ["light", "0.5", "1.0", "0.0"]
+    assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""
 
 
 def test_equal_texts_score_what_the_scorer_finds():

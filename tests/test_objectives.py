@@ -14,7 +14,7 @@ def close(got, want): return float(got) == pytest.approx(want, rel=1e-9, abs=0)
 class Toy:
     "The golden file's bigram language model, in float64"
     def __init__(self):
-        self.case = json.loads((SHARED / "golden/losses.json").read_text())
+        self.case = json.loads((SHARED / "golden/losses.json").read_text("utf-8"))
         self.values = self.case["values"]
 
     def tokens(self, name):

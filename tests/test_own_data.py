@@ -145,7 +145,7 @@ def test_a_description_holds_the_content_and_not_the_place(tmp_path, monkeypatch
     assert benchmark(data_description(one)) == own_facts(one["path"])
     put(tmp_path / "b", lines(ROW | {"answer": "Halden"}, KEEP), "y.json")
     assert data_description(one)["sha256"] != data_description(two)["sha256"]
-    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "settings.ini").write_text("", "utf-8")
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")
     assert data_description({"name": "file", "path": "a/x.jsonl"}) == data_description(one) # a path of a profile begins where its file is

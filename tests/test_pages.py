@@ -40,7 +40,7 @@ def test_a_module_page_exports_its_module(path):
     assert names == [path.stem[3:]] and code[0].startswith("#| default_exp")
     convention = [s for k, s, _ in cells(path) if k == "markdown" and s.startswith("#| export")]
     assert len(convention) == 1 and len(convention[0].split()) > 15, "one exported markdown cell states the convention"
-    module = ast.parse((ROOT / "unloc" / f"{path.stem[3:]}.py").read_text())
+    module = ast.parse((ROOT / "unloc" / f"{path.stem[3:]}.py").read_text("utf-8"))
     assert convention[0].split("\n")[1] in ast.get_docstring(module)
 
 @each(PAGES)
@@ -72,7 +72,7 @@ def test_a_page_teaches_by_asserting(path):
 def test_chapters_import_only_chapters_before_them():
     place = {p.stem[3:]: p.stem for p in PAGES}
     for page in PAGES:
-        for node in ast.walk(ast.parse((ROOT / "unloc" / f"{page.stem[3:]}.py").read_text())):
+        for node in ast.walk(ast.parse((ROOT / "unloc" / f"{page.stem[3:]}.py").read_text("utf-8"))):
             if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("unloc")): continue
             names = [node.module.removeprefix("unloc.")] if node.module not in (None, "unloc") else [a.name for a in node.names]
             for name in names: assert name not in place or place[name] < page.stem, f"{page.stem} imports {name}"
@@ -118,7 +118,7 @@ def fresh(tmp_path_factory):
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (copy / "unloc").mkdir()
     shutil.copy(ROOT / "unloc" / "__init__.py", copy / "unloc")
-    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=copy, check=True, capture_output=True, timeout=120)
+    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=copy, check=True, capture_output=True, timeout=1200)
     return copy
 
 def test_the_package_is_what_the_notebooks_export(fresh):
@@ -128,5 +128,5 @@ def test_the_package_is_what_the_notebooks_export(fresh):
     assert {p.name: p.read_bytes() for p in (fresh / "nbs").glob("*.ipynb")} == {p.name: p.read_bytes() for p in EVERY}, "export edits no notebook"
 
 def test_cleaning_the_notebooks_changes_nothing(fresh):
-    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=fresh, check=True, capture_output=True, timeout=120)
+    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=fresh, check=True, capture_output=True, timeout=1200)
     assert [p.name for p in EVERY if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == []

@@ -35,19 +35,19 @@ REAL = {"all": lambda model: training.finetune(model, facts(0), 2, 1e-4, ROWS, 0
 ACTS = {"all": of_all_weights("float32"), "score": _score, "region": through_region(819), "whole region": through_region(8192)}
 
 def measure(): # in a process of its own: the most resident memory during each piece
-    def status(key): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    def status(key): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status", encoding="utf-8") if line.startswith(key))
     torch.set_num_threads(1)
     process, peaks = machine("cpu", Path.cwd()).process, {}
     for name, act in REAL.items():
         gc.collect(); ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5") # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", "utf-8") # the peak starts anew
         act(model := build()); del model
         peaks[name] = status("VmHWM")
     print(json.dumps([process, peaks]))
 
 @pytest.fixture(scope="module")
 def measured():
-    found = subprocess.run([sys.executable, __file__], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, __file__], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
 

@@ -15,9 +15,11 @@ def compute(description, parent, folder, progress):
     with open(log, "a") as f: f.write(f"{description['kind']} {description['n']}\\n")
     (folder / "first.json").write_text(json.dumps({"n": description["n"]}))
     (folder / "deep").mkdir(exist_ok=True)
+    held = len(log.read_text("utf-8").splitlines()) >= int(os.environ.get("HOLD", 99)) and not Path("held").exists()
     for i in range(5): # half-written for most of the time
         progress(i / 5); time.sleep(description["_slow"] / 5)
         with open(folder / "deep" / "rows.csv", "a" if i else "w") as f: f.write(f"{i},{description['n'] + (parent.json('first.json')['n'] if parent else 0)}\\n")
+        if held and i == 2: Path("held").touch(); time.sleep(3600) # until it is killed
     if os.environ.get("FAIL"): raise OSError(28, "No space left on device")
 '''
 SCRIPT = "import json, sys, slow; slow.sweep(slow.Store(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), slow.compute)"
@@ -25,20 +27,20 @@ SCRIPT = "import json, sys, slow; slow.sweep(slow.Store(sys.argv[1]), json.loads
 
 @pytest.fixture
 def start(tmp_path, guarded): # a sweep in a process of its own
-    (tmp_path / "slow.py").write_text(COMPUTE)
+    (tmp_path / "slow.py").write_text(COMPUTE, "utf-8")
     env = guarded | {"PYTHONPATH": f"{tmp_path}:{guarded['PYTHONPATH']}", "CALLS": str(tmp_path / "calls")}
     def popen(store, jobs=1, grid=GRID, **more):
         return subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / store), json.dumps(grid), str(jobs)], env=env | more, cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
     return popen
 
-def calls(tmp_path): return (tmp_path / "calls").read_text().split("\n")[:-1] if (tmp_path / "calls").exists() else []
+def calls(tmp_path): return (tmp_path / "calls").read_text("utf-8").split("\n")[:-1] if (tmp_path / "calls").exists() else []
 def files(root): return {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*")) if f.is_file() and f.relative_to(root).parts[0] != "locks"}
-def finish(process): out, err = process.communicate(timeout=60); assert process.returncode == 0, err; return out, err
+def finish(process): out, err = process.communicate(timeout=1200); assert process.returncode == 0, err; return out, err
 def until(true, process):
     while not true(): time.sleep(.005); assert process.poll() is None, process.communicate()
 
-def compute(description, parent, folder, progress): (folder / "result.json").write_text(json.dumps({"n": description["n"]}))
+def compute(description, parent, folder, progress): (folder / "result.json").write_text(json.dumps({"n": description["n"]}), "utf-8")
 
 # --- at any moment, in any company
 
@@ -48,8 +50,9 @@ def test_kill_and_rerun_gives_the_same_bytes(start, tmp_path, jobs):
     kills = 0
     for after in (1, 4): # kill in the middle of a root, then in the middle of a leaf
         (tmp_path / "calls").unlink()
-        process = start("killed", jobs)
-        until(lambda: len(calls(tmp_path)) >= after and list((tmp_path / "killed").glob("*.partial/deep/rows.csv")), process)
+        (tmp_path / "held").unlink(missing_ok=True)
+        process = start("killed", jobs, HOLD=str(after))
+        until((tmp_path / "held").exists, process)
         os.killpg(process.pid, signal.SIGKILL); process.wait()
         left = [f for f in (tmp_path / "killed").iterdir() if f.suffix == ".partial"]
         for folder in (tmp_path / "killed").iterdir():
@@ -72,8 +75,8 @@ def test_two_processes_compute_each_run_once(start, tmp_path):
 
 def test_who_waits_takes_over_when_the_holder_is_killed(start, tmp_path):
     one = [{"kind": "root", "n": 0, "_slow": 1.}]
-    holder = start("shared", grid=[one[0] | {"_slow": 60.}])
-    until(lambda: list((tmp_path / "shared").glob("*.partial/deep/rows.csv")), holder)
+    holder = start("shared", grid=one, HOLD="1")
+    until((tmp_path / "held").exists, holder)
     waiting = start("shared", grid=one)
     time.sleep(2)
     assert calls(tmp_path) == ["root 0"] and waiting.poll() is None, "it does not begin while another holds the run"
@@ -96,7 +99,7 @@ def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):
     finish(start("store", grid=GRID[:2]))
     before = files(tmp_path / "store")
     process = start("store", jobs, FAIL="1")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=1200)
     assert process.returncode and "No space left on device" in err
     found = files(tmp_path / "store")
     assert {name: found[name] for name in before} == before and all(".partial/" in name for name in set(found) - set(before))
@@ -108,25 +111,25 @@ def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):
 
 def damaged(run, how):
     data, manifest = run.file("result.json"), run.file("manifest.json")
-    text = json.loads(manifest.read_text())
+    text = json.loads(manifest.read_text("utf-8"))
     match how:
         case "truncated": data.write_bytes(data.read_bytes()[:-1])
         case "longer": data.write_bytes(data.read_bytes() + b" ")
         case "altered": data.write_bytes(data.read_bytes().replace(b"1", b"2"))
         case "missing": data.unlink()
-        case "description": run.file("description.json").write_text("{}")
+        case "description": run.file("description.json").write_text("{}", "utf-8")
         case "no manifest": manifest.unlink()
-        case "empty manifest": manifest.write_text("")
-        case "half manifest": manifest.write_text(manifest.read_text()[:-9])
-        case "other manifest": manifest.write_text("[]")
-        case "manifest of other files": manifest.write_text(json.dumps({"filez": text["files"]}))
-        case "wrong size": text["files"]["result.json"][0] += 1; manifest.write_text(json.dumps(text))
-        case "odd entry": text["files"]["result.json"] = 7; manifest.write_text(json.dumps(text))
-        case "files is a list": manifest.write_text('{"files": ["result.json"]}')
+        case "empty manifest": manifest.write_text("", "utf-8")
+        case "half manifest": manifest.write_text(manifest.read_text("utf-8")[:-9], "utf-8")
+        case "other manifest": manifest.write_text("[]", "utf-8")
+        case "manifest of other files": manifest.write_text(json.dumps({"filez": text["files"]}), "utf-8")
+        case "wrong size": text["files"]["result.json"][0] += 1; manifest.write_text(json.dumps(text), "utf-8")
+        case "odd entry": text["files"]["result.json"] = 7; manifest.write_text(json.dumps(text), "utf-8")
+        case "files is a list": manifest.write_text('{"files": ["result.json"]}', "utf-8")
         case "not UTF-8": manifest.write_bytes(b"\xff\xfe")
         case "file is a folder": data.unlink(); data.mkdir()
         case "empty folder": shutil.rmtree(run.path); run.path.mkdir()
-        case "run is a file": shutil.rmtree(run.path); run.path.write_text("")
+        case "run is a file": shutil.rmtree(run.path); run.path.write_text("", "utf-8")
 
 @pytest.mark.parametrize("how, says", [
     ("truncated", "result.json has 7 bytes, 8 expected"), ("longer", "result.json has 9 bytes, 8 expected"), ("altered", "result.json was altered"), ("missing", "lacks result.json, 8 bytes expected"),
@@ -155,9 +158,9 @@ def test_store_gives_what_was_written(tmp_path):
         compute(description, parent, folder, progress)
     run = Store(tmp_path).do({"kind": "a", "n": 1, "_where": "here"}, write)
     assert run.json() == {"n": 1} and run.table().x.tolist() == [.1 + .2, 1 / 3] and run.tensors("t.safetensors")["a"].tolist() == [1, 2]
-    whole = json.loads(run.file("description.json").read_text())
+    whole = json.loads(run.file("description.json").read_text("utf-8"))
     assert whole["description"] == {"kind": "a", "n": 1} and whole["code"] == code_fingerprint() and set(whole["libraries"]) == set(runs.LIBRARIES)
-    assert set(json.loads(run.file("manifest.json").read_text())["files"]) == {"trajectory.csv", "t.safetensors", "result.json", "description.json"}
+    assert set(json.loads(run.file("manifest.json").read_text("utf-8"))["files"]) == {"trajectory.csv", "t.safetensors", "result.json", "description.json"}
 
 # --- names
 
@@ -180,14 +183,14 @@ MODULE = '"A module"\n# a comment line\na, b = 1, 2\ndef f(x):\n    "Add one"\n 
 def test_fingerprint_sees_code_and_only_code(edit, same, tmp_path, monkeypatch):
     class Spec: origin = tmp_path / "module.py"
     monkeypatch.setattr(runs, "find_spec", lambda name: Spec)
-    def fingerprint(text): Spec.origin.write_text(text); return code_fingerprint.__wrapped__(("module",))
+    def fingerprint(text): Spec.origin.write_text(text, "utf-8"); return code_fingerprint.__wrapped__(("module",))
     old, new = (EDITS if same else CHANGES)[edit]
     assert old in MODULE and (fingerprint(MODULE) == fingerprint(MODULE.replace(old, new, 1))) is same
 
 def test_fingerprint_covers_every_module_a_result_depends_on():
     import ast, unloc
     folder = Path(unloc.__file__).parent
-    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse((folder / f"{module}.py").read_text()))
+    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse((folder / f"{module}.py").read_text("utf-8")))
         if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").split(".")[0] == "unloc") for a in n.names}
     seen, todo = set(), ["experiment"]
     while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if (folder / f"{i}.py").exists() and i not in seen]
@@ -223,7 +226,7 @@ def test_progress_reaches_the_file(tmp_path, monkeypatch):
         for i in range(100): progress(i / 100)
         compute(description, parent, folder, progress)
     sweep(Store(tmp_path / "s"), [{"kind": "progress", "n": n} for n in range(2)], compute=steps)
-    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "events").read_text("utf-8").splitlines()]
     assert events[0]["stage"] == "progress" and events[0]["total"] == 2 == len(set(events[0]["ids"]))
     for name in events[0]["ids"]: assert [e["fraction"] for e in events if e.get("run") == name] == [0., 1.] # of 100 within a second, the first; and the end
 

@@ -267,4 +267,4 @@ def test_bad_questions_are_named_in_one_line(call, message):
 
 def test_importing_needs_numpy_only():
     code = "import sys, unloc.statistics; print([m for m in ('torch', 'scipy', 'pandas', 'statsmodels') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, encoding="utf-8", check=True).stdout.strip() == '[]'

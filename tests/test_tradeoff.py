@@ -33,7 +33,7 @@ def swept(points):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 def test_golden_cases():
-    cases = json.loads(GOLDEN.read_text())['values']['aues']
+    cases = json.loads(GOLDEN.read_text("utf-8"))['values']['aues']
     assert len(cases) == 3
     for c in cases:
         assert aues(c['FS'], c['RS']) == pytest.approx(c['trapz'], rel=1e-12)
@@ -145,7 +145,7 @@ def test_unknown_rule_lists_the_rules(rule):
 
 def test_importing_needs_numpy_only():
     code = "import sys, unloc.tradeoff; print([m for m in ('torch', 'scipy', 'pandas', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, encoding="utf-8", check=True).stdout.strip() == '[]'
 
 
 # MU95
@@ -154,7 +154,7 @@ RUNS = [([.60, .585, .50], [-26.8, -20., -10.]), ([.60, .61, .59], [-26.8, -15.,
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 def test_golden_mu95():
-    cases = json.loads(GOLDEN.read_text())['values']['mu95']
+    cases = json.loads(GOLDEN.read_text("utf-8"))['values']['mu95']
     assert [(c['MU'], c['FQ']) for c in cases] == RUNS
     for c in cases:
         for rule, key in (('first_crossing', 'first_crossing'), ('best', 'best_before_crossing')):

@@ -95,7 +95,7 @@ def _weight_files(folder:Path, commit:str)->dict[str, set[str]]: # file: tensors
         raise ValueError(f"{folder}: no weights; expected model.safetensors, or {_INDEX} and the files that it names")
     try:
         found = {}
-        for tensor, name in json.loads((folder / _INDEX).read_text())['weight_map'].items(): found.setdefault(Path(name).name, set()).add(tensor)
+        for tensor, name in json.loads((folder / _INDEX).read_text('utf-8'))['weight_map'].items(): found.setdefault(Path(name).name, set()).add(tensor)
     except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{folder / _INDEX}: not an index of weight files (a JSON object with weight_map was expected); fetch the file again") from None
     return found
 

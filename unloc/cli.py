@@ -10,19 +10,22 @@ __all__ = ['Problem', 'project_root', 'notebooks', 'promise', 'parameters', 'art
            'order', 'reproduce', 'compile_paper', 'show_plan', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #7ae02dd8
-import argparse, ast, configparser, contextlib, difflib, json, os, re, sys, tempfile, threading, time
+import argparse, ast, configparser, contextlib, difflib, json, os, re, shutil, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/18_cli.ipynb #1d6a1a48
 class Problem(Exception): "Something the person can mend; printed as one line"
 
+def _said(error:Exception)->str:
+    "Put an error of the system or of a library in one line"
+    if isinstance(error, OSError) and error.strerror: return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
 def project_root(start:Path|None=None)->Path: # start: a folder inside the checkout; None: the current one
     "Find the checkout"
-    import unloc
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents, Path(unloc.__file__).resolve().parents[1]):
-        if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir(): return folder
+    from unloc.runs import checkout
+    if found := checkout(start): return found
     raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); clone the repository and call unloc inside it")
 
 # %% ../nbs/18_cli.ipynb #02d39b0a
@@ -30,21 +33,34 @@ def notebooks(root:Path)->list[Path]:
     "List the figure and table notebooks, in order"
     return sorted((root / 'nbs').glob('[2-9][0-9]_*.ipynb'))
 
-def promise(notebook:Path)->str:
+def _cells(notebook:Path)->list[tuple[str, str, list]]: # kind, source, tags
+    "Read the cells of a notebook"
+    try:
+        cells = json.loads(notebook.read_text('utf-8'))['cells']
+        return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags', [])) for c in cells]
+    except OSError as error: raise Problem(f"{notebook} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Problem(f"{notebook} is no whole notebook ({why}); restore it with git checkout -- nbs/{notebook.name}, or remove it") from None
+
+def promise(notebook:Path)->str: # '' where it makes none
     "Give the one-sentence promise of a page"
-    cells = json.loads(notebook.read_text())['cells']
-    return next(line[2:] for line in ''.join(cells[0]['source']).splitlines() if line.startswith('> '))
+    cells = _cells(notebook) or [('markdown', '', [])]
+    return next((line[2:] for line in cells[0][1].splitlines() if line.startswith('> ')), '')
 
 def parameters(notebook:Path)->dict[str, tuple[type, object]]: # name: type and default
     "Read the parameters cell of a notebook"
-    cells = [c for c in json.loads(notebook.read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    cells = [source for _, source, tags in _cells(notebook) if 'parameters' in tags]
     if len(cells) != 1: raise Problem(f"{notebook.name} must have one cell tagged 'parameters', it has {len(cells)}")
     types = {t.__name__: t for t in (str, int, float, bool, list, dict)}
-    return {node.target.id: (types[node.annotation.id], ast.literal_eval(node.value)) for node in ast.parse(''.join(cells[0]['source'])).body}
+    try: return {node.target.id: (types[node.annotation.id], ast.literal_eval(node.value)) for node in ast.parse(cells[0]).body}
+    except (SyntaxError, ValueError, KeyError, AttributeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Problem(f"{notebook.name}: a line of its parameters cell must be name: type = literal, with a type of {', '.join(types)} ({why})") from None
 
 def artefacts(notebook:Path)->list[str]:
     "Name what a notebook saves"
-    source = ''.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code')
+    source = ''.join(source for kind, source, _ in _cells(notebook) if kind == 'code')
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
     return [f'{name}.{suffixes[kind]}' for kind, name in re.findall(r"save_(figure|table)\(\w+, out, '(\w+)'", source)]
 
@@ -56,8 +72,9 @@ def _json(where, name, text):
 def profiles(root:Path)->dict[str, dict]: # profile: name: value
     "Read settings.ini"
     parser = configparser.ConfigParser(interpolation=None)
-    try: parser.read_string((root / 'settings.ini').read_text())
-    except (configparser.Error, OSError, UnicodeDecodeError) as error: raise Problem(f"settings.ini cannot be read: {' '.join(str(error).split())}") from None
+    try: parser.read_string((root / 'settings.ini').read_text('utf-8-sig')) # some editors begin UTF-8 with a mark
+    except UnicodeDecodeError as error: raise Problem(f"settings.ini cannot be read: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (configparser.Error, OSError) as error: raise Problem(f"settings.ini cannot be read: {' '.join(str(error).split())}") from None
     return {section: {name: _json(f'settings.ini [{section}]', name, text) for name, text in parser[section].items()} for section in parser.sections()}
 
 def _known(what, name, names):
@@ -84,13 +101,30 @@ def assign(
                 f"{where}: parameter {name} of {notebook.stem} must be of type {wanted.__name__}, got {value!r}")
     return {notebook: {name: values[name] for name in cells[notebook] if name in values} for notebook in chosen}
 
+# %% ../nbs/18_cli.ipynb #c78d5d37
+def _events()->Path:
+    "Make a file for what runs report"
+    opened, path = tempfile.mkstemp(prefix='unloc-progress-')
+    os.close(opened)
+    return Path(path)
+
+def _remove(path:Path)->None:
+    with contextlib.suppress(OSError): path.unlink() # a worker may have it open
+
+def _lines(event:dict, root:Path)->list[str]:
+    "Put a figure that was written, or a word about runs, in lines"
+    found = [f"  note: {event['note']}"] if 'note' in event else []
+    if not (path := event.get('artefact')): return found
+    short = Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
+    return [*found, f'  wrote {short}']
+
 # %% ../nbs/18_cli.ipynb #d0eb1ccd
 class Watch:
     "Show the progress that runs report"
     def __init__(self, root:Path):
         from tqdm.std import tqdm
         self.say, self.tqdm, self.root, self.label, self.bar, self.done, self.ended = tqdm.write, tqdm, root, '', None, {}, threading.Event()
-        self.path = Path(tempfile.mkstemp(prefix='unloc-progress-')[1])
+        self.path = _events()
 
     def __enter__(self):
         os.environ['UNLOC_PROGRESS'] = str(self.path)
@@ -101,10 +135,10 @@ class Watch:
     def __exit__(self, *_):
         self.ended.set(); self.thread.join()
         if self.bar is not None: self.bar.close()
-        self.path.unlink(missing_ok=True); os.environ.pop('UNLOC_PROGRESS', None)
+        _remove(self.path); os.environ.pop('UNLOC_PROGRESS', None)
 
     def _follow(self):
-        with open(self.path) as file:
+        with open(self.path, encoding='utf-8') as file, contextlib.suppress(BrokenPipeError): # nobody reads any more
             while True:
                 last = self.ended.is_set()
                 while (line := file.readline()).endswith('\n'): self._event(json.loads(line))
@@ -112,7 +146,7 @@ class Watch:
                 time.sleep(.2)
 
     def _event(self, event):
-        if 'artefact' in event: self.say(f"  wrote {event['artefact'].removeprefix(f'{self.root}/')}")
+        for text in _lines(event, self.root): self.say(text)
         if 'stage' in event:
             if self.bar is not None: self.bar.close()
             self.done, self.told, self.desc = {name: 0. for name in event['ids']}, time.monotonic(), f"{self.label} {event['stage']}"
@@ -132,20 +166,33 @@ class Watch:
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
 
 # %% ../nbs/18_cli.ipynb #30786b2d
-def _writable(folder:Path):
+def _writable(folder:Path, remedy:str='choose another folder with --out or --store')->Path:
+    "Demand that a folder can be written to, and has room for a little"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or choose another folder with --out or --store") from None
+        with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(2**16))
+    except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or {remedy}") from None
     return folder
 
+def _demand_scratch()->None:
+    "Demand a folder for temporary files, which kernels and workers take, too"
+    try: folder = Path(tempfile.gettempdir())
+    except OSError as error: raise Problem(f"there is no folder for temporary files: {error.strerror}; let TMPDIR name one") from None
+    _writable(folder, 'let TMPDIR name another folder')
+
+def _full(*folders:Path)->str: # '' where none is
+    "Name the folders whose disk has less than 16 MiB left"
+    names = [str(folder) for folder in folders if folder.exists() and shutil.disk_usage(folder).free < 2**24]
+    return ' and '.join(dict.fromkeys(names))
+
+# %% ../nbs/18_cli.ipynb #5601df48
 @contextlib.contextmanager
 def _apart(log:Path):
     "Keep what kernels and their workers write to the error stream in a file, off the person's terminal"
     sys.stderr.flush()
     ours, said = os.dup(2), sys.stderr
     with open(log, 'wb') as file: os.dup2(file.fileno(), 2)
-    sys.stderr = open(ours, 'w', buffering=1, closefd=False)
+    sys.stderr = open(ours, 'w', buffering=1, closefd=False, encoding=said.encoding, errors='replace')
     try: yield
     finally: os.dup2(ours, 2); sys.stderr = said; os.close(ours)
 
@@ -155,18 +202,49 @@ def _answering(said=''):
     try: cluster()
     except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
 
+# %% ../nbs/18_cli.ipynb #f278b5c6
+def _this_python():
+    "Give a class that starts kernels with this interpreter, whatever kernelspecs the machine has"
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    class ThisPython(AsyncKernelManager):
+        def _kernel_spec_manager_default(self): return KernelSpecManager(kernel_dirs=[])
+    return ThisPython
+
+def _remedy(said:str, *folders:Path)->str: # '' where none is known
+    "Say what helps against the error of a cell"
+    if 'No space left' in said:
+        full = _full(*folders, Path(tempfile.gettempdir()))
+        return f"; free space{f' in {full}' if full else ''} and start again, finished runs are kept"
+    if re.search('TerminatedWorker|MemoryError|out of memory', said): return "; where memory ran out, --jobs 1 needs less, and unloc plan says how much"
+    return ''
+
 def _execute(notebook, copy, values):
     "Run one notebook with papermill; turn its failure into one line"
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=ERROR'])
+    (profile := copy.with_name('.ipython')).mkdir(parents=True, exist_ok=True)
+    own = ['--log-level=ERROR', f'--ipython-dir={profile}', '--IPKernelApp.exec_PYTHONSTARTUP=False']
+    places, messages = [Path(values[name]) for name in ('store', 'out') if name in values], copy.with_name('stderr.log')
+    try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name='python3', progress_bar=False,
+        extra_arguments=own, start_timeout=600, kernel_manager_class=_this_python())
     except PapermillExecutionError as error:
-        remedy = '; free space and start again, finished runs are kept' if 'No space left' in error.evalue else ''
-        raise Problem(f"{notebook} failed: {error.ename}: {' '.join(error.evalue.split())}{remedy} (executed copy: {copy})") from None
-    except OSError as error: raise Problem(f"cannot write {copy}: {error.strerror}") from None
-    except RuntimeError as error: # a kernel that died
+        said = f"{error.ename}: {' '.join(error.evalue.split())}"
+        raise Problem(f"{notebook} failed: {said}{_remedy(said, *places)} (executed copy: {copy})") from None
+    except Exception as error: # the disk, or a kernel that died
         if os.environ.get('UNLOC_ENGINE') == 'ray': _answering(f'{notebook} failed: ')
-        raise Problem(f"{notebook} failed: {type(error).__name__}: {' '.join(str(error).split())} (messages: {copy.with_name('stderr.log')})") from None
+        said, died = _said(error), 'died' in str(error)
+        remedy = "; where memory ran out, --jobs 1 needs less, and unloc plan says how much" if died else _remedy(said, copy.parent)
+        raise Problem(f"{notebook} failed: {said}{remedy} (messages: {messages})") from None
+
+# %% ../nbs/18_cli.ipynb #486930f9
+def _from(folder:Path, values:dict)->dict:
+    "Make folders of data and models absolute where they are named relative to a folder, since notebooks run in another"
+    def whole(name): return str((folder / name).resolve()) if isinstance(name, str) and name and (folder / name).exists() else name
+    found = {name: whole(value) if name == 'source' else value for name, value in values.items()}
+    if isinstance(model := values.get('model'), dict):
+        found['model'] = {k: whole(v) if k in ('pretrained', 'retained', 'original') else v for k, v in model.items()}
+    return found
 
 # %% ../nbs/18_cli.ipynb #124b69d7
 @dataclass(frozen=True)
@@ -189,16 +267,18 @@ def order(
     engine:str='local', # 'ray': on a cluster
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
+    from unloc.runs import cores
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
+    if not re.fullmatch(r'\w[\w.+ -]*', profile): raise Problem(f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, digits, '.', '+', '-' and '_'")
     listed = values.pop('notebooks', [name for name in every if name < '40'])
     if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
     names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
     chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and _known('notebook', name, [*every, 'paper'])]
-    given = assign(chosen, list(every.values()), values, f'settings.ini [{profile}]')
-    for notebook, more in assign(chosen, list(every.values()), dict(changes), '--set').items(): given[notebook] |= more
-    if jobs is None: jobs = values.get('jobs', len(os.sched_getaffinity(0))) if engine == 'local' else None
+    given = assign(chosen, list(every.values()), _from(root, values), f'settings.ini [{profile}]')
+    for notebook, more in assign(chosen, list(every.values()), _from(Path.cwd(), dict(changes)), '--set').items(): given[notebook] |= more
+    if jobs is None: jobs = (values.get('jobs') or cores()) if engine == 'local' else None
     if jobs is not None and jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
     figures, store = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve(), (store or root / '_runs').resolve()
     place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
@@ -218,7 +298,58 @@ def _engine(name:str): # a name in unloc.runs.ENGINES
         if before is None: del os.environ['UNLOC_ENGINE']
         else: os.environ['UNLOC_ENGINE'] = before
 
+# %% ../nbs/18_cli.ipynb #b3b6f8d0
+def _from_hub(chosen:dict[Path, dict])->list[str]:
+    "Name what notebooks take from the hub"
+    found = []
+    for values in chosen.values():
+        data, model = values.get('data') or {}, values.get('model') or {}
+        if data.get('name') == 'tofu': found.append(values.get('source') or os.environ.get('UNLOC_TOFU') or 'locuslab/TOFU')
+        found += [model[name] for name in ('pretrained', 'retained', 'original') if name in model]
+    ids = [name for name in dict.fromkeys(map(str, found)) if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name)]
+    return [name for name in ids if not Path(name).exists()]
+
+@contextlib.contextmanager
+def _set(**variables:str):
+    "Set variables of the environment for a while"
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try: yield
+    finally:
+        for name, value in before.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
+
+def _drawn_inline(): return _set(MPLBACKEND='module://matplotlib_inline.backend_inline') # a window has no place in a kernel
+
+@contextlib.contextmanager
+def _hub(names:list[str]):
+    "Ask once whether the hub answers, if it is needed; where it does not, take what lies on this machine"
+    if not names: yield; return
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    if constants.is_offline_mode(): yield; return
+    print(f"asking {constants.ENDPOINT} for {', '.join(names)}", file=sys.stderr, flush=True)
+    try: get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error: print(f"{constants.ENDPOINT} does not answer ({type(error).__name__}); only what lies on this machine is used", file=sys.stderr)
+    else: yield; return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        with _set(HF_HUB_OFFLINE='1'): yield
+    finally: constants.HF_HUB_OFFLINE = False
+
 # %% ../nbs/18_cli.ipynb #9d289546
+def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come from this kind
+    "Say it where stored figures come from another kind of processor"
+    from unloc.runs import processor
+    try: known = json.loads((folder / 'machine.json').read_text('utf-8'))
+    except (OSError, ValueError): return ''
+    names = {artefact.partition('.')[0] for notebook in chosen for artefact in artefacts(notebook)}
+    kinds = {kind.split(' + ')[0] for name, kind in dict(known).items() if name in names} - {here := processor()}
+    if not kinds: return ''
+    return (f"the figures in {folder} come from another kind of processor ({', '.join(sorted(kinds))}; this one is {here}): "
+        "the same seeds give other digits here, verdicts near a margin may change, and git will show changed files")
+
 def _run_all(root, asked, only, watch):
     for i, (notebook, values) in enumerate(asked.chosen.items()):
         watch.label, began = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}', time.monotonic()
@@ -237,7 +368,9 @@ def reproduce(
     "Regenerate the figures and tables of a profile, and the paper"
     import logging; logging.getLogger('papermill').setLevel(logging.ERROR)
     asked = order(root, profile, only, engine=engine, **rest)
-    with _engine(engine):
+    if text := _elsewhere(asked.chosen, asked.figures / profile): print(text)
+    _demand_scratch()
+    with _engine(engine), _hub(_from_hub(asked.chosen)), _drawn_inline():
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch: _run_all(root, asked, only, watch)
 
@@ -248,6 +381,7 @@ def compile_paper(root:Path)->Path: # paper/unloc.pdf
     from unloc.figures import write_whole
     pdf = root / 'paper' / 'unloc.pdf'
     try: write_whole(pdf, typst.compile(str(root / 'paper' / 'unloc.typ'), root=str(root), ignore_system_fonts=True, pdf_tags=False)) # typst 0.15 fails to tag floats in some layouts
+    except OSError as error: raise Problem(_said(error)) from None
     except typst.TypstError as error: raise Problem(f"the paper does not compile: {' '.join(str(error).split())}; regenerate the figures it reads with unloc reproduce") from None
     return pdf
 
@@ -256,10 +390,11 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     "Print the plan of a profile"
     import logging, warnings
     asked = order(root, profile, only, **rest)
+    _demand_scratch()
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan
-    found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    with _hub(_from_hub(asked.chosen)): found = plan(profile, asked.chosen, asked.store, asked.jobs)
     print(text_of(found))
     return not found.problems
 
@@ -291,21 +426,40 @@ def _parser()->argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/18_cli.ipynb #171b3a0c
+def _do(command:str, asked:dict)->int: # exit status
+    "Do what a command line asks for"
+    root = project_root()
+    if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists(): os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
+    if command == 'list': show(root)
+    else:
+        pairs = asked.pop('set')
+        if bad := [text for text in pairs if '=' not in text]: raise Problem(f"--set takes NAME=JSON, got {bad[0]!r}")
+        asked['changes'] = {name: _json('--set', name, text) for name, text in (pair.split('=', 1) for pair in pairs)}
+        if command == 'plan': return 0 if show_plan(root, **asked) else 1
+        reproduce(root, **asked)
+    sys.stdout.flush() # a reader that is gone is noticed here
+    return 0
+
+def _let_speak()->None:
+    "Let no sign that a terminal cannot show, and no stream that is closed, end the command"
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+
 def main(argv:list[str]|None=None)->int: # exit status
     "Run the unloc command"
+    _let_speak()
     asked = vars(_parser().parse_args(argv))
-    command = asked.pop('command')
-    try:
-        root = project_root()
-        if command == 'list': show(root)
-        else:
-            pairs = asked.pop('set')
-            if bad := [text for text in pairs if '=' not in text]: raise Problem(f"--set takes NAME=JSON, got {bad[0]!r}")
-            asked['changes'] = {name: _json('--set', name, text) for name, text in (pair.split('=', 1) for pair in pairs)}
-            if command == 'plan': return 0 if show_plan(root, **asked) else 1
-            reproduce(root, **asked)
+    try: return _do(asked.pop('command'), asked)
     except Problem as error: print(f'unloc: {error}', file=sys.stderr); return 1
+    except BrokenPipeError: # whoever read has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get('UNLOC_TRACEBACK'): raise
+        where = '' if isinstance(error, OSError) else ' (UNLOC_TRACEBACK=1 shows where)'
+        print(f'unloc: {_said(error)}{where}', file=sys.stderr); return 1
     except KeyboardInterrupt:
         import logging; logging.getLogger('asyncio').setLevel(logging.CRITICAL) # papermill leaves a task behind
         print('unloc: interrupted; finished runs are kept, and the same command goes on from there', file=sys.stderr); return 130
-    return 0

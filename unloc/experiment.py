@@ -409,7 +409,7 @@ def _check_format(model, tokenizer_folder, description)->None:
 
 # %% ../nbs/15_experiment.ipynb #832bd958
 def _save_json(folder, result):
-    (folder / 'result.json').write_text(json.dumps(result, indent=1))
+    (folder / 'result.json').write_text(json.dumps(result, indent=1), 'utf-8', newline='\n')
 
 def _knowledge(path, description, examples):
     "Give the mean extraction strength of a saved model on every set"
@@ -614,7 +614,7 @@ def _highest(localized, fraction, model):
 def _save_trajectory(folder, region, trajectory):
     import pandas
     from safetensors.torch import save_file
-    pandas.DataFrame(trajectory.points).to_csv(folder / 'trajectory.csv', index=False)
+    pandas.DataFrame(trajectory.points).to_csv(folder / 'trajectory.csv', index=False, lineterminator='\n')
     save_file(trajectory.facts, folder / 'facts.safetensors')
     if region is not None: region.save(folder / 'region.safetensors')
     _save_json(folder, {'region': None if region is None else len(region), 'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256, 'locked_bit_equal': True})
@@ -777,6 +777,6 @@ def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float],
             asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
             sampled, said = (share(*(mean_of_defined(answers[name + when] - answers[f'{name} without']) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
             rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
-    pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False)
+    pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False, lineterminator='\n')
     save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
     _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})

@@ -338,7 +338,7 @@ def _finder(source): # name of a file → its path
     folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) and str(source) else None
     if folder and folder.is_dir(): return lambda name: folder / name
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source): return partial(_hub_file, source)
-    raise ValueError(f"{said}: no such folder; expected a folder or a hub data set like locuslab/TOFU: {_HELP}")
+    raise ValueError(f"{said}: {'a file' if folder and folder.exists() else 'no such folder'}; expected a folder or a hub data set like locuslab/TOFU: {_HELP}")
 
 # %% ../nbs/00_facts.ipynb #87ad56bf
 def _tofu_refusals(find)->tuple[str, ...]:

@@ -29,7 +29,7 @@ from .checkpoints import free_memory, inspect, load_tokenizer, recompute
 from .models import logits_of, mixed_precision, output_projections, over_logits, region_shape, tiny_model
 from .objectives import nll
 from .regions import region_size
-from .runs import Store, run_id, stages
+from .runs import Store, cores, run_id, stages
 from .tokens import batch_tokens, train_tokenizer
 
 # %% ../nbs/17_plan.ipynb #3688b85a
@@ -40,7 +40,7 @@ def wanted(
     values:dict, # in place of those in its parameters cell
 )->list[dict]: # descriptions of runs
     "Ask a notebook for its runs, and do none"
-    cells = [(''.join(c['source']), 'parameters' in c['metadata'].get('tags', [])) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
+    cells = [(''.join(c['source']), 'parameters' in c['metadata'].get('tags', [])) for c in json.loads(notebook.read_text('utf-8'))['cells'] if c['cell_type'] == 'code']
     if not any('sweep(' in source for source, _ in cells): return []
     found, names = [], {'__name__': '__main__'}
     def collect(store, descriptions, *_, **__):
@@ -316,16 +316,17 @@ def machine(
     store:Path, # where runs will be kept
 )->Machine:
     "Measure this machine, in a second or two"
-    place, threads = next(p for p in (store, *store.parents) if p.exists()), torch.get_num_threads()
-    cores, disk, gpu = len(os.sched_getaffinity(0)), shutil.disk_usage(place).free, device != 'cpu'
-    if gpu and not torch.cuda.is_available(): return Machine('', cores, 0, disk, 0, float('nan'), float('nan'))
+    place = next((p for p in (store, *store.parents) if p.exists()), None)
+    if place is None: raise FileNotFoundError(f"{store}: there is no such disk; choose another place with --store")
+    threads, n_cores, disk, gpu = torch.get_num_threads(), cores(), shutil.disk_usage(place).free, device != 'cpu'
+    if gpu and not torch.cuda.is_available(): return Machine('', n_cores, 0, disk, 0, float('nan'), float('nan'))
     torch.set_num_threads(1)
     a, model = torch.ones(*[8192 if gpu else 1024] * 2, device=device, dtype=torch.bfloat16 if gpu else torch.float32), tiny_model('llama', 8, 8, 4, 8, 2).to(device)
     def wait(): torch.cuda.synchronize() if gpu else None
     with torch.no_grad(): layer = _fastest(lambda: (model(torch.zeros(1, 2, dtype=torch.int64, device=device)), wait())) / 4
     rate = 2 * len(a)**3 / _fastest(lambda: (a @ a, wait()))
     torch.set_num_threads(threads)
-    return Machine(torch.cuda.get_device_name() if gpu else 'cpu', cores, free_memory(device), disk, psutil.Process().memory_info().rss, rate, layer)
+    return Machine(torch.cuda.get_device_name() if gpu else 'cpu', n_cores, free_memory(device), disk, psutil.Process().memory_info().rss, rate, layer)
 
 # %% ../nbs/17_plan.ipynb #cae44f50
 @dataclass

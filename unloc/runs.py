@@ -7,10 +7,11 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 
 # %% auto #0
 __all__ = ['CODE', 'ALSO', 'LIBRARIES', 'ENGINES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run',
-           'Store', 'report', 'stages', 'engine', 'cluster', 'sweep']
+           'cores', 'processor', 'machines', 'checkout', 'in_checkout', 'Store', 'report', 'stages', 'engine',
+           'cluster', 'sweep']
 
 # %% ../nbs/14_runs.ipynb #324483cc
-import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, subprocess, sys, tempfile, threading, time, traceback
+import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -19,23 +20,30 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'facts tokens models regions attribution masked checkpoints objectives metrics evaluation training experiment'.split() # the modules a result depends on
+CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training experiment'.split() # the modules a result depends on
 ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
 @cache
 def _versions(): return {name: version(name) for name in LIBRARIES}
 
+def _bare(node):
+    "Reduce a syntax tree to what every version of Python gives: names of nodes and their fields, none empty"
+    if isinstance(node, list): return [_bare(part) for part in node]
+    if not isinstance(node, ast.AST): return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    return [type(node).__name__, {name: _bare(value) for name, value in fields.items()}]
+
 @cache
 def code_fingerprint(modules:tuple[str, ...]=tuple(CODE))->str: # hexadecimal
     "Digest what the modules compute, without comments and docstrings"
     digest = hashlib.sha256()
     for module in modules:
-        tree = ast.parse(Path(find_spec(f'unloc.{module}').origin).read_text())
+        tree = ast.parse(Path(find_spec(f'unloc.{module}').origin).read_bytes()) # bytes: no locale, no line ends
         for node in ast.walk(tree):
             body = getattr(node, 'body', None)
             if isinstance(body, list): node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-        digest.update(ast.dump(tree).encode())
+        digest.update(repr(_bare(tree)).encode())
     return digest.hexdigest()
 
 def _code(description): return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
@@ -59,7 +67,7 @@ class Run:
     path:Path # its folder
 
     def file(self, name:str)->Path: return self.path / name
-    def json(self, name:str='result.json')->dict: return json.loads(self.file(name).read_text())
+    def json(self, name:str='result.json')->dict: return json.loads(self.file(name).read_text('utf-8'))
     def table(self, name:str='trajectory.csv'): # pandas.DataFrame
         import pandas
         return pandas.read_csv(self.file(name))
@@ -72,13 +80,55 @@ def _digest(path:Path)->str: return hashlib.sha256(path.read_bytes()).hexdigest(
 def check_run(path:Path)->None:
     "Compare a run's files with its manifest"
     again = f"delete the folder {path} and start again to compute it anew"
-    try: files = {name: (size, digest) for name, (size, digest) in json.loads((path / 'manifest.json').read_text())['files'].items()}
+    try: files = {name: (size, digest) for name, (size, digest) in json.loads((path / 'manifest.json').read_text('utf-8'))['files'].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: raise DamagedRun(f"run {path.name} has no readable manifest.json ({error}); {again}") from None
     for name, (size, digest) in files.items():
         file = path / name
         if not file.exists(): raise DamagedRun(f"run {path.name} lacks {name}, {size} bytes expected; {again}")
         if file.stat().st_size != size: raise DamagedRun(f"run {path.name}: {name} has {file.stat().st_size} bytes, {size} expected; {again}")
         if _digest(file) != digest: raise DamagedRun(f"run {path.name}: {name} was altered (its SHA-256 is not the manifest's); {again}")
+
+# %% ../nbs/14_runs.ipynb #26cdd14e
+def cores()->int: # at least 1
+    "Count the processor cores that this process may use, within the limits of its container"
+    from joblib import cpu_count
+    return cpu_count()
+
+def processor()->str: # such as 'x86-64 AVX-512', 'x86-64 AVX2' or 'arm64'
+    "Name the kind of processor, as far as it decides the last digits of a sum"
+    import numpy
+    name = platform.machine().lower()
+    name = {'amd64': 'x86-64', 'x86_64': 'x86-64', 'aarch64': 'arm64'}.get(name, name)
+    simd = numpy.show_config(mode='dicts').get('SIMD Extensions', {})
+    found = {*simd.get('baseline', []), *simd.get('found', [])}
+    if found & {'X86_V4', 'AVX512_SKX'}: return f'{name} AVX-512'
+    return f'{name} AVX2' if found & {'X86_V3', 'AVX2'} else name
+
+def _computed_on(description:dict)->str:
+    "Name the processor, and the GPU of a run that takes one"
+    torch = sys.modules.get('torch')
+    if torch is None or not str(_base(description).get('device')).startswith('cuda'): return processor()
+    return f'{processor()} + {torch.cuda.get_device_name()}' if torch.cuda.is_available() else processor()
+
+_met = set()
+def machines()->list[str]:
+    "Name the kinds of machine whose runs this process has read, or else this one"
+    return sorted(_met) or [processor()]
+
+# %% ../nbs/14_runs.ipynb #c0c956db
+def checkout(
+    start:Path|None=None, # a folder inside it; None: the current one
+)->Path|None: # None: there is none
+    "Find the checkout above a folder, or else the one that the package lies in"
+    import unloc
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents, Path(unloc.__file__).resolve().parents[1]):
+        if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir(): return folder
+
+def in_checkout(path:str|Path)->str: # absolute
+    "Resolve a path of a page against the folder of the notebooks"
+    root = checkout()
+    return str(((root / 'nbs' if root else Path.cwd()) / path).resolve())
 
 # %% ../nbs/14_runs.ipynb #a086df6a
 @contextlib.contextmanager
@@ -124,10 +174,10 @@ class Store:
 
 def _finish(description:dict, folder:Path)->None:
     "Write the description and the manifest, once all other files are there"
-    whole = {'description': public(description), 'code': _code(description), 'libraries': _versions()}
-    (folder / 'description.json').write_text(json.dumps(whole, indent=1))
-    files = {str(f.relative_to(folder)): (f.stat().st_size, _digest(f)) for f in sorted(folder.rglob('*')) if f.is_file() and f.name != 'manifest.json'}
-    (folder / 'manifest.json').write_text(json.dumps({'files': files}, indent=1))
+    whole = {'description': public(description), 'code': _code(description), 'libraries': _versions(), 'machine': _computed_on(description)}
+    (folder / 'description.json').write_text(json.dumps(whole, indent=1), 'utf-8', newline='\n')
+    files = {f.relative_to(folder).as_posix(): (f.stat().st_size, _digest(f)) for f in sorted(folder.rglob('*')) if f.is_file() and f.name != 'manifest.json'}
+    (folder / 'manifest.json').write_text(json.dumps({'files': files}, indent=1), 'utf-8', newline='\n')
 
 # %% ../nbs/14_runs.ipynb #0bcc98e3
 _reported = {}
@@ -137,7 +187,7 @@ def report(**event)->None:
     if 'run' in event:
         if time.monotonic() - _reported.get(event['run'], -9) < 1 and event['fraction'] < 1: return
         _reported[event['run']] = time.monotonic()
-    with open(path, 'a') as file: file.write(json.dumps(event) + '\n')
+    with open(path, 'a', encoding='utf-8') as file: file.write(json.dumps(event) + '\n')
 
 # %% ../nbs/14_runs.ipynb #d158b7ab
 def stages(descriptions:Iterable[dict])->list[list[dict]]:
@@ -154,8 +204,9 @@ _watched = set()
 def _leave_with(parent:int)->None:
     "End this process when the one that asked for its work is gone, however it ended"
     if os.getpid() == parent or parent in _watched: return
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
+    import psutil
+    def watch(): # Windows goes on naming a parent that is gone
+        while os.getppid() == parent and psutil.pid_exists(parent): time.sleep(1)
         os._exit(1)
     _watched.add(parent)
     threading.Thread(target=watch, daemon=True).start()
@@ -188,14 +239,33 @@ except Exception as error: print(json.dumps(str(error)), flush=True)
 else: print(json.dumps(ray.cluster_resources()), flush=True)
 os._exit(0) # no farewell"""
 
+def _nobody(address:str)->str: # empty: somebody listens, or the address has another form
+    "Say why nothing can be reached at HOST:PORT"
+    if not (place := re.fullmatch(r'([^/:]+):(\d{1,5})', address)): return ''
+    try: socket.create_connection((place[1], int(place[2])), 10).close()
+    except (OSError, OverflowError) as error: return getattr(error, 'strerror', None) or str(error)
+    return ''
+
+def _ask(seconds:float)->dict|str: # what the cluster has, or why it does not say
+    "Ask the Ray cluster in a process of its own"
+    try: asked = subprocess.run([sys.executable, '-c', _ASK, _address()], env=os.environ | {'RAY_USAGE_STATS_ENABLED': '0'}, stdin=subprocess.DEVNULL,
+        capture_output=True, encoding='utf-8', errors='replace', timeout=seconds)
+    except subprocess.TimeoutExpired: return f"nothing was heard for {seconds:g} seconds"
+    return json.loads(asked.stdout.splitlines()[-1]) if asked.stdout else asked.stderr.strip().rpartition('\n')[2]
+
+def _patience()->float: # seconds
+    "Read how long a cluster may take to answer"
+    given = os.environ.get('UNLOC_RAY_SECONDS') or '60'
+    if re.fullmatch(r'\d{1,6}(\.\d+)?', given) and float(given) > 0: return float(given)
+    raise ValueError(f"UNLOC_RAY_SECONDS must be a positive number of seconds, got {given!r}")
+
 def cluster(
-    seconds:float=10., # to wait for an answer
+    seconds:float|None=None, # to wait for an answer; None: UNLOC_RAY_SECONDS, or a minute
 )->dict[str, float]: # such as {'CPU': 32., 'GPU': 4.}
     "Ask the Ray cluster what it has"
     if find_spec('ray') is None: raise ModuleNotFoundError("the engine ray needs the package ray; install it in the checkout: pip install -e '.[ray]'")
-    try: asked = subprocess.run([sys.executable, '-c', _ASK, _address()], env=os.environ | {'RAY_USAGE_STATS_ENABLED': '0'}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired: found = f"nothing was heard for {seconds:g} seconds"
-    else: found = json.loads(asked.stdout.splitlines()[-1]) if asked.stdout else asked.stderr.strip().rpartition('\n')[2]
+    seconds = seconds or _patience()
+    found = _nobody(_address()) or _ask(seconds)
     if isinstance(found, dict): return found
     raise ConnectionError(f"no Ray cluster answers at RAY_ADDRESS={_address()!r}: {' '.join(found.split())[:200]}; start one (ray start --head; on further nodes ray start --address=HOST:6379), or let RAY_ADDRESS name a running one")
 
@@ -274,6 +344,14 @@ def _join(wanted:str, lost:bool): # 'CPU' or 'GPU'; whether workers were lost, a
     remedy = """ (ray start --address=HOST:6379), or compute on CPUs: --set 'device="cpu"'""" if wanted == 'GPU' else ' (ray start --address=HOST:6379)'
     raise ValueError(f"the Ray cluster at RAY_ADDRESS={_address()!r} has no {wanted}; add a node that has one{remedy}")
 
+@contextlib.contextmanager
+def _held(path:Path):
+    "Keep a locked file for as long as a sweep lasts"
+    path.touch()
+    try:
+        with _locked(path): yield path
+    finally: path.unlink(missing_ok=True)
+
 def _on_ray(store, missing, jobs, compute):
     "Do runs as tasks of a Ray cluster and name each when it is done"
     from joblib import Parallel, delayed
@@ -281,11 +359,11 @@ def _on_ray(store, missing, jobs, compute):
     store, left, fruitless, lost = Store(store.root.absolute()), {run_id(d): d for d in missing}, 0, None
     tofu = os.path.abspath(os.environ['UNLOC_TOFU']) if os.environ.get('UNLOC_TOFU') else ''
     (store.root / 'locks').mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=store.root / 'locks', prefix='sweep-') as held, _locked(Path(held.name)):
+    with _held(store.root / 'locks' / f'sweep-{uuid.uuid4().hex}') as held:
         while left and fruitless < 3:
             _join(wanted, lost is not None)
             before = len(left)
-            tasks = [delayed(_work_on_node)(store, d, compute, name, held.name, tofu) for name, d in left.items()]
+            tasks = [delayed(_work_on_node)(store, d, compute, name, str(held), tofu) for name, d in left.items()]
             for done in Parallel(backend=_backend()(ray_remote_args={f'num_{wanted.lower()}s': 1}), pre_dispatch='all' if jobs < 0 else jobs, return_as='generator_unordered')(tasks):
                 if isinstance(done, Exception): lost = done; continue
                 del left[done]
@@ -295,6 +373,15 @@ def _on_ray(store, missing, jobs, compute):
     if left: raise RuntimeError(f"{len(left)} runs were lost with their workers in three rounds without a finished run, lastly by {type(lost).__name__}: {' '.join(str(lost).split())[:200]}; start again when the cluster is well, finished runs are kept")
 
 # %% ../nbs/14_runs.ipynb #a114c2a7
+def _meet(store:Store, descriptions:list[dict])->None:
+    "Remember which kinds of machine computed runs and what they build on, and name them where they are several"
+    files = [store.root / run_id(d) / 'description.json' for stage in stages(descriptions) for d in stage]
+    kinds = {json.loads(file.read_text('utf-8')).get('machine') for file in files} - {None}
+    _met.update(kinds)
+    if len(kinds) < 2: return
+    text = f"these runs come from several kinds of machine ({', '.join(sorted(kinds))}), whose last digits differ; for numbers of one kind, compute them anew in a store of their own: --store"
+    report(note=text) if os.environ.get('UNLOC_PROGRESS') else warnings.warn(text, stacklevel=3)
+
 def sweep(
     store:Store,
     descriptions:Iterable[dict],
@@ -308,4 +395,6 @@ def sweep(
         report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
         from tqdm.std import tqdm
         for _ in tqdm(do(store, missing, jobs, compute), total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
-    return [store[d] for d in descriptions]
+    found = [store[d] for d in descriptions]
+    _meet(store, descriptions)
+    return found
