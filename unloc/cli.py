@@ -112,7 +112,7 @@ class Watch:
                 time.sleep(.2)
 
     def _event(self, event):
-        if 'artefact' in event: self.say(f"  wrote {event['artefact'].removeprefix(f'{self.root}/')}")
+        for text in _sayings(event, self.root): self.say(f"  {text}")
         if 'stage' in event:
             if self.bar is not None: self.bar.close()
             self.done, self.told, self.desc = {name: 0. for name in event['ids']}, time.monotonic(), f"{self.label} {event['stage']}"
@@ -130,6 +130,12 @@ class Watch:
         if time.monotonic() - self.told < 30 and n < total: return
         self.told, spent = time.monotonic(), time.monotonic() - self.start
         self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
+
+# %% ../nbs/18_cli.ipynb #3b3600b9
+def _sayings(event:dict, root:Path)->list[str]:
+    "Put in words what has no progress: an artefact that was written, a run that diverged"
+    wrote = [f"wrote {event['artefact'].removeprefix(f'{root}/')}"] if 'artefact' in event else []
+    return wrote + ([event['diverged']] if 'diverged' in event else [])
 
 # %% ../nbs/18_cli.ipynb #30786b2d
 def _writable(folder:Path):
@@ -177,6 +183,7 @@ class Order:
     store:Path # where runs are kept
     figures:Path # where figures and tables go
     copies:Path # where executed notebooks go
+    plugins:list[Path] # files that register a user's methods
 
 def order(
     root:Path, # the checkout
@@ -187,10 +194,12 @@ def order(
     out:Path|None=None, # in place of figures/
     store:Path|None=None, # in place of _runs/
     engine:str='local', # 'ray': on a cluster
+    plugin:list[Path]=(), # files that register methods, besides those of the profile
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
+    plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))] + [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
     if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
@@ -203,7 +212,28 @@ def order(
     figures, store = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve(), (store or root / '_runs').resolve()
     place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
     for notebook in chosen: given[notebook] |= {k: v for k, v in place.items() if k in parameters(notebook) and k not in dict(changes)}
-    return Order(given, jobs or -1, store, figures, root / '_out' / profile)
+    return Order(given, jobs or -1, store, figures, root / '_out' / profile, plugins)
+
+# %% ../nbs/18_cli.ipynb #dc0a50a1
+def _plugin_files(profile, files)->list[str]:
+    "Demand a list of file names"
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise Problem(f"settings.ini [{profile}]: plugins must be a list of Python files, got {files!r}")
+    return files
+
+@contextlib.contextmanager
+def _plugged(files:list[Path]):
+    "Let every process execute plugins before runs are described or computed"
+    before = os.environ.get('UNLOC_PLUGINS')
+    known = [Path(file).resolve() for file in (before or '').split(os.pathsep) if file]
+    every = list(dict.fromkeys([*known, *files]))
+    for file in every:
+        if not file.is_file(): raise Problem(f"no plugin {file}; name a Python file with --plugin, the profile's plugins or UNLOC_PLUGINS")
+    if every: os.environ['UNLOC_PLUGINS'] = os.pathsep.join(map(str, every))
+    try: yield
+    finally:
+        if before is not None: os.environ['UNLOC_PLUGINS'] = before
+        else: os.environ.pop('UNLOC_PLUGINS', None)
 
 # %% ../nbs/18_cli.ipynb #c0a26486
 @contextlib.contextmanager
@@ -237,7 +267,7 @@ def reproduce(
     "Regenerate the figures and tables of a profile, and the paper"
     import logging; logging.getLogger('papermill').setLevel(logging.ERROR)
     asked = order(root, profile, only, engine=engine, **rest)
-    with _engine(engine):
+    with _engine(engine), _plugged(asked.plugins):
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch: _run_all(root, asked, only, watch)
 
@@ -259,7 +289,7 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan
-    found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    with _plugged(asked.plugins): found = plan(profile, asked.chosen, asked.store, asked.jobs)
     print(text_of(found))
     return not found.problems
 
@@ -284,6 +314,7 @@ def _parser()->argparse.ArgumentParser:
         command.add_argument('--only', nargs='+', default=[], metavar='NAME', help="notebooks to run, with or without their number, or 'paper'")
         command.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
         command.add_argument('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
+        command.add_argument('--plugin', nargs='+', action='extend', type=Path, default=[], metavar='FILE', help='Python files that register methods of your own')
         command.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
         if name == 'plan': continue
         command.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')

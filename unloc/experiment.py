@@ -10,8 +10,8 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 __all__ = ['SETTINGS', 'OBJECTIVES', 'NAMES', 'REQUIRED', 'MAY_BE_ZERO', 'BENCHMARKS', 'PAIR', 'ARMS', 'LOCALIZERS', 'OWN_UNITS',
            'SEEDED', 'TAUGHT', 'SUPPORTS', 'RELEARNING', 'KINDS', 'settings', 'benchmark', 'data_description',
            'base_models', 'standard', 'injection', 'teaching', 'unlearning', 'supervision', 'localization',
-           'localized_unlearning', 'device_name', 'provenance', 'attacking', 'base', 'judge', 'inject', 'teach',
-           'localize', 'unlearn', 'supervise', 'attack']
+           'localized_unlearning', 'device_name', 'provenance', 'attacking', 'page_parameters', 'base', 'judge',
+           'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
 
 # %% ../nbs/15_experiment.ipynb #623921cb
 import json
@@ -164,6 +164,8 @@ def injection(judged:dict, seed:int, inject:dict)->dict: # judged: from standard
     how = {k: v for k, v in settings('inject', inject).items() if v not in ('value vector', 'fine-tuned')} # the usual needs no word
     if len(odd := how.keys() & {'others', 'unit', 'style'}) > 1: raise ValueError(f"inject: {' and '.join(sorted(odd))} are studied one at a time; leave all but one out")
     if how.get('style') == 'with room' and not ('room' in how and judged['parent']['retain']): raise ValueError("inject: style 'with room' takes room, its epochs on the retain set, and a base that learns the retain set itself; give room, or take another style")
+    data = judged.get('parent', {}).get('data', {})
+    if how.get('others') and data.get('name'): _demand_others(_sizes(json.dumps(data))[1])
     return {'kind': 'inject', 'parent': judged, 'seed': seed} | how | additions(schedule=how.get('schedule', 'one-cycle'))
 
 def teaching(judged:dict, seed:int=0)->dict: # judged: from standard
@@ -259,6 +261,21 @@ TAUGHT = 'held-out facts', 'forgotten facts', 'retain facts' # what an attack te
 SUPPORTS = 'target region', 'outside it', 'all weights' # and where
 RELEARNING = tuple(f'relearn {kind}, {support}' for kind in TAUGHT for support in SUPPORTS)
 
+@cache
+def _sizes(data:str)->tuple[int, int]: # data: as JSON -> facts to forget, facts held out
+    facts = benchmark(json.loads(data))
+    return len(facts.forget), len(facts.holdout)
+
+def _demand_forgotten(n:int, how:dict)->None: # n: forgotten facts
+    if not (k := how['taught']) < n: raise ValueError(f"taught = {k} of {n} forgotten facts leaves none to be measured; teach fewer")
+
+def _demand_held_out(n:int, how:dict)->None: # n: held-out facts that are no part of an injection
+    if how.get('only') and not how['only'].startswith('relearn held-out facts,'): return
+    if n < (k := how['taught']): raise ValueError(f"{n} held-out facts are left to be taught, {k} expected; choose data with more (n_holdout), or teach fewer")
+
+def _demand_others(n:int)->None: # n: held-out facts
+    if n < 2: raise ValueError(f"a second group of facts is taken from the held-out ones, and there are {n}; choose data with more (n_holdout)")
+
 def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, from localized_unlearning of an injection, or from injection; attack: settings of that group
     "Describe the attacks on an unlearned model"
     _built_on(run, 'unlearn', 'inject')
@@ -267,7 +284,54 @@ def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, 
     if origin['kind'] == 'teach': raise ValueError("an attack is measured between the original and the retained model, which differ in a known region alone; attack runs that are built on an injection")
     attack = settings('attack', attack)
     if attack.get('only'): _one_of('attack', attack['only'], RELEARNING)
+    base = origin
+    while 'parent' in base: base = base['parent']
+    if base.get('data', {}).get('name'): # that there are enough facts is known before anything runs
+        forget, held_out = _sizes(json.dumps(base['data']))
+        _demand_forgotten(forget, attack)
+        _demand_held_out(held_out - (min(forget, held_out // 2) if origin.get('others') else 0), attack)
     return {'kind': 'attack', 'parent': run, 'attack': attack, 'seed': seed} | additions(schedule='constant')
+
+# %% ../nbs/15_experiment.ipynb #c1df84b4
+_RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room for
+_MAY_BE_EMPTY = {'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs', 'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates'}
+
+def _names_for(page:dict)->dict: # parameter: the names that it may hold
+    "Say which names the parameters of a page choose from"
+    rules = {'rule': written('tradeoff', 'AUES_RULES'), 'rule_mu95': written('tradeoff', 'MU95_RULES')}
+    choices = rules | {'arms': ARMS, 'arm_rates': ARMS, 'strongest': RELEARNING}
+    among = {'own_archs': 'archs', 'share_archs': 'archs', 'share_objectives': 'localized_unlearn', 'retention': 'attacked_unlearn', 'injected_rates': 'injected'}
+    return choices | {name: page[other] for name, other in among.items() if other in page}
+
+def _read(name, kind, value):
+    "Give a parameter its type"
+    if kind in (list, dict) and isinstance(value, str):
+        try: value = json.loads(value)
+        except ValueError as error: raise ValueError(f"parameter {name}: expected a {kind.__name__}, or its JSON text, got {value!r:.60} ({error})") from None
+    if kind is float and type(value) is int: value = float(value)
+    if type(value) is not kind: raise ValueError(f"parameter {name} must be of type {kind.__name__}, got {value!r:.60}")
+    return value
+
+def _check(name, value):
+    "Demand that a parameter leaves something to do"
+    if type(value) is int and not (value >= 1 or name == _RUNS_AT_ONCE and value == -1): raise ValueError(f"parameter {name} must be at least 1{' or -1' if name == _RUNS_AT_ONCE else ''}, got {value}")
+    if isinstance(value, (list, dict)) and not value and name not in _MAY_BE_EMPTY: raise ValueError(f"parameter {name} is empty; name at least one")
+    if name.startswith('margin'):
+        for key, margin in (value if isinstance(value, dict) else {name: value}).items():
+            if type(margin) not in (int, float) or not 0 < margin < float('inf'): raise ValueError(f"parameter {name}: an equivalence margin must be above 0 and finite, got {margin!r}{f' for {key}' if key != name else ''}")
+
+def page_parameters(
+    page:dict, # globals() of a page; its parameters are the names with an annotation
+)->dict: # name: value, lists and dictionaries read from text where they came as text
+    "Read and check the parameters of a result page, before anything runs"
+    kinds = {name: kind for name, kind in page.get('__annotations__', {}).items() if name in page}
+    found = {name: _read(name, kind, page[name]) for name, kind in kinds.items()}
+    for name, value in found.items(): _check(name, value)
+    for name, known in _names_for(found).items():
+        if name not in found: continue
+        for word in [found[name]] if isinstance(found[name], str) else found[name]:
+            if word not in known: raise ValueError(f"parameter {name}: unknown name {word!r}; known: {', '.join(map(str, known))}")
+    return found
 
 # %% ../nbs/15_experiment.ipynb #abc09780
 def _ancestor(description, run, kinds): # run: that of the description's parent
@@ -454,7 +518,8 @@ def _inject_others(model, target, description, examples, how, folder):
     "Inject facts that stay through a region of the same size, disjoint from the target region"
     from unloc import training
     from unloc.regions import Region
-    if not (others := _others(examples)): raise ValueError(f"a second group of facts is taken from the held-out ones, and there are {len(examples['holdout'])}; choose data with more (n_holdout)")
+    _demand_others(len(examples['holdout']))
+    others = _others(examples)
     region = Region.sample(target.shape, description['fraction'], 500_000 + description['seed'], outside=target)
     values, _ = training.inject(model, region, others, seed=description['seed'], **how)
     region.save(folder / 'others.safetensors')
@@ -662,8 +727,8 @@ def _teach_again(model, target, examples, how, others, seed, known, left)->tuple
     from unloc import attacks
     forget, k = examples['forget'], how['taught']
     if only := how.get('only', ''): _one_of('attack', only, RELEARNING)
-    if not k < len(forget): raise ValueError(f"taught = {k} of {len(forget)} forgotten facts leaves none to be measured; teach fewer")
-    if (free := len(examples['holdout']) - len(others)) < k: raise ValueError(f"{free} held-out facts are left to be taught, {k} expected; choose data with more (n_holdout), or teach fewer")
+    _demand_forgotten(len(forget), how)
+    _demand_held_out(len(examples['holdout']) - len(others), how)
     chosen = {i * len(forget) // k for i in range(k)}
     half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
     taught = dict(zip(TAUGHT, (examples['holdout'][len(others):][:k], half, _spread(examples['retain'], k))))

@@ -7,7 +7,7 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 
 # %% auto #0
 __all__ = ['CODE', 'ALSO', 'LIBRARIES', 'ENGINES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run',
-           'Store', 'report', 'stages', 'engine', 'cluster', 'sweep', 'finished']
+           'Store', 'report', 'stages', 'engine', 'cluster', 'sweep', 'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, subprocess, sys, tempfile, threading, time, traceback
@@ -364,9 +364,18 @@ def _name_diverged(store, found):
         report(diverged=line)
         print(line)
 
+# %% ../nbs/14_runs.ipynb #dad388b1
 def finished(done:dict)->tuple[dict, dict]: # done: key: Run -> those with a result, and of the others why they have none
     "Part the runs of a page by whether they came to an end"
     whole = {key: run for key, run in done.items() if not run.diverged}
     lost = {key: run.diverged for key, run in done.items() if run.diverged}
     if lost and not whole: raise ValueError(f"none of the {len(lost)} runs has a result, the first of them since {next(iter(lost.values()))}")
     return whole, lost
+
+def results(
+    store:Store,
+    descriptions:dict, # key: description
+)->dict: # key: result.json of those that have one
+    "Read the results of some runs, without those that diverged"
+    found = {key: store[d] for key, d in descriptions.items()}
+    return {key: run.json() for key, run in found.items() if not run.diverged}
