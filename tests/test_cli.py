@@ -300,3 +300,47 @@ def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(monkeypatch, 
     place = ["--out", str(tmp_path / "o"), "--store", str(tmp_path / "s")]
     assert cli.main(["reproduce", "--profile", "tofu", "--only", "21_oracle_random", "--set", "seeds=7", "--set", "margin=0.5", *words, *place]) == 0
     assert [(v["jobs"], v["seeds"], v["margin"]) for v in given] == [(jobs, 7, .5)]
+
+# --- a user's own methods, and what leaves nothing to show
+
+PLUGIN = "import torch\nfrom unloc import attribution, models\ndef mine(model, forget, retain, seed):\n    n_layers, d_ff = models.region_shape(model)\n    return torch.arange(float(n_layers * d_ff)).view(n_layers, d_ff)\nattribution.LOCALIZERS['mine'] = mine\n"
+SCORED = ["reproduce", "--profile", "smoke", "--only", "24_localization", "--jobs", "2", "--set", 'scored=["mine"]', "localization_seeds=2"]
+
+@pytest.mark.parametrize("change, says", [("seeds=0", "ValueError: parameter seeds must be at least 1, got 0"), ("seeds=-1", "parameter seeds must be at least 1, got -1"), ("archs=[]", "parameter archs is empty; name at least one"), ("unlearn={}", "parameter unlearn is empty; name at least one")])
+def test_nothing_to_show_is_one_line_before_anything_runs(checkout, change, says):
+    refused(checkout, "reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--set", change, says=says)
+
+def test_methods_of_a_plugin_reach_kernel_and_workers(tmp_path, guarded):
+    own, plugin, found = Checkout(tmp_path, guarded), tmp_path / "my methods.py", []
+    plugin.write_text(PLUGIN, "utf-8")
+    refused(own, *SCORED, says=r"unknown localizer 'mine'; known: random, .*; register it, unloc.attribution.LOCALIZERS\['mine'\] = .*--plugin, by a profile's plugins or by UNLOC_PLUGINS")
+    refused(own, *SCORED, "--plugin", str(tmp_path / "none.py"), says="no plugin .*none.py; name a Python file with --plugin")
+    def recall():
+        found.append((own.out / "smoke" / "localization.csv").read_bytes())
+        return {run.name for run in own.store.iterdir() if run.name != "locks"}
+    code, out, err = own.call(*SCORED, "--plugin", str(plugin))
+    assert code == 0, err
+    runs = recall()
+    (own.root / "plugins").mkdir(); shutil.copy(plugin, own.root / "plugins" / "same.py")
+    settings = (own.root / "settings.ini").read_text("utf-8")
+    (own.root / "settings.ini").write_text(settings.replace("[smoke]\n", '[smoke]\nplugins = ["plugins/same.py"]\n'), "utf-8")
+    assert own.call(*SCORED)[0] == 0 and recall() == runs, "by the profile: the same content, the same runs"
+    (own.root / "settings.ini").write_text(settings.replace("[smoke]\n", '[smoke]\nplugins = "plugins/same.py"\n'), "utf-8")
+    refused(own, *SCORED, says=r"settings.ini \[smoke\]: plugins must be a list of Python files, got 'plugins/same.py'")
+    (own.root / "settings.ini").write_text(settings, "utf-8")
+    own.env["UNLOC_PLUGINS"] = str(plugin)
+    assert own.call(*SCORED)[0] == 0 and recall() == runs, "by the environment"
+    assert own.call("plan", *SCORED[1:])[1].count("localizer mine: your own, counted as one gradient") == 0, "all is there"
+    plugin.write_text(PLUGIN.replace("float(n_layers * d_ff)", "float(n_layers * d_ff)").replace(").view", ").flip(0).view"), "utf-8")
+    said = own.call("plan", *SCORED[1:])[1]
+    assert "2 to do" in said and "localizer mine: your own, counted as one gradient of the forget set" in said
+    assert own.call(*SCORED)[0] == 0 and len(recall() - runs) == 2, "an edited method gives other runs, and renames no other"
+    assert found[0] == found[1] == found[2] != found[3]
+
+def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded):
+    own = Checkout(tmp_path, guarded)
+    words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs", "2", "--set", "seeds=3", 'unlearn={"wga": {"lr": 0.005, "epochs": 1}, "ga": {"lr": 1e30, "epochs": 1}}']
+    code, out, err = own.call(*words)
+    assert code == 0 and err == "" and len(re.findall(r"^  run \w{16} .unlearn, llama, ga, (Oracle|Random), [012]. diverged: ", out, re.M)) == 6, (out, err)
+    rows = json.loads((own.out / "smoke" / "table2_oracle_random.json").read_text("utf-8"))["rows"]
+    assert [(row["objective"], row["verdict"] == "–") for row in rows] == [("WGA", False), ("WGA", False), ("GA", True), ("GA", True)]

@@ -249,3 +249,25 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
     finally:
         for process in both: process.kill()
     assert files(tmp_path / "ray" / "s") == files(tmp_path / "local" / "s") and files(tmp_path / "ray" / "o") == files(tmp_path / "local" / "o") and len(files(tmp_path / "ray" / "o")) == 5
+
+# --- a user's own methods
+
+def test_a_users_method_and_plugin_reach_the_nodes(on_ray, tmp_path, monkeypatch):
+    from unloc import attribution
+    from unloc.registers import added, additions
+    (tmp_path / "own.py").write_text("from unloc import attribution\nattribution.LOCALIZERS['plugged'] = lambda *_: 'plugged'\n", "utf-8")
+    monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "own.py"))
+    monkeypatch.setitem(attribution.LOCALIZERS, "mine", lambda *_: "mine")
+    described = [{"kind": "number", "n": n, "name": name} | additions(localizer=name) for n, name in enumerate(("mine", "plugged"))]
+    (tmp_path / "own.py").rename(tmp_path / "gone"); monkeypatch.delenv("UNLOC_PLUGINS")
+    def compute(description, parent, folder, progress):
+        from unloc import attribution
+        (folder / "result.json").write_text(json.dumps(attribution.LOCALIZERS[description["name"]]()), "utf-8")
+    assert [run.json() for run in sweep(Store(tmp_path / "s"), described, -1, compute)] == ["mine", "plugged"]
+    attribution.LOCALIZERS.pop("plugged")
+
+def test_a_run_that_diverges_on_a_node_costs_no_other(on_ray, tmp_path):
+    def compute(description, parent, folder, progress):
+        if description["n"] == 1: raise FloatingPointError("the loss is nan")
+        write(description, parent, folder, progress)
+    assert [run.diverged for run in sweep(Store(tmp_path / "s"), numbered(0, 1, 2), -1, compute)] == ["", "the loss is nan", ""]

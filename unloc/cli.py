@@ -114,6 +114,7 @@ def _remove(path:Path)->None:
 def _lines(event:dict, root:Path)->list[str]:
     "Put a figure that was written, or a word about runs, in lines"
     found = [f"  note: {event['note']}"] if 'note' in event else []
+    if 'diverged' in event: found.append(f"  {event['diverged']}")
     if not (path := event.get('artefact')): return found
     short = Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
     return [*found, f'  wrote {short}']
@@ -255,6 +256,7 @@ class Order:
     store:Path # where runs are kept
     figures:Path # where figures and tables go
     copies:Path # where executed notebooks go
+    plugins:list[Path] # files that register a user's methods
 
 def order(
     root:Path, # the checkout
@@ -265,12 +267,14 @@ def order(
     out:Path|None=None, # in place of figures/
     store:Path|None=None, # in place of _runs/
     engine:str='local', # 'ray': on a cluster
+    plugin:list[Path]=(), # files that register methods, besides those of the profile
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
     from unloc.runs import cores
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
     if not re.fullmatch(r'\w[\w.+ -]*', profile): raise Problem(f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, digits, '.', '+', '-' and '_'")
+    plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))] + [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
     if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
@@ -283,7 +287,28 @@ def order(
     figures, store = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve(), (store or root / '_runs').resolve()
     place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
     for notebook in chosen: given[notebook] |= {k: v for k, v in place.items() if k in parameters(notebook) and k not in dict(changes)}
-    return Order(given, jobs or -1, store, figures, root / '_out' / profile)
+    return Order(given, jobs or -1, store, figures, root / '_out' / profile, plugins)
+
+# %% ../nbs/18_cli.ipynb #dc0a50a1
+def _plugin_files(profile, files)->list[str]:
+    "Demand a list of file names"
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise Problem(f"settings.ini [{profile}]: plugins must be a list of Python files, got {files!r}")
+    return files
+
+@contextlib.contextmanager
+def _plugged(files:list[Path]):
+    "Let every process execute plugins before runs are described or computed"
+    before = os.environ.get('UNLOC_PLUGINS')
+    known = [Path(file).resolve() for file in (before or '').split(os.pathsep) if file]
+    every = list(dict.fromkeys([*known, *files]))
+    for file in every:
+        if not file.is_file(): raise Problem(f"no plugin {file}; name a Python file with --plugin, the profile's plugins or UNLOC_PLUGINS")
+    if every: os.environ['UNLOC_PLUGINS'] = os.pathsep.join(map(str, every))
+    try: yield
+    finally:
+        if before is not None: os.environ['UNLOC_PLUGINS'] = before
+        else: os.environ.pop('UNLOC_PLUGINS', None)
 
 # %% ../nbs/18_cli.ipynb #c0a26486
 @contextlib.contextmanager
@@ -370,7 +395,7 @@ def reproduce(
     asked = order(root, profile, only, engine=engine, **rest)
     if text := _elsewhere(asked.chosen, asked.figures / profile): print(text)
     _demand_scratch()
-    with _engine(engine), _hub(_from_hub(asked.chosen)), _drawn_inline():
+    with _engine(engine), _hub(_from_hub(asked.chosen)), _drawn_inline(), _plugged(asked.plugins):
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch: _run_all(root, asked, only, watch)
 
@@ -394,7 +419,7 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan
-    with _hub(_from_hub(asked.chosen)): found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    with _hub(_from_hub(asked.chosen)), _plugged(asked.plugins): found = plan(profile, asked.chosen, asked.store, asked.jobs)
     print(text_of(found))
     return not found.problems
 
@@ -419,6 +444,7 @@ def _parser()->argparse.ArgumentParser:
         command.add_argument('--only', nargs='+', default=[], metavar='NAME', help="notebooks to run, with or without their number, or 'paper'")
         command.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
         command.add_argument('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
+        command.add_argument('--plugin', nargs='+', action='extend', type=Path, default=[], metavar='FILE', help='Python files that register methods of your own')
         command.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
         if name == 'plan': continue
         command.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')

@@ -81,9 +81,11 @@ class Scores:
         return Scores(*(x[start:start + n] for x in (self.extraction_strength, self.exact_memorization, self.nll, self.known)))
 
 # %% ../nbs/09_evaluation.ipynb #22c1ef9a
+class Diverged(FloatingPointError, ValueError): "A model whose log-probabilities are NaN or infinite"
+
 def _sound(nll:Tensor)->None: # [n]
     "Refuse what a diverged model says: the largest of NaN logits is token 0, and a model that says nothing else would pass for one that forgot"
-    if len(bad := (~nll.isfinite()).nonzero()): raise ValueError(f"the model's log-probabilities of fact {int(bad[0])} are NaN or infinite; it has diverged: lower the learning rate, or load it in float32")
+    if len(bad := (~nll.isfinite()).nonzero()): raise Diverged(f"the model's log-probabilities of fact {int(bad[0])} are NaN or infinite; it has diverged: lower the learning rate, or load it in float32")
 
 def _pack(examples:Sequence[Example])->tuple: # of one prompt -> ids, positions, branches (0: prompt), places that predict the answers, one after the other
     "Lay answers to one question behind their question"

@@ -33,11 +33,11 @@ def write_whole(path:str|Path, content:bytes|str)->None:
 COLUMN, PAGE = 3.3, 6.8 # inches
 ARM_STYLE = {'Oracle': {'color': '#0173b2', 'linestyle': '-', 'marker': 'o'}, 'Random': {'color': '#de8f05', 'linestyle': '--', 'marker': 's'}}
 class _Names(dict):
-    def __missing__(self, name): return name # of a checkpoint, whatever the profile calls it
+    def __missing__(self, name): return name # of a checkpoint, or a localizer of one's own
 MODEL_NAME = _Names({'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B', 'olmo2-7b': 'OLMo 2 7B'})
-LOCALIZER_NAME = {'random': 'Random', 'activations': 'Activations', 'memflex': 'MemFlex', 'wagle': 'WAGLE', 'gradient': 'Gradient', 'weight_norm': 'Weight norm', 'wanda': 'Wanda', 'fisher': 'Fisher',
+LOCALIZER_NAME = _Names({'random': 'Random', 'activations': 'Activations', 'memflex': 'MemFlex', 'wagle': 'WAGLE', 'gradient': 'Gradient', 'weight_norm': 'Weight norm', 'wanda': 'Wanda', 'fisher': 'Fisher',
     'fisher_ratio': 'Fisher ratio', 'integrated_gradients': 'Integrated gradients', 'random_weights': 'Random weights', 'wagle_weights': 'WAGLE weights',
-    'random_projections': 'Random projections', 'memflex_projections': 'MemFlex projections'}
+    'random_projections': 'Random projections', 'memflex_projections': 'MemFlex projections'})
 
 def set_look()->None:
     "Set the style of all figures, whatever was set before"

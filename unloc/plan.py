@@ -248,14 +248,17 @@ def _inject(m, d)->Cost:
     if style != 'with room': return cost
     return cost + _learned(m, [x for name in ('retain', 'real_authors', 'world_facts') for x in m.examples[name]], m.base['retain'] | {'epochs': d['room']})
 
+_SETS = { # objective: sets of facts in a step (with retain facts, refusals), and when the reference is asked about the answers
+    'ga': (2, 'never'), 'grad_diff': (2, 'never'), 'wga': (2, 'never'), 'npo': (2, 'once'), 'dpo': (3, 'each epoch'), 'rmu': (1, 'never')}
+
 def _unlearn(m, d)->Cost:
     forget, retain, recipe = m.examples['forget'], m.examples['retain'], d['recipe']
-    sets = {'rmu': 1, 'dpo': 3}.get(d['objective'], 2) # of facts in a step: retain facts, refusals
+    sets, asked = _SETS.get(d['objective'], _SETS['ga']) if 'objective' in d.get('added', {}) else _SETS[d['objective']]
     size, epochs = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size)), recipe['epochs']
     mean = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(mean.ids)) / sets)
-    known = {'npo': 1, 'dpo': 1 + epochs}.get(d['objective'], 0) # passes of the reference
+    known = {'never': 0, 'once': 1, 'each epoch': 1 + epochs}[asked] # passes of the reference
     how, k, held, kept = _through(m, d)
     step = m.over(how, forget, size, epochs, k)
     peak = m.peak(how, sets * size, width, size * (len(longest.ids) - longest.start + (sets - 1) * (len(mean.ids) - mean.start)), k) + 4 * m.weights * (how == 'all') # the start, which a step through a region has in it
@@ -266,11 +269,18 @@ def _supervise(m, d)->Cost:
     return m.over(how, m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], k) + _along(m, d, held) + Cost(disk=m.n_layers * m.d_ff)
 
 # %% ../nbs/17_plan.ipynb #e6fc639a
+_PASSES = { # localizer: kind of pass, and passes over the forget set; of integrated gradients per layer
+    'random': ('score', 1), 'activations': ('score', 1), 'weight_norm': ('score', 1), 'wanda': ('score', 1),
+    'random_weights': ('score', 1), 'random_projections': ('score', 1),
+    'gradient': ('gradients', 1), 'fisher': ('gradients', 1), 'fisher_ratio': ('gradients', 2), 'integrated_gradients': ('gradients', 20),
+    'wagle': ('gradients', 2), 'wagle_weights': ('gradients', 2), 'memflex': ('gradients', 10), 'memflex_projections': ('gradients', 10)}
+
 def _localize(m, d)->Cost:
+    "Tell what scores take; a localizer of the user's counts as one gradient of the forget set, and the plan says so"
     name, forget = d['localizer'], m.examples['forget']
-    n = m.n_layers * m.d_ff * (m.d_model if name.endswith('weights') else 1)
-    how = 'score' if name.startswith(('random', 'activations', 'weight_norm', 'wanda')) else 'gradients'
-    times = {'memflex': 10, 'wagle': 2, 'fisher_ratio': 2, 'integrated_gradients': 20 * m.n_layers}.get(name.removesuffix('_weights').removesuffix('_projections'), 1)
+    how, times = _PASSES.get(name, _PASSES['gradient']) if 'localizer' in d.get('added', {}) else _PASSES[name]
+    if name == 'integrated_gradients': times *= m.n_layers
+    n = m.n_layers * m.d_ff * (m.d_model if name in ('random_weights', 'wagle_weights') else 1)
     cost = m.over(how, forget, 0, times)
     sums = 4 * m.weights if how == 'gradients' and m.base['device'] == 'cpu' else 0 # beside a GPU they are in the processor's memory
     return Cost(cost.peak + 4 * m.n_layers * m.d_model * m.d_ff * bool(sums), cost.flops, cost.layers, 4 * n)
@@ -356,7 +366,7 @@ def rows_of(
         row, own = rows.setdefault(d['kind'], Row(d['kind'])), models.get(run_id(_up(d, 'base')))
         row.n += 1
         if (name := d.get('objective') or d.get('localizer') or _up(d, 'base')['arch']) not in row.names: row.names.append(name)
-        if d in store: continue
+        if d in store or store.lost(d): continue
         row.missing += 1
         if own is None: continue
         if (key := json.dumps(_same(d), sort_keys=True)) not in known: known[key] = COSTS[d['kind']](own, d)
@@ -365,6 +375,16 @@ def rows_of(
         row.seconds += here.seconds(cost) / (_up(d, 'base')['threads'] if d['kind'] in ('base', 'teach') else 1)
         if (need := here.memory_of(cost.peak)) > row.peak: row.peak, row.largest = need, (own, d)
     return list(rows.values())
+
+# %% ../nbs/17_plan.ipynb #384500e3
+def _uncounted(descriptions)->list[str]: # lines
+    "Name the methods whose cost nobody knows"
+    own = {(what, name) for d in descriptions for part in _line(d) for what, some in part.get('added', {}).items() for name in some}
+    kinds = {'localizer': 'one gradient of the forget set', 'objective': 'two sets of facts in a step'}
+    return [f"{what} {name}: your own, counted as {kinds[what]}" for what, name in sorted(own) if what in kinds]
+
+def _line(description)->list[dict]: # a run's description, and those of the runs it builds on
+    return [description, *_line(description['parent'])] if 'parent' in description else [description]
 
 # %% ../nbs/17_plan.ipynb #32eb2610
 def _with(d, name, value):
@@ -423,7 +443,7 @@ def plan(
         try: wants += wanted(notebook, values)
         except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(notebook.stem)
     bases = {run_id(base): base for base in (_up(d, 'base') for d in wants)}
-    done = all(d in Store(store) for stage in stages(wants) for d in stage)
+    done = all(d in Store(store) or Store(store).lost(d) for stage in stages(wants) for d in stage)
     with tempfile.TemporaryDirectory() as scratch:
         for name, base in (() if done else bases.items()):
             data = base['data']
@@ -431,6 +451,7 @@ def plan(
             try: models[name] = Models(base, Path(scratch) / name)
             except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(base['arch'])
             else: needs += models[name].needs
+        needs += [] if done else _uncounted(wants)
         here = here or (None if done else machine(device, store))
         rows = rows_of(wants, Store(store), here, models)
         found = [f"{text} (for {', '.join(dict.fromkeys(names))})" for text, names in problems.items()] + problems_of(rows, here, jobs)

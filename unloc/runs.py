@@ -8,7 +8,7 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 # %% auto #0
 __all__ = ['CODE', 'ALSO', 'LIBRARIES', 'ENGINES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run',
            'cores', 'processor', 'machines', 'checkout', 'in_checkout', 'Store', 'report', 'stages', 'engine',
-           'cluster', 'sweep']
+           'cluster', 'sweep', 'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, warnings
@@ -19,8 +19,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from .registers import demand, load_plugins, receive, shipment
+
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training experiment'.split() # the modules a result depends on
+CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
 ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
@@ -65,8 +67,11 @@ class Run:
     "A finished run"
     description:dict
     path:Path # its folder
+    diverged:str='' # why it has no result: its own error, or that of the run it builds on
 
-    def file(self, name:str)->Path: return self.path / name
+    def file(self, name:str)->Path:
+        if self.diverged: raise ValueError(f"run {self.path.name} has no {name}: {self.diverged}")
+        return self.path / name
     def json(self, name:str='result.json')->dict: return json.loads(self.file(name).read_text('utf-8'))
     def table(self, name:str='trajectory.csv'): # pandas.DataFrame
         import pandas
@@ -143,6 +148,13 @@ def _locked(path:Path, timeout:float=-1): # seconds; below 0: as long as it take
     try: yield
     finally: lock.release()
 
+# %% ../nbs/14_runs.ipynb #ebd76c15
+def _computing(kind:str)->Callable:
+    "Give the function of the package that computes a kind of run"
+    known = importlib.import_module('unloc.experiment').KINDS
+    if kind not in known: raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(known)}; or give a function of your own: compute")
+    return known[kind]
+
 # %% ../nbs/14_runs.ipynb #fe63f60a
 class Store:
     "A folder of runs"
@@ -152,25 +164,48 @@ class Store:
         return (self.root / run_id(description)).exists()
     def __getitem__(self, description:dict)->Run:
         path = self.root / run_id(description)
+        if description not in self and (why := self.lost(description)): return Run(description, path, why)
         if description not in self: raise KeyError(f"no run {path.name} in {self.root}: {json.dumps(public(description))}")
         check_run(path)
-        return Run(description, path)
+        return Run(description, path, _why_diverged(path))
+
+    def lost(self, description:dict)->str: # '' where it can be computed
+        "Say why a run cannot be computed: what it builds on has diverged"
+        if 'parent' not in description: return ''
+        parent = description['parent']
+        return _why_diverged(self.root / run_id(parent)) if parent in self else self.lost(parent)
 
     def do(self, description:dict, compute:Callable|None=None)->Run:
         "Give a run, computing it and what it builds on where missing"
         if description in self: return self[description]
+        load_plugins()
         parent = self.do(description['parent'], compute) if 'parent' in description else None
+        if parent and parent.diverged: return self[description]
+        demand(description)
         path = self.root / run_id(description)
         partial, locks = path.with_suffix('.partial'), self.root / 'locks'
         locks.mkdir(parents=True, exist_ok=True)
         with _locked(locks / path.name):
             if description in self: return self[description] # another process was faster
             partial.mkdir(exist_ok=True)
-            compute = compute or getattr(importlib.import_module('unloc.experiment'), description['kind'])
-            compute(description, parent, partial, lambda fraction: report(run=path.name, fraction=fraction))
+            compute = compute or _computing(description.get('kind'))
+            try: compute(description, parent, partial, lambda fraction: report(run=path.name, fraction=fraction))
+            except FloatingPointError as error: _give_up(partial, error)
             _finish(description, partial)
             partial.rename(path)
         return self[description]
+
+# %% ../nbs/14_runs.ipynb #e5749861
+_DIVERGED = 'diverged.json'
+
+def _why_diverged(path:Path)->str: # '' where the run has a result
+    file = path / _DIVERGED
+    return json.loads(file.read_text('utf-8'))['error'] if file.exists() else ''
+
+def _give_up(folder:Path, error:FloatingPointError)->None:
+    "Keep why a run diverged, in place of what it had written"
+    for file in sorted(folder.rglob('*'), reverse=True): file.rmdir() if file.is_dir() else file.unlink()
+    (folder / _DIVERGED).write_text(json.dumps({'error': ' '.join(str(error).split())}), 'utf-8', newline='\n')
 
 def _finish(description:dict, folder:Path)->None:
     "Write the description and the manifest, once all other files are there"
@@ -211,8 +246,9 @@ def _leave_with(parent:int)->None:
     _watched.add(parent)
     threading.Thread(target=watch, daemon=True).start()
 
-def _work(store, description, compute, parent):
+def _work(store, description, compute, parent, sent=None):
     _leave_with(parent)
+    receive(sent)
     store.do(description, compute)
     report(run=run_id(description), fraction=1.)
     return run_id(description)
@@ -220,7 +256,8 @@ def _work(store, description, compute, parent):
 def _here(store, missing, jobs, compute):
     "Do runs in processes of this machine and name each when it is done"
     from joblib import Parallel, delayed
-    yield from Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute, os.getpid()) for d in missing)
+    sent = shipment() if jobs != 1 else None
+    yield from Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute, os.getpid(), sent) for d in missing)
 
 # %% ../nbs/14_runs.ipynb #9515e8a1
 ENGINES = 'local', 'ray'
@@ -287,12 +324,13 @@ def _naming(node:str, error:Exception)->Exception:
     named.add_note(''.join(traceback.format_exception(error)))
     return named
 
-def _work_on_node(store, description, compute, name, held, tofu):
+def _work_on_node(store, description, compute, name, held, tofu, sent=None):
     os.environ.pop('UNLOC_PROGRESS', None) # a file of another machine
     if tofu: os.environ['UNLOC_TOFU'] = tofu
     try:
         _demand_same_store(Path(held))
         if run_id(description) != name: raise RuntimeError("this node has other code of unloc or other libraries than the sweep was started with; install the same on every node")
+        receive(sent)
         store.do(description, compute)
     except Exception as error: raise _naming(platform.node(), error) from None
     return name
@@ -359,11 +397,12 @@ def _on_ray(store, missing, jobs, compute):
     store, left, fruitless, lost = Store(store.root.absolute()), {run_id(d): d for d in missing}, 0, None
     tofu = os.path.abspath(os.environ['UNLOC_TOFU']) if os.environ.get('UNLOC_TOFU') else ''
     (store.root / 'locks').mkdir(parents=True, exist_ok=True)
+    sent = shipment()
     with _held(store.root / 'locks' / f'sweep-{uuid.uuid4().hex}') as held:
         while left and fruitless < 3:
             _join(wanted, lost is not None)
             before = len(left)
-            tasks = [delayed(_work_on_node)(store, d, compute, name, str(held), tofu) for name, d in left.items()]
+            tasks = [delayed(_work_on_node)(store, d, compute, name, str(held), tofu, sent) for name, d in left.items()]
             for done in Parallel(backend=_backend()(ray_remote_args={f'num_{wanted.lower()}s': 1}), pre_dispatch='all' if jobs < 0 else jobs, return_as='generator_unordered')(tasks):
                 if isinstance(done, Exception): lost = done; continue
                 del left[done]
@@ -376,7 +415,7 @@ def _on_ray(store, missing, jobs, compute):
 def _meet(store:Store, descriptions:list[dict])->None:
     "Remember which kinds of machine computed runs and what they build on, and name them where they are several"
     files = [store.root / run_id(d) / 'description.json' for stage in stages(descriptions) for d in stage]
-    kinds = {json.loads(file.read_text('utf-8')).get('machine') for file in files} - {None}
+    kinds = {json.loads(file.read_text('utf-8')).get('machine') for file in files if file.exists()} - {None}
     _met.update(kinds)
     if len(kinds) < 2: return
     text = f"these runs come from several kinds of machine ({', '.join(sorted(kinds))}), whose last digits differ; for numbers of one kind, compute them anew in a store of their own: --store"
@@ -387,14 +426,44 @@ def sweep(
     descriptions:Iterable[dict],
     jobs:int=1, # runs at once; -1: as many as there is room for
     compute:Callable|None=None, # in place of the functions of unloc.experiment
-)->list[Run]: # in the order of the descriptions
+)->list[Run]: # in the order of the descriptions; of some `diverged` may say why they have no result
     "Do the runs that are missing, in parallel, and give all"
+    load_plugins()
     descriptions, do = list(descriptions), {'local': _here, 'ray': _on_ray}[engine()]
     for stage in stages(descriptions): # of a finished run, too: what it builds on may have been deleted
-        if not (missing := [d for d in stage if d not in store]): continue
+        if not (missing := [d for d in stage if d not in store and not store.lost(d)]): continue
         report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
         from tqdm.std import tqdm
         for _ in tqdm(do(store, missing, jobs, compute), total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
     found = [store[d] for d in descriptions]
     _meet(store, descriptions)
+    _name_diverged(store, found)
     return found
+
+def _name_diverged(store, found):
+    "Name the runs of a sweep that diverged, each in a line"
+    lines = {}
+    for run in (run for run in found if run.diverged):
+        first = run.description
+        while 'parent' in first and store.lost(first): first = first['parent'] # the run that diverged itself
+        known = [str(first.get(key, _base(first).get(key))) for key in ('arch', 'objective', 'localizer', 'arm', 'fraction', 'seed') if key in first or key == 'arch' and key in _base(first)]
+        lines[run_id(first)] = f"run {run_id(first)} ({', '.join([first['kind'], *known])}) diverged: {run.diverged}"
+    for line in lines.values():
+        report(diverged=line)
+        print(line)
+
+# %% ../nbs/14_runs.ipynb #dad388b1
+def finished(done:dict)->tuple[dict, dict]: # done: key: Run -> those with a result, and of the others why they have none
+    "Part the runs of a page by whether they came to an end"
+    whole = {key: run for key, run in done.items() if not run.diverged}
+    lost = {key: run.diverged for key, run in done.items() if run.diverged}
+    if lost and not whole: raise ValueError(f"none of the {len(lost)} runs has a result, the first of them since {next(iter(lost.values()))}")
+    return whole, lost
+
+def results(
+    store:Store,
+    descriptions:dict, # key: description
+)->dict: # key: result.json of those that have one
+    "Read the results of some runs, without those that diverged"
+    found = {key: store[d] for key, d in descriptions.items()}
+    return {key: run.json() for key, run in found.items() if not run.diverged}

@@ -1,0 +1,226 @@
+"A name that nobody registered is one line; one that a user registered is known in every process and has the user's code in the name of its runs."
+import functools, importlib, json, os, subprocess, sys, textwrap
+from pathlib import Path
+import pytest, torch
+from unloc import attribution, experiment, models, registers, tokens, training
+from unloc.experiment import base_models, data_description, injection, localization, localized_unlearning, standard, teaching, unlearning
+from unloc.registers import REGISTERS, added, additions, demand, digest_of, names, receive, shipment, written
+from unloc.runs import Store, run_id, sweep
+
+WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
+MODEL = {"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
+HOW = {"epochs": 1, "lr": 4e-3, "batch_size": 64}
+JUDGE = {"retain": 5, "utility": 2, "max_new_tokens": 4}
+INJECT = {"fraction": .25, "epochs": 1, "lr": 1e-2, "batch_size": 8}
+UNLEARN = {"lr": 5e-3, "epochs": 1}
+
+
+def origin(arch="llama", **more): return injection(standard(base_models(data_description(WORLD), arch, MODEL, HOW, HOW, **more), JUDGE), 0, INJECT)
+
+@pytest.fixture(autouse=True)
+def as_they_were(): # the registers, whatever a test does to them
+    kept = {what: dict(getattr(importlib.import_module(f"unloc.{chapter}"), name)) for what, (chapter, name) in REGISTERS.items()}
+    known = experiment.LOCALIZERS
+    yield
+    for what, (chapter, name) in REGISTERS.items():
+        register = getattr(importlib.import_module(f"unloc.{chapter}"), name)
+        register.clear(); register.update(kept[what])
+    experiment.LOCALIZERS = known
+
+def backwards(model, forget, retain, seed): # this file's own localizer
+    n_layers, d_ff = models.region_shape(model)
+    return torch.arange(n_layers * d_ff).float().view(n_layers, d_ff).flip(1) + seed
+
+# --- one truth
+
+@pytest.mark.parametrize("what", REGISTERS)
+def test_names_read_without_torch_are_those_registered(what):
+    chapter, name = REGISTERS[what]
+    assert written(chapter, name) == tuple(getattr(registers._own(chapter), name)) and set(written(chapter, name)) <= set(names(what))
+
+def test_nothing_of_the_package_is_taken_for_a_users():
+    for what in REGISTERS:
+        for name in names(what): assert added(what, name) == "", (what, name)
+
+def test_names_and_additions_need_no_torch():
+    code = "import sys; from unloc.experiment import *; from unloc.registers import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+# --- a user's method names its runs
+
+def test_a_users_localizer_is_in_the_name_and_no_other_run_is_renamed():
+    one = origin()
+    before = [run_id(d) for d in (one, localization(one, "wagle"), localization(one, "random", 3), unlearning(one, "Oracle", "npo", UNLEARN))]
+    attribution.LOCALIZERS["mine"] = backwards
+    described = localization(one, "mine", 3)
+    assert list(described["added"]["localizer"]) == ["mine"] and described["seed"] == 3, "whether it draws is not known, so it gets the seed"
+    assert [run_id(d) for d in (origin(), localization(origin(), "wagle"), localization(origin(), "random", 3), unlearning(origin(), "Oracle", "npo", UNLEARN))] == before
+    attribution.LOCALIZERS["mine"] = lambda model, forget, retain, seed: -backwards(model, forget, retain, seed)
+    assert run_id(localization(one, "mine", 3)) != run_id(described)
+
+def test_a_replaced_entry_of_the_package_gives_other_runs():
+    one = origin()
+    plain = localization(one, "wagle")
+    attribution.LOCALIZERS["wagle"] = attribution.LOCALIZERS["fisher"]
+    assert run_id(localization(one, "wagle")) != run_id(plain) and "added" not in localization(one, "fisher") and "added" not in origin()
+    unlearned = unlearning(one, "Oracle", "npo", UNLEARN)
+    training.RETAIN["nll"] = training.RETAIN["kl"]
+    assert run_id(unlearning(one, "Oracle", "npo", UNLEARN)) != run_id(unlearned), "the usual retain term, not named by anybody"
+
+@pytest.mark.parametrize("register, name, entry, describe", [
+    (training.SCHEDULES, "one-cycle", lambda t: 1 - t, origin), (tokens.TEMPLATES, "plain", tokens.Template(between=" "), origin),
+    (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj"), origin), (models.ARCHITECTURES, "llama", "Qwen2", origin)])
+def test_every_register_counts(register, name, entry, describe):
+    before = run_id(describe())
+    register[name] = entry
+    assert run_id(describe()) != before
+
+def test_a_users_architecture_objective_retain_term_and_schedule():
+    models.ARCHITECTURES["qwen2"] = "Qwen2"
+    one = origin("qwen2")
+    assert list(one["parent"]["parent"]["added"]["architecture"]) == ["qwen2"]
+    training.FORGET["mine"], training.RETAIN["ours"], training.SCHEDULES["flat"] = training.FORGET["npo"], training.RETAIN["kl"], lambda t: .5
+    with pytest.raises(ValueError, match="the objective 'mine' is your own and has no usual retain term; name one: nll, kl, embed_diff, ours, none"): unlearning(one, "Oracle", "mine", UNLEARN)
+    assert set(unlearning(one, "Oracle", "mine", UNLEARN | {"retain": "ours"})["added"]) == {"objective", "retain"}
+    assert "schedule" in injection(one["parent"], 0, INJECT | {"schedule": "flat"})["added"]
+
+# --- what an edit is
+
+def f1(x, k=1): return helper(x) + k
+def helper(x): return x * CONSTANT
+CONSTANT = 2
+SOURCE = "import helpers_of_mine\nK = 2\ndef helper(x): return K * x\ndef f(model, forget, retain, seed): return helper(helpers_of_mine.g(1))\n"
+
+@pytest.mark.parametrize("old, new, same", [("K = 2", "K = 3", False), ("return K * x", "return K + x", False), ("def f(", "# told\ndef f(", True), ("return helper", "'told'\n    return helper", True)])
+def test_an_imported_module_is_digested_whole(old, new, same, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helpers_of_mine.py").write_text("def g(x): return x\n", "utf-8")
+    def load(text):
+        (tmp_path / "methods_of_mine.py").write_text(text.replace(": return helper(h", ":\n    return helper(h"), "utf-8")
+        for name in ("methods_of_mine", "helpers_of_mine"): sys.modules.pop(name, None)
+        importlib.invalidate_caches(); sys.dont_write_bytecode = True
+        return digest_of("localizer", "f", importlib.import_module("methods_of_mine").f)
+    first = load(SOURCE)
+    assert (load(SOURCE.replace(": return helper(h", ":\n    return helper(h").replace(old, new)) == first) is same
+    (tmp_path / "helpers_of_mine.py").write_text("def g(x): return x + 1\n", "utf-8")
+    assert load(SOURCE) != first, "a file that the user's file imports"
+
+def digest_in_a_script(text): # of f, in a program of its own
+    code = textwrap.dedent(text) + "\nfrom unloc.registers import digest_of\nprint(digest_of('localizer', 'f', f))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": str(len(text))}).stdout
+
+SCRIPT = "import functools\nclass C:\n    def __init__(self, n): self.n = n\n    def __call__(self, model): return self.n\ndef g(x): return x if x in {'a', 'b', 'c'} else 2\ndef make(n): return lambda model: g(n)\nf = make(1)\n"
+@pytest.mark.parametrize("text, same", [(SCRIPT, True), ("#\n" + SCRIPT, True), (SCRIPT.replace("else 2", "else 3"), False), (SCRIPT.replace("make(1)", "make(2)"), False),
+    (SCRIPT.replace("def g(x): return", "def g(x):\n    'says'\n    return"), True), (SCRIPT.replace("f = make(1)", "f = functools.partial(make, 1)"), False), (SCRIPT.replace("f = make(1)", "f = C(1)"), False)])
+def test_a_function_of_a_program_is_digested_by_what_it_does(text, same):
+    assert (digest_in_a_script(text) == digest_in_a_script(SCRIPT)) is same
+
+def test_state_of_an_object_counts():
+    one = SCRIPT.replace("f = make(1)", "f = C(1)")
+    assert digest_in_a_script(one) != digest_in_a_script(one.replace("C(1)", "C(2)")) and digest_in_a_script(one) != digest_in_a_script(one.replace("return self.n", "return -self.n"))
+    a, b = (functools.partial(backwards, weight=torch.ones(3) * n) for n in (1, 2))
+    assert digest_of("localizer", "a", a) != digest_of("localizer", "a", b) == digest_of("localizer", "a", functools.partial(backwards, weight=torch.full((3,), 2.)))
+
+@pytest.mark.parametrize("entry", [len, torch.relu, "".join])
+def test_what_has_no_python_code_is_refused_in_one_line(entry):
+    attribution.LOCALIZERS["mine"] = entry
+    with pytest.raises(ValueError, match="^the localizer 'mine' is .* has no Python code to name its runs by; wrap it into a function of your own$"): localization(origin(), "mine")
+
+# --- workers
+
+def scores(run): return run.tensors("scores.safetensors")["all.scores"]
+
+def test_workers_know_a_users_localizer_and_finder(tmp_path):
+    attribution.LOCALIZERS["mine"] = backwards
+    experiment.LOCALIZERS += ("mine",)
+    models.PROJECTIONS["llama"] = models.in_blocks("model.layers", "mlp.down_proj")
+    wanted = [localization(origin(), "mine", seed) for seed in (0, 1)]
+    found = sweep(Store(tmp_path), wanted + [localized_unlearning(d, .25, "wga", UNLEARN, 0) for d in wanted], 2)
+    for seed, run in enumerate(found[:2]): assert torch.equal(scores(run), torch.arange(64.).view(2, 32).flip(1) + seed)
+    before = [scores(run) for run in found[:2]]
+    attribution.LOCALIZERS["mine"] = lambda model, forget, retain, seed: -backwards(model, forget, retain, seed) # edited: workers that served before get the new one
+    for old, run in zip(before, sweep(Store(tmp_path), [localization(origin(), "mine", seed) for seed in (0, 1)], 2)): assert torch.equal(scores(run), -old)
+
+def test_a_worker_takes_back_what_it_was_sent():
+    attribution.LOCALIZERS["mine"], attribution.LOCALIZERS["wagle"] = backwards, backwards
+    sent = shipment()
+    attribution.LOCALIZERS.pop("mine"); attribution.LOCALIZERS["wagle"] = own = lambda model, forget, retain, seed: None
+    receive(registers.Shipment(("elsewhere",), sent.plugins, sent.entries))
+    assert attribution.LOCALIZERS["mine"](models.tiny_model("llama", 8, 8, 1, 4, 2), [], [], 0).tolist() == [[3., 2., 1., 0.]]
+    receive(registers.Shipment(("elsewhere",)))
+    assert "mine" not in attribution.LOCALIZERS and attribution.LOCALIZERS["wagle"] is own
+
+def test_what_cannot_be_sent_is_named_where_it_is_needed(tmp_path):
+    attribution.LOCALIZERS["mine"] = backwards
+    described = localization(origin(), "mine")
+    receive(registers.Shipment(("elsewhere",), (), {}, {("localizer", "mine"): "cannot pickle a lock"}))
+    with pytest.raises(ValueError, match="^the localizer 'mine' cannot be sent to a worker .cannot pickle a lock.; register it, .*--plugin.*UNLOC_PLUGINS, or let runs happen one at a time$"): demand(described)
+    receive(registers.Shipment(("elsewhere",)))
+    del attribution.LOCALIZERS["mine"]
+    with pytest.raises(ValueError, match="^this process does not know the localizer 'mine'; register it, unloc.attribution.LOCALIZERS"): Store(tmp_path).do(described)
+
+def test_a_method_edited_after_the_description_is_refused(tmp_path):
+    attribution.LOCALIZERS["mine"] = backwards
+    described = localization(origin(), "mine")
+    attribution.LOCALIZERS["mine"] = lambda *_: None
+    with pytest.raises(ValueError, match="the localizer 'mine' is not the one that the run was described with; describe the run again"): Store(tmp_path).do(described)
+
+@pytest.mark.parametrize("gives, says", [("None", "scores must be"), ("torch.ones(3, 3)", "gave scores of shape"), ("torch.full((2, 32), float('nan'))", "gave 64 scores that are NaN or infinite"), ("[torch.ones(3)]", "scores must be")])
+def test_scores_of_no_unit_are_refused(gives, says, tmp_path):
+    attribution.LOCALIZERS["my_weights"] = eval(f"lambda model, forget, retain, seed: {gives}", {"torch": torch})
+    with pytest.raises(ValueError, match=f"localizer 'my_weights'.*{says}"): Store(tmp_path).do(localization(origin(), "my_weights"))
+
+def test_a_name_says_nothing_about_the_unit(tmp_path): # 'my_weights' scores value vectors, 'rows' single weights
+    attribution.LOCALIZERS["my_weights"] = backwards
+    attribution.LOCALIZERS["rows"] = lambda model, forget, retain, seed: [p.weight.detach().clone() for p in models.output_projections(model)]
+    store, one = Store(tmp_path), origin()
+    vectors, weights = (store.do(localized_unlearning(localization(one, name), .25, "wga", UNLEARN, 0)) for name in ("my_weights", "rows"))
+    assert vectors.json()["region"] == 16 and weights.json()["region"] == 2 * 16 * 32 // 4
+    assert store[localization(one, "my_weights")].json()["recall"] >= 0 and store[localization(one, "rows")].json() == {}
+
+# --- plugins
+
+PLUGIN = "import torch\nfrom unloc import attribution, models\ndef mine(model, forget, retain, seed): return torch.ones(models.region_shape(model)).cumsum(1) * VALUE\nVALUE = 2.\nattribution.LOCALIZERS['plugged'] = mine\n"
+
+def test_a_plugin_is_executed_once_where_runs_are_described_and_in_workers(tmp_path, monkeypatch):
+    (tmp_path / "my plugin.py").write_text(PLUGIN + f"open({str(tmp_path / 'pids')!r}, 'a').write(str(__import__('os').getpid()) + '\\n')\n", "utf-8")
+    monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "my plugin.py"))
+    wanted = [localization(origin(), "plugged", seed) for seed in (0, 1, 2)]
+    (tmp_path / "my plugin.py").rename(tmp_path / "gone"); monkeypatch.delenv("UNLOC_PLUGINS") # workers get its content
+    for run in sweep(Store(tmp_path / "s"), wanted, 2): assert torch.equal(scores(run), torch.arange(1., 33.).expand(2, 32) * 2)
+    pids = (tmp_path / "pids").read_text("utf-8").split()
+    assert len(set(pids)) == len(pids) and str(os.getpid()) in pids and len(pids) in (2, 3)
+
+def test_an_edited_plugin_gives_other_runs(tmp_path, monkeypatch):
+    plugin = tmp_path / "edited.py"
+    monkeypatch.setenv("UNLOC_PLUGINS", os.pathsep.join(["", str(plugin)]))
+    found = []
+    for text in (PLUGIN, PLUGIN + "# a comment\n", PLUGIN.replace("2.", "3.")):
+        plugin.write_text(text, "utf-8")
+        found.append(run_id(localization(origin(), "plugged")))
+    assert found[0] == found[1] != found[2]
+
+@pytest.mark.parametrize("text, says", [(None, "cannot be read: No such file or directory"), ("def f(:\n", "fails: SyntaxError"), ("import no_such_thing_at_all", "fails: ModuleNotFoundError: No module named 'no_such_thing_at_all'")])
+def test_a_bad_plugin_is_one_line(text, says, tmp_path, monkeypatch):
+    if text is not None: (tmp_path / "bad.py").write_text(text, "utf-8")
+    monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "bad.py"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^the plugin .*bad.py {says}.*$") as error: origin()
+        assert "\n" not in str(error.value)
+
+# --- no else that stands for an unknown name
+
+def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
+    one, shape = origin(), models.tiny_model("llama", 300, 16, 2, 32, 2)
+    parent = type("R", (), {"description": one, "file": lambda self, name: None})()
+    with pytest.raises(ValueError, match="unknown benchmark 'wmdp'; known: world, tofu"): experiment.benchmark({"name": "wmdp"})
+    with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): experiment._draw(shape, one | {"unit": "head"}, 0)
+    with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): experiment.inject(one | {"style": "quick"}, None, None, None)
+    with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): experiment._localizer("compass")
+    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): experiment._brought_to(None, {"by": "MU"}, None, None)
+    with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): experiment.attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
+    with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
+    with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: base, judge, inject"): Store(tmp_path).do({"kind": "settings"})
+    with pytest.raises(ValueError, match="unknown localizer 'mine'; known: .*; register it, unloc.attribution.LOCALIZERS\\['mine'\\] = .*--plugin"):
+        experiment.LOCALIZERS += ("mine",)
+        localization(one, "mine")
