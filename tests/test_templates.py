@@ -163,7 +163,7 @@ def test_what_is_no_text_or_no_tokenizer_is_named():
     t = tokenizer("llama 2", "gpt2")
     for question, answer in ((None, "I."), ("Who?", ["I.", "Me."]), ("Who?", None), ("Who?", 7)):
         with pytest.raises(ValueError, match="questions and answers are text, got "): encode(t, question, answer)
-    with pytest.raises(ValueError, match="expected a tokenizer of transformers, got a Tokenizer; wrap it in PreTrainedTokenizerFast"): encode(t.backend_tokenizer, "Who?", "I.")
+    with pytest.raises(ValueError, match="expected a tokenizer of transformers, got a Tokenizer; load it with load_tokenizer, or wrap one in PreTrainedTokenizerFast"): encode(t.backend_tokenizer, "Who?", "I.")
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2"])
 def test_marks_of_what_is_to_be_learned_change_nothing(kind):

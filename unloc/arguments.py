@@ -18,17 +18,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 # %% ../nbs/00_arguments.ipynb #a0000007
 def _sequence(value)->bool: # of many kinds, but no text and no table of names
     if isinstance(value, (str, bytes, Mapping)): return False
     return hasattr(value, '__len__') and hasattr(value, '__getitem__')
 
+def _truth(value)->bool: return type(value).__name__ in ('bool', 'bool_') # numpy's as well
+
 def _number(kind)->Callable[[object], bool]:
     "Accept numbers of a kind, numpy's and torch's as well, but not True and False"
     def fits(value):
-        if isinstance(value, (bool, np.bool_)): return False
+        if _truth(value): return False
         if hasattr(value, 'item') and getattr(value, 'ndim', 1) == 0: value = value.item()
         return isinstance(value, kind)
     return fits
@@ -36,7 +36,7 @@ def _number(kind)->Callable[[object], bool]:
 _KINDS = { # annotation: what is accepted for it, and what it is called
     int: (_number(Integral), 'a whole number'),
     float: (_number(Real), 'a number'),
-    bool: (lambda value: isinstance(value, (bool, np.bool_)), 'True or False'),
+    bool: (_truth, 'True or False'),
     str: (lambda value: isinstance(value, str), 'a text'),
     Path: (lambda value: isinstance(value, (str, PathLike)) and bool(str(value)), 'a path'),
     NoneType: (lambda value: value is None, 'None'),
@@ -66,12 +66,16 @@ def _parts(hint)->list: # the kinds that an annotation allows, each as (test, na
 
 # %% ../nbs/00_arguments.ipynb #a0000010
 def checked(
-    function:Callable|None=None, # with annotated parameters
+    function:Callable|type|None=None, # with annotated parameters; of a class those of its making
     *,
     but:Sequence[str]=(), # arguments that the function looks at itself
 )->Callable: # the same, but for mistakes
     "Refuse arguments that are not what a function's signature says, with a ValueError"
     if function is None: return partial(checked, but=but)
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__, but=but)
+        return function
+    title = function.__qualname__.removesuffix('.__init__').rpartition('.')[2]
     parameters = inspect.signature(function).parameters
     named = [name for name, p in parameters.items()
              if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -91,7 +95,7 @@ def checked(
             if any(fits(value) for fits, _ in parts): continue
             wanted = ' or '.join(dict.fromkeys(word for _, word in parts))
             shown = ' '.join(f'{value!r:.60}'.split())
-            raise ValueError(f"{function.__name__}: {name} must be {wanted}, "
+            raise ValueError(f"{title}: {name} must be {wanted}, "
                              f"got {shown} (a {type(value).__name__})")
         return function(*given, **by_name)
     return called

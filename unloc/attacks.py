@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from . import training
 from .evaluation import answer_token_logprob, best_recall, plainly, score
 from .masked import in_float32, is_unlocked, put_columns, unlock
@@ -28,7 +29,7 @@ from .models import (
     value_vectors)
 from .objectives import token_logprob
 from .regions import Region
-from .tokens import Example, batch_tokens, by_length, check_examples, collate, encode, shuffled
+from .tokens import Example, batch_tokens, by_length, check_examples, check_tokenizer, collate, encode, shuffled
 
 # %% ../nbs/11_attacks.ipynb #7e3a3b49
 class Level(NamedTuple):
@@ -51,6 +52,7 @@ def between(
     return put
 
 # %% ../nbs/11_attacks.ipynb #2dc80880
+@checked
 def to_level(
     put:Callable[[float], None], # moves a model to a share of its way, as from `between`
     wanted:float,
@@ -113,12 +115,15 @@ class Recovery(NamedTuple):
     forgotten:int # facts of which at most half was left
     resurfaced:int # of these, back above half of what was lost
 
+@checked
 def recovery(
     curve:Tensor, # [epochs + 1, n], knowledge of each fact along the attack
     known:Tensor, # [n], under the original model
 )->Recovery:
     "Summarise a recovery curve"
     if curve.shape[1:] != known.shape: raise ValueError(f"a curve over {curve.shape[1]} facts, and {len(known)} known ones; give the same facts")
+    if not (curve.isfinite().all() and known.isfinite().all()): raise ValueError(
+        "a recovery curve or the known strengths hold NaN or infinite values; leave those facts out")
     if len(curve) < 2: raise ValueError(f"a recovery curve needs what is known before and after an epoch at least, got {len(curve)} rows; take it from relearn")
     gap = (known - curve[0]).mean()
     if gap <= 0: raise ValueError("nothing was forgotten: the attacked model knows as much as the original one; attack an unlearned model")
@@ -158,6 +163,7 @@ def _linear_layers(model)->dict[str, nn.Module]: # by name, all but the output l
 def _expert_weights(model)->dict[str, nn.Parameter]: # by name: [n_experts, rows, columns]
     return {name: p for name, p in model.named_parameters() if p.ndim == 3}
 
+@checked(but=['model'])
 @contextmanager
 def quantized(
     model:nn.Module,
@@ -166,6 +172,8 @@ def quantized(
 )->Iterator[None]:
     "Run the block with every linear layer rounded, and put the weights back"
     from transformers.pytorch_utils import Conv1D
+    check_model(model)
+    if group < 1: raise ValueError(f"group must be at least 1 weight, got {group}")
     if is_unlocked(model): raise ValueError(
         "the model is unlocked, and each forward pass would write its columns over rounded ones; "
         "leave the `with unlock(...)` block first")
@@ -352,11 +360,13 @@ def unlearning_depth(
     return float(((lost[telling, 1] / weight).clamp(0, 1) * weight).sum() / weight.sum())
 
 # %% ../nbs/11_attacks.ipynb #7db49a5d
+@checked
 def few_shot(
     examples:Sequence[Example],
     shots:Sequence[Example], # questions with their answers, none of them asked
 )->list[Example]:
     "Put answered questions in front of each question, as turns of one conversation"
+    check_examples(examples, 'asked'); check_examples(shots, 'answered')
     if {(*e.ids[:e.start],) for e in shots} & {(*e.ids[:e.start],) for e in examples}: raise ValueError("a question is answered in front of itself; take shots from another set")
     if all(e.texts for e in (*shots, *examples)): return [_behind(e, shots) for e in examples]
     before = [i for shot in shots for i in shot.ids] # made by hand: one behind the other
@@ -389,7 +399,7 @@ def best_of(
     "Ask many times, and keep the best answer"
     if n < 1 or not temperature > 0: raise ValueError(f"n must be at least 1 and temperature positive, got {n} and {temperature}")
     if max_new_tokens < 1 or max_rows < 1: raise ValueError(f"max_new_tokens and max_rows must be at least 1, got {max_new_tokens} and {max_rows}")
-    check_examples(examples, 'asked')
+    check_tokenizer(tokenizer); check_examples(examples, 'asked')
     rows, scores = [e for e in examples for _ in range(n)], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == 'cuda' else []), plainly(model):
         (torch.default_generator if model.device.type == 'cpu' else torch).manual_seed(seed) # on the CPU no other device is seeded along

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .masked import is_unlocked, locked_digest, put_columns
 from .models import check_model, output_projections, region_shape, value_vectors
 from .regions import Region, extent
@@ -188,6 +189,7 @@ class Checkpoint:
         with ThreadPoolExecutor() as pool: return hashlib.sha256(''.join(pool.map(one, ['config.json', *self.files])).encode()).hexdigest()
 
 # %% ../nbs/06_checkpoints.ipynb #2c7f5a82
+@checked
 def inspect(
     source:str|Path, # a folder, or a hub id
     revision:str|None=None, # branch, tag or commit of a hub id
@@ -204,6 +206,7 @@ def inspect(
     return Checkpoint(str(source), folder, commit, model.config.model_type, n_layers, text.hidden_size, d_ff, text.vocab_size, _DTYPES[most], sum(sizes.values()), files, missing)
 
 # %% ../nbs/06_checkpoints.ipynb #5d8687bc
+@checked
 def check_device(
     dtype:str, # of the weights
     device:str|torch.device,
@@ -240,6 +243,7 @@ def _fits(found:Checkpoint, dtype:str, place:torch.device):
 def _size(n:int)->str: return f"{n / 2**30:.3g} GiB" if n >= 2**30 else f"{n / 2**20:.3g} MiB" # n: bytes
 
 # %% ../nbs/06_checkpoints.ipynb #d732ab6c
+@checked(but=['dtype', 'device', 'attention'])
 def load_model(
     source:str|Path, # a folder, or a hub id
     dtype:str='bfloat16',
@@ -273,6 +277,7 @@ def _attention(name, dtype:str, place:torch.device)->dict: # for from_pretrained
     return {'attn_implementation': 'flash_attention_2'}
 
 # %% ../nbs/06_checkpoints.ipynb #e01c7251
+@checked
 def load_tokenizer(
     source:str|Path, # a folder, or a hub id
     revision:str|None=None, # branch, tag or commit of a hub id
@@ -332,8 +337,11 @@ def _new(path:Path):
     if path.exists(): raise ValueError(f"{path} exists already and stays as it is; give another name, or remove it first")
     partial = path.with_name(path.name + '.partial')
     def clear(): shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-    clear() # of a process that was killed
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        clear() # of a process that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(
+        f"{path} cannot be made ({error.strerror}); give a path in a folder that can be written") from None
     try:
         yield partial
         os.rename(partial, path)
@@ -375,6 +383,7 @@ def _with_old_names(config:dict)->dict: # as in config.json
     return config | {'rope_scaling': scaling}
 
 # %% ../nbs/06_checkpoints.ipynb #7bb77db5
+@checked(but=['model'])
 def save_model(
     model:nn.Module, # of transformers
     folder:str|Path, # to be made
@@ -393,6 +402,7 @@ def save_model(
         if tokenizer is not None: tokenizer.save_pretrained(partial)
 
 # %% ../nbs/06_checkpoints.ipynb #60cdacc7
+@checked(but=['model'])
 def save_change(
     model:nn.Module, # after training
     region:Region, # what was trained
@@ -429,6 +439,7 @@ def _read_change(path)->tuple[dict, Region, dict]: # what the file says of itsel
     return about, Region(mask), values
 
 # %% ../nbs/06_checkpoints.ipynb #8a2e287b
+@checked(but=['model'])
 def apply_change(
     model:nn.Module, # the base model, or one that differs from it only inside the region
     path:str|Path, # from save_change

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from . import metrics
 from .facts import author_world
 from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import answer_hidden, check_limits, mask_limit, measuring, most_positions, over_logits, own_mask
 from .objectives import token_logprob
-from .tokens import Batch, Example, Template, batch_tokens, by_length, check_apart, check_examples, encode
+from .tokens import Batch, Example, Template, batch_tokens, by_length, check_apart, check_examples, check_tokenizer, encode
 
 # %% ../nbs/09_evaluation.ipynb #0905f5b2
 @measuring('as called')
@@ -150,6 +151,8 @@ def score(
 )->Scores:
     "Score every fact with one teacher-forced pass"
     check_examples(examples, 'scored')
+    if max_tokens is not None and max_tokens < 1: raise ValueError(
+        f"max_tokens must be at least 1, got {max_tokens}")
     found = torch.zeros(4, len(examples), dtype=torch.float64)
     for rows in _asked_once(examples, max_tokens or batch_tokens(model.device), mask_limit(model), most_positions(model)):
         hidden = _packed_hidden(model, [[examples[i] for i in row] for row in rows])
@@ -211,6 +214,8 @@ def greedy(
     "Continue every prompt by the most likely token, up to its end token"
     ends = [end] * len(prompts) if isinstance(end, int) else list(end)
     if len(prompts) != len(limits) or not all(prompts): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not p for p in prompts)} of them empty, and {len(limits)} limits")
+    if odd := [x for x in (*limits, *ends) if type(x) is not int]: raise ValueError(
+        f"limits and end tokens are whole numbers, got {odd[0]!r:.40}")
     if len(ends) != len(prompts): raise ValueError(
         f"greedy needs one end token, or an end token for each prompt, got {len(ends)} for {len(prompts)}")
     if max_rows < 1: raise ValueError(f"max_rows must be at least 1, got {max_rows}")
@@ -276,6 +281,7 @@ def rouge(
     others:Sequence[Sequence[Example]]=(), # of each fact the further right answers; the best one counts
 )->Tensor: # [n] float64, ROUGE-L recall of the greedy answers; NaN where no right answer has a word
     "Compare what the model says with what it should say"
+    check_tokenizer(tokenizer)
     said = tokenizer.batch_decode(greedy_answers(model, examples, known, max_new_tokens), skip_special_tokens=True)
     right = tokenizer.batch_decode([e.ids[e.start:] for e in examples], skip_special_tokens=True)
     def texts(row): return tokenizer.batch_decode([e.ids[e.start:] for e in row], skip_special_tokens=True)
@@ -298,8 +304,12 @@ class Choices(NamedTuple):
     right:list[Example] # [n]
     wrong:list[Example] # [n * k], those of the first question first
 
+@checked
 def choices(tokenizer, facts:Sequence, template:str|Template='plain')->Choices: # facts: unloc.facts.Fact; template: as for encode
     "Tokenize the right and the wrong answers of facts"
+    check_tokenizer(tokenizer)
+    if odd := [f for f in facts if not hasattr(f, 'perturbed_answer')]: raise ValueError(
+        f"choices are made of facts (unloc.facts.Fact), got {f'{odd[0]!r:.60}'} among them")
     if texts := [f.question for f in facts if isinstance(f.perturbed_answer, str)]: raise ValueError(f"the wrong answers to {texts[0]!r} are one text; give a list of them")
     counts = {len(f.perturbed_answer) for f in facts}
     if len(counts) != 1 or counts == {0}: raise ValueError(f"every fact needs the same number of wrong answers, at least one; found {', '.join(map(str, sorted(counts))) or 'no fact'}; take the perturbed sets")
@@ -435,7 +445,7 @@ def membership(
 
     NaN where a score is undefined: zlib of an answer that decodes to no text.
     `membership_aucs` leaves such facts out."""
-    check_examples(examples, 'asked')
+    check_tokenizer(tokenizer); check_examples(examples, 'asked')
     found = {name: torch.zeros(len(examples), dtype=torch.float64) for name in ('loss', 'zlib', 'min_k', 'min_k_plus_plus')}
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
         batch = batch.to(model.device)
@@ -478,6 +488,8 @@ def _check_rows(name, rows, other, against):
 
 def _check_choices(name, c):
     "Demand k wrong answers to each question"
+    if not isinstance(c, Choices): raise ValueError(
+        f"the choices of {name} are {c!r:.40}; expected Choices, as `choices` makes them")
     for which, examples in zip(('right', 'wrong'), c): check_examples(examples, f'{name} {which}-answer')
     k, rest = divmod(len(c.wrong), len(c.right))
     if rest or not k: raise ValueError(f"the choices of {name} have {len(c.wrong)} wrong answers to {len(c.right)} questions; every question needs the same number")
@@ -502,6 +514,7 @@ def _check_others(probe):
 # %% ../nbs/09_evaluation.ipynb #30c74766
 KINDS = 'retain', 'real_authors', 'world_facts' # of facts whose utility is measured
 
+@checked(but=['retained'])
 @dataclass(frozen=True)
 class Probe:
     "The facts a checkpoint is judged on"
@@ -518,13 +531,13 @@ class Probe:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
         if len(self.retain): check_apart(forget=self.forget, retain=self.retain)
         else: check_examples(self.forget, 'forget')
+        for name, c in self.choices.items(): _check_choices(name, c)
         _check_others(self)
         if not self.choices: return
         if not set(self.choices) <= {'forget', *KINDS}:
             raise ValueError(
                 f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(self.choices)}")
         if self.tokenizer is None: raise ValueError("greedy answers need the tokenizer, and there is none; give the model's own")
-        for name, c in self.choices.items(): _check_choices(name, c)
         if 'retain' in self.choices:
             _check_rows('useful', self.useful, 'the right answers of retain', self.choices['retain'].right)
         if 'forget' not in self.choices: return

@@ -13,6 +13,7 @@ __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'MODEL_NAME', 'LOCALIZER_NAME', 'write
 import contextlib, csv, io, json, os
 from pathlib import Path
 
+from .arguments import checked
 from .runs import machines, report
 
 # %% ../nbs/16_figures.ipynb #7f560b8a
@@ -69,6 +70,7 @@ def _note_machine(out:str|Path, name:str)->None: # folder; figure or table
     if not isinstance(known, dict): known = {}
     if known.get(name) != kind: write_whole(path, json.dumps(known | {name: kind}, indent=1, sort_keys=True) + '\n')
 
+@checked
 def save_figure(
     figure, # matplotlib.figure.Figure
     out:str|Path, # folder
@@ -88,6 +90,7 @@ def save_figure(
 # %% ../nbs/16_figures.ipynb #01fc2c27
 _LATEX = str.maketrans({'%': r'\%', '&': r'\&', '_': r'\_', '#': r'\#', '±': r'$\pm$', '−': '$-$', '≤': r'$\leq$', 'θ': r'$\theta$'})
 
+@checked
 def latex_table(
     rows:list[dict], # column: cell
     caption:str,
@@ -98,6 +101,7 @@ def latex_table(
     return '\n'.join([r'\begin{table}', r'\centering', rf'\begin{{tabular}}{{{"l" * len(rows[0])}}}', r'\toprule', lines[0], r'\midrule', *lines[1:],
         r'\bottomrule', r'\end{tabular}', rf'\caption{{{caption.translate(_LATEX)}}}', rf'\label{{tab:{label}}}', r'\end{table}', ''])
 
+@checked(but=['rows'])
 def save_table(
     rows:list[dict[str, str]], # cells as they are printed, the same columns in each row
     out:str|Path, # folder
@@ -106,6 +110,10 @@ def save_table(
     about:dict, # caption, profile, models, data, seeds, conventions
 )->None:
     "Save a table as JSON, CSV and LaTeX, with the numbers behind it"
+    if not isinstance(rows, list) or not rows or len({tuple(r) for r in rows}) > 1: raise ValueError(
+        f"{name}: a table is a list of rows with the same columns, at least one, got {rows!r:.60}")
+    if not hasattr(data, 'to_csv') or 'caption' not in about: raise ValueError(
+        f"{name}: a table needs its numbers (a pandas.DataFrame) and a caption in `about`")
     if bad := [c for r in rows for c in r.values() if not isinstance(c, str)]: raise ValueError(f"table cells are strings that are already rounded, got {bad[0]!r}")
     csv.DictWriter(text := io.StringIO(), rows[0], lineterminator='\n').writeheader()
     csv.DictWriter(text, rows[0], lineterminator='\n').writerows(rows)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from .arguments import checked
 from .models import UNLOCKED, check_linear, mixed_precision, output_projections, region_shape, value_vectors
 from .regions import Region, extent
 
@@ -306,6 +307,7 @@ def is_unlocked(model:nn.Module)->bool:
     forwards = (vars(module).get('forward') for module in model.modules())
     return any(isinstance(getattr(forward, '__self__', None), _Unlocked) for forward in forwards)
 
+@checked(but=['model'])
 @contextmanager
 def unlock(
     model:nn.Module, # a causal language model of a known architecture
@@ -332,6 +334,7 @@ def _touched(model, region)->dict[int, tuple[Tensor, Tensor]]: # by address of a
     views = [(kind.view(layer).detach(), index) for kind, layer, index in _layers_of(model, region).values()]
     return {v.data_ptr(): (v, torch.ones(v.shape[1], dtype=torch.bool).index_fill(0, index, False)) for v, index in views}
 
+@checked(but=['model'])
 def locked_digest(
     model:nn.Module,
     region:Region|Neurons,
@@ -345,6 +348,7 @@ def locked_digest(
     return digest.hexdigest()
 
 # %% ../nbs/05_masked.ipynb #04fc0696
+@checked(but=['model'])
 def put_columns(
     model:nn.Module,
     values:dict[int|str, tuple[Tensor, Tensor]], # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from Columns.values

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .arguments import checked
 from .tokens import Batch, Example
 
 # %% ../nbs/02_models.ipynb #806269c8
 ARCHITECTURES = {'llama': 'Llama', 'olmo2': 'Olmo2'} # name in a description: prefix of transformers' classes
 
+@checked
 def tiny_model(
     arch:str, # 'llama' or 'olmo2'
     vocab_size:int,
@@ -44,6 +46,9 @@ def tiny_model(
     "Build a small random model of transformers' own class"
     import transformers
     if arch not in ARCHITECTURES: raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, d_ff=d_ff, n_heads=n_heads)
+    for name, size in sizes.items():
+        if size < 1: raise ValueError(f"{name} must be at least 1, got {size}")
     if d_model % n_heads: raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
     config = getattr(transformers, ARCHITECTURES[arch] + 'Config')(
         vocab_size=vocab_size, hidden_size=d_model, num_hidden_layers=n_layers, intermediate_size=d_ff, num_attention_heads=n_heads,
@@ -642,9 +647,10 @@ def _causal(model:nn.Module)->None:
 
 def _sets(arguments:dict)->Iterator[tuple[str, Sequence[Example], int]]: # name, examples, most tokens to be decoded
     "Find the examples among the arguments of a call"
+    new = arguments.get('max_new_tokens', 0)
     for name, value in arguments.items():
         if isinstance(value, Sequence) and len(value) and isinstance(value[0], Example):
-            yield name, value, arguments.get('max_new_tokens', 0)
+            yield name, value, new if isinstance(new, int) else 0 # what is no number is refused later
         elif callable(getattr(value, 'asked', None)) and not isinstance(value, nn.Module): yield from value.asked()
 
 def _check_batch(batch:Batch, vocab:int, most:float)->None:
@@ -661,6 +667,7 @@ def measuring(
     def decorate(f):
         signature = inspect.signature(f)
         first = next(iter(signature.parameters))
+        f = checked(f, but=[first])
         @wraps(f)
         def measured(*args, **options):
             try: call = signature.bind(*args, **options)

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from .arguments import checked
 from .registers import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
@@ -421,25 +422,7 @@ def _meet(store:Store, descriptions:list[dict])->None:
     text = f"these runs come from several kinds of machine ({', '.join(sorted(kinds))}), whose last digits differ; for numbers of one kind, compute them anew in a store of their own: --store"
     report(note=text) if os.environ.get('UNLOC_PROGRESS') else warnings.warn(text, stacklevel=3)
 
-def sweep(
-    store:Store,
-    descriptions:Iterable[dict],
-    jobs:int=1, # runs at once; -1: as many as there is room for
-    compute:Callable|None=None, # in place of the functions of unloc.experiment
-)->list[Run]: # in the order of the descriptions; of some `diverged` may say why they have no result
-    "Do the runs that are missing, in parallel, and give all"
-    load_plugins()
-    descriptions, do = list(descriptions), {'local': _here, 'ray': _on_ray}[engine()]
-    for stage in stages(descriptions): # of a finished run, too: what it builds on may have been deleted
-        if not (missing := [d for d in stage if d not in store and not store.lost(d)]): continue
-        report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
-        from tqdm.std import tqdm
-        for _ in tqdm(do(store, missing, jobs, compute), total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
-    found = [store[d] for d in descriptions]
-    _meet(store, descriptions)
-    _name_diverged(store, found)
-    return found
-
+# %% ../nbs/14_runs.ipynb #5b0c7d41
 def _name_diverged(store, found):
     "Name the runs of a sweep that diverged, each in a line"
     lines = {}
@@ -451,6 +434,39 @@ def _name_diverged(store, found):
     for line in lines.values():
         report(diverged=line)
         print(line)
+
+# %% ../nbs/14_runs.ipynb #5b0c7d42
+def _described(descriptions)->list[dict]:
+    "Demand descriptions of runs"
+    if isinstance(descriptions, (str, bytes)) or not hasattr(descriptions, '__iter__'):
+        raise ValueError(f"sweep takes descriptions of runs, got {descriptions!r:.60}")
+    descriptions = list(descriptions)
+    odd = [d for d in descriptions if not isinstance(d, dict) or 'kind' not in d]
+    if odd: raise ValueError(
+        f"a run is described by a dictionary with its kind, got {odd[0]!r:.60}")
+    return descriptions
+
+@checked(but=['descriptions'])
+def sweep(
+    store:Store,
+    descriptions:Iterable[dict],
+    jobs:int=1, # runs at once; -1: as many as there is room for
+    compute:Callable|None=None, # in place of the functions of unloc.experiment
+)->list[Run]: # in the order of the descriptions; of some `diverged` may say why they have no result
+    "Do the runs that are missing, in parallel, and give all"
+    if jobs == 0: raise ValueError(
+        "jobs must be at least 1, or -1 for as many as there is room for, got 0")
+    descriptions, do = _described(descriptions), {'local': _here, 'ray': _on_ray}[engine()]
+    load_plugins()
+    for stage in stages(descriptions): # of a finished run, too: what it builds on may have been deleted
+        if not (missing := [d for d in stage if d not in store and not store.lost(d)]): continue
+        report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
+        from tqdm.std import tqdm
+        for _ in tqdm(do(store, missing, jobs, compute), total=len(missing), desc=missing[0]['kind'], disable=True if 'UNLOC_PROGRESS' in os.environ else None): pass
+    found = [store[d] for d in descriptions]
+    _meet(store, descriptions)
+    _name_diverged(store, found)
+    return found
 
 # %% ../nbs/14_runs.ipynb #dad388b1
 def finished(done:dict)->tuple[dict, dict]: # done: key: Run -> those with a result, and of the others why they have none

@@ -8,13 +8,15 @@ Batches are padded on the right: a causal model never looks ahead, so padding ne
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'train_tokenizer', 'Template', 'find_template', 'Texts', 'Example', 'encode', 'check_template',
-           'check_examples', 'check_apart', 'Batch', 'collate', 'batch_tokens', 'by_length', 'shuffled']
+           'check_tokenizer', 'check_examples', 'check_apart', 'Batch', 'collate', 'batch_tokens', 'by_length',
+           'shuffled']
 
 # %% ../nbs/01_tokens.ipynb #a3c41ed6
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import lru_cache
+from numbers import Integral
 from typing import NamedTuple
 import unicodedata
 
@@ -22,7 +24,10 @@ import torch
 from dateutil.parser import ParserError, parse
 from torch import Tensor
 
+from .arguments import checked
+
 # %% ../nbs/01_tokens.ipynb #463692ae
+@checked
 def train_tokenizer(
     texts:Iterable[str], # what to learn the merges from
     vocab_size:int, # number of tokens, the 256 bytes and 2 special tokens included
@@ -30,6 +35,9 @@ def train_tokenizer(
     "Train a byte-level BPE tokenizer with a padding and an end token"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    texts = list(texts)
+    if odd := [text for text in texts if not isinstance(text, str)]: raise ValueError(
+        f"a tokenizer is trained on texts, got {odd[0]!r:.60} among them")
     if vocab_size < 258: raise ValueError(f"vocab_size must be at least 258 (256 bytes, padding, end), got {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -263,9 +271,7 @@ def encode(
 )->Example:
     "Tokenize a question and its answer; a ValueError says what cannot be told from the text"
     template, shots = find_template(template), tuple((q, a) for q, a in shots)
-    if not hasattr(tokenizer, 'eos_token_id'): raise ValueError(
-        f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; wrap it in "
-        "PreTrainedTokenizerFast(tokenizer_object=...)")
+    check_tokenizer(tokenizer)
     for text in (question, answer, *(text for pair in shots for text in pair)):
         if not isinstance(text, str): raise ValueError(
             f"questions and answers are text, got {text!r:.60}; give one answer at a time")
@@ -299,13 +305,32 @@ def check_template(
             "the tokenizer or its template changes it: use another template or tokenizer")
 
 # %% ../nbs/01_tokens.ipynb #f12ba11e
+def check_tokenizer(
+    tokenizer, # should be one of transformers
+)->None:
+    "Refuse what is no tokenizer"
+    if not all(hasattr(tokenizer, name) for name in ('eos_token_id', 'encode')): raise ValueError(
+        f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; load it with "
+        "load_tokenizer, or wrap one in PreTrainedTokenizerFast(tokenizer_object=...)")
+
+def _is_example(e)->bool:
+    "Tell a tokenized fact from everything else"
+    if not (isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], (list, tuple))): return False
+    return {*map(type, e[0]), type(e[1])} <= {int} or all(
+        isinstance(t, Integral) for t in (*e[0], e[1]))
+
 def check_examples(
     examples:Sequence[Example],
     what:str, # name of the set, for the error
 )->None:
     "Refuse an empty set and a fact without an answer"
+    if isinstance(examples, (str, bytes)) or not hasattr(examples, '__len__'): raise ValueError(
+        f"the {what} set is a {type(examples).__name__}; expected a list of Example, as encode makes")
     if not len(examples): raise ValueError(f"the {what} set is empty; give at least one fact")
     for i, e in enumerate(examples):
+        if not _is_example(e): raise ValueError(
+            f"fact {i} of the {what} set is {f'{e!r:.60}'} (a {type(e).__name__}); expected an Example "
+            "of token ids and the place of the first answer token, as encode makes")
         if not 0 < e.start < len(e.ids) - 1: raise ValueError(f"fact {i} of the {what} set has no answer token between its prompt and its end token (start {e.start} of {len(e.ids)} tokens); leave it out or give it an answer")
 
 def check_apart(

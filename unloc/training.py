@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .arguments import checked
 from . import objectives
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
 from .masked import AllWeights, Columns, Neurons, in_float32, locked_digest, unlock
@@ -328,6 +329,7 @@ def _watch_gradients(columns):
     yield lambda: sum(int(seen.sum()) for seen in live) / sum(map(len, live))
 
 # %% ../nbs/10_training.ipynb #0e1bc817
+@checked
 @dataclass(frozen=True)
 class Recipe:
     "How to unlearn"
