@@ -59,6 +59,12 @@ COMMAND = "{{ bos_token }}{% for m in messages %}{{ '<|START|><|' + m.role + '|>
 ZEPHYR = turns("{{ '<|user|>\\n' + m.content + eos_token }}\n", "{{ '<|assistant|>\\n' + m.content + eos_token }}\n", "{{ '<|system|>\\n' + m.content + eos_token }}\n")
 VICUNA = turns("{{ 'USER: ' + m.content | trim + ' ' }}", "{{ 'ASSISTANT: ' + m.content | trim + eos_token }}", "{{ m.content + ' ' }}")
 ALPACA = turns("{{ '### Instruction:\\n' + m.content + '\\n\\n' }}", "{{ '### Response:\\n' + m.content + '\\n\\n' }}", "{{ m.content + '\\n\\n' }}") # no special token anywhere
+GLM4 = turns("{{- '<|user|>\\n' + m.content }}", "{{- '<|assistant|>\\n' + m.content | trim }}", "{{- '<|system|>\\n' + m.content }}", "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}", "[gMASK]<sop>") # nothing behind an answer
+NEMOTRON = """{%- if messages[0].role == 'system' %}{{- '<s10>System\\n' + messages[0].content }}{%- set messages = messages[1:] %}{%- endif %}{%- set last = messages[-1] %}
+{%- for m in messages[:-1] %}{{- '<s11>' + m.role + '\\n' + m.content | trim + '\\n' + ('<s12>\\n' if m.role == 'assistant' else '') }}{%- endfor %}{{- '<s11>' + last.role + '\\n<think>\\n\\n' + last.content | trim + '\\n<s12>\\n' }}""" # the last turn apart, a line break before its end
+COMMAND7 = "{{ bos_token }}{% for m in messages %}{{ '<|START|><|' + m.role + '|>' + ('<|SAY|>' + m.content + '<|SAID|>' if m.role == 'assistant' else m.content) + '<|END|>' }}{% endfor %}<|START|><|assistant|>" # an answer within a turn
+V31 = turns("{{- '<|User|>' + m.content }}", "{{- '<|Assistant|></think>' + m.content.split('</think>', 1)[-1] + eos_token }}", "{{- m.content }}", head="{{- bos_token }}")
+PARTS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
 
 IM, HEADER, TURN = ("<|im_start|>", "<|im_end|>"), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<start_of_turn>", "<end_of_turn>")
 OSS, S = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"), ("<s>", "</s>")
@@ -73,6 +79,8 @@ FAMILY = { # chat template, special tokens, start and end token, the token that 
     "gpt-oss": (GPT_OSS, (*OSS, "<|endoftext|>"), None, "<|endoftext|>", "<|return|>", "<|channel|>final<|message|>"), "r1": (R1, ("<bos>", "<eos>", "<|User|>", "<|Assistant|>"), "<bos>", "<eos>", "<eos>", "<|Assistant|>"),
     "command r": (COMMAND, ("<bos>", "<eos>", "<|START|>", "<|END|>"), "<bos>", "<eos>", "<|END|>", "<|assistant|>"), "zephyr": (ZEPHYR, S, "<s>", "</s>", "</s>", "<|assistant|>\n"),
     "vicuna": (VICUNA, S, "<s>", "</s>", "</s>", "ASSISTANT: "), "alpaca": (ALPACA, ("<eos>",), None, "<eos>", "\n", "### Response:\n"),
+    "glm 4": (GLM4, ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"), None, "<|endoftext|>", "<|user|>", "<|assistant|>\n"), "nemotron nano": (NEMOTRON, ("<s10>", "<s11>", "<s12>"), None, "<s12>", "<s12>", "<think>\n\n"),
+    "command r7b": (COMMAND7, ("<bos>", "<|START|>", "<|END|>", "<|SAY|>", "<|SAID|>"), "<bos>", "<|END|>", "<|SAID|>", "<|SAY|>"), "deepseek 3.1": (V31, ("<bos>", "<eos>"), "<bos>", "<eos>", "<eos>", "</think>"),
 }
 CLOCK = "llama 3.2", "gpt-oss"
 
@@ -303,6 +311,74 @@ def test_several_chat_templates_without_a_usual_one():
     t.chat_template = {"default": CHATML, "rag": QWEN3}
     assert t.decode(encode(t, "Who?", "I.", "chat").ids) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nI.<|im_end|>"
 
+# --- where the answer ends when its template writes nothing behind it
+
+def test_an_answer_may_end_where_the_next_question_would_begin():
+    t, without = tokenizer("glm 4", "gpt2"), "{%- for m"
+    def end(template, **how):
+        t.chat_template = template
+        return t.decode(encode(t, "Who <|assistant|>?", "Bizet", Template(chat=True, **how)).ids[-1])
+    assert end(GLM4) == end(GLM4, system="Be brief.") == "<|user|>"
+    assert end(GLM4.replace(without, "{%- if messages[-1].role == 'user' %}{{ raise_exception('no') }}{%- endif %}" + without, 1)) == "<|endoftext|>", "it takes no further question"
+    assert end(GLM4.replace("<|user|>", "Q: ").replace("<|assistant|>", "A: ")) == "<|endoftext|>", "nothing special there, and the question's own tokens do not count"
+    assert end("{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}") == "<|endoftext|>"
+    t.add_special_tokens({"bos_token": "[gMASK]"})
+    assert end("{% for m in messages %}{{ bos_token + m.role + ': ' + m.content }}{% endfor %}") == "<|endoftext|>", "a start token ends nothing"
+    t.add_tokens([AddedToken("<AI>", special=False, normalized=False)])
+    assert end("{% for m in messages %}{{ '<AI>' + m.content }}{% endfor %}") == "<|endoftext|>", "nor does an added token that is a word"
+    t.chat_template = GLM4
+    assert encode(t, "Who?", "Bizet<|user|>", "chat") == encode(t, "Who?", "Bizet<|endoftext|>", "chat") == encode(t, "Who?", "Bizet", "chat")
+
+def test_a_blank_that_the_tokenizer_adds_is_not_the_answers(): # as Llama 2's do behind a special token
+    t = tokenizer("phi 3", "llama2", rstrip=True)
+    for answer in ("Bizet", "1949", "北京", "...no"):
+        e = encode(t, "Who?", answer, "chat")
+        assert t.convert_ids_to_tokens(e.ids[e.start]) != "▁" and t.decode(e.ids[e.start:-1]).strip() == answer
+    e = encode(t, "Who?", "Bizet", "chat")
+    assert t.convert_ids_to_tokens(e.ids[e.start - 1]) == "▁", "it stays, in the prompt"
+
+def test_a_template_may_read_lists_of_parts():
+    t = tokenizer("qwen 2.5", "gpt2")
+    for strict in (PARTS, PARTS.replace("part in m.content if part.type == 'text'", "part in m.content").replace("part.text", "'' + part.text")): # nothing, or an error, for a text
+        t.chat_template = CHATML
+        want = [encode(t, *pair, "chat", [("Where?", "Here.")]) for pair in PAIRS]
+        t.chat_template = strict
+        assert [encode(t, *pair, "chat", [("Where?", "Here.")]) for pair in PAIRS] == want
+
+def test_a_system_message_that_is_left_out_is_named():
+    for family in ("mistral 0.1", "mistral 0.3"):
+        t = tokenizer(family, "gpt2")
+        t.chat_template = FAMILY[family][0].replace("{%- if m.role == 'system' %}{%- elif", "{%- if m.role == 'system' %}{{- '' }}{%- elif")
+        with pytest.raises(ValueError, match="the chat template leaves out the system message 'Be brief.'; use a template without one"): encode(t, "Who?", "I.", Template(chat=True, system="Be brief."))
+    t = tokenizer("qwen 2.5", "gpt2")
+    assert encode(t, "Who?", "I.", Template(chat=True, system="This is what it always says.")) == encode(t, "Who?", "I.", "chat")
+    t.chat_template = "{%- set quiet = '/no_think' in messages[0].content %}" + CHATML.replace("+ m.content", "+ m.content.replace('/no_think', '') + ('.' if quiet else '')")
+    assert encode(t, "Who?", "I.", Template(chat=True, system="/no_think")).ids, "a switch need not be written"
+    t.chat_template = "{%- if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{%- endif %}" + t.chat_template
+    assert encode(t, "Who?", "I.", Template(chat=True, system="/no_think")).ids, "nor is a template to do without"
+
+def test_half_a_letter_is_named():
+    t = tokenizer("qwen 2.5", "gpt2")
+    for question, answer in (("Who?", "a \ud83d b"), ("Who \udc80?", "I.")):
+        for name in ("plain", "chat", "phi"):
+            with pytest.raises(ValueError, match="holds half a letter .a lone surrogate., which no tokenizer reads") as error: encode(t, question, answer, name)
+            str(error.value).encode("utf-8")
+
+@pytest.mark.parametrize("format, want", {"%F": "2025-04-05", "%D": "04/05/25", "%-m/%-d/%y": "4/5/25", "%e. %h": " 5. Apr", "%G-%V-%u": "2025-14-6", "%T": "00:00:00", "100%%": "100%"}.items())
+def test_every_format_of_a_day_is_known(format, want):
+    t = tokenizer("qwen 2.5", "gpt2")
+    t.chat_template = "{{ 'It is ' + strftime_now('" + format + "') + '.' }}" + CHATML
+    assert f"It is {want}." in t.decode(encode(t, "Who?", "I.", Template(chat=True, date="2025-04-05")).ids)
+    if format not in ("%T", "100%%"):
+        with pytest.raises(ValueError, match="the chat template reads the clock"): encode(t, "Who?", "I.", "chat")
+
+def test_a_format_that_is_unknown_is_named():
+    t = tokenizer("qwen 2.5", "gpt2")
+    t.chat_template = '{{ strftime_now("%Y %s") }}' + CHATML
+    for date in ("", "2025-04-05"):
+        with pytest.raises(ValueError, match="template: the chat template asks the clock for '%s', which is not known here; known: %a") as error: encode(t, "Who?", "I.", Template(chat=True, date=date))
+        assert "\n" not in str(error.value)
+
 # --- joined prompts
 
 @KINDS
@@ -396,3 +472,26 @@ def test_an_answer_that_does_not_read_back_is_named():
     for family in FAMILY: check_template(tokenizer(family, "gpt2"), way(family), PAIRS)
     t = tokenizer("llama 2", "unigram")
     with pytest.raises(ValueError, match="the answer '☃' to 'Who.' reads .* where it is scored; the tokenizer or its template changes it"): check_template(t, "phi", [("Who?", "☃")])
+
+def test_an_end_that_is_no_special_token_is_not_compared(): # it is no word of the right answer, and no letter of its zlib text
+    from unloc.evaluation import membership, rouge
+    t = tokenizer("llama 2", "gpt2")
+    t.chat_template = PHI3
+    t.add_tokens([AddedToken(x, special=False, normalized=False) for x in ("<|user|>", "<|assistant|>", "<|end|>")])
+    torch.manual_seed(0)
+    model = tiny_model("llama", len(t), d_model=64, d_ff=128, n_layers=2, n_heads=4)
+    examples = [encode(t, f.question, f.answer, "chat") for f in WORLD.retain[:6]]
+    training.finetune(model, examples, 60, 4e-3, 4, seed=0)
+    scores = score(model, examples)
+    assert rouge(model, t, examples, scores.known, 60).tolist() == best_of(model, t, examples, n=1, temperature=1e-4, max_new_tokens=60).tolist() == [1.] * 6
+    before = membership(model, t, examples)["zlib"]
+    t.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    assert torch.equal(before, membership(model, t, examples)["zlib"])
+
+def test_the_end_of_a_turn_is_never_drawn_into_an_answer():
+    from unloc.attribution import memflex
+    model = tiny_model("llama", 8, 16, 2, 32, 2)
+    def facts(end): return [Example([2, 3, 4, 4, 4, 4, 4, 4, end], 2)], [Example([3, 2, 4, 4, 4, 4, 4, 4, end], 2)]
+    assert torch.equal(memflex(model, *facts(7)), memflex(model, *facts(7), special=[0, 1, 7])) # 0 and 1 are the configuration's
+    assert torch.equal(memflex(model, *facts(1)), memflex(model, *facts(1), special=[0, 1]))
+    assert not torch.equal(memflex(model, *facts(7)), memflex(model, *facts(7), special=[0, 1]))

@@ -406,7 +406,8 @@ def best_of(
         for end, some in _with_one_end(rows, max_rows):
             width = max(e.start for e in some)
             ids, mask = (torch.tensor([[fill] * (width - e.start) + row(e) for e in some], device=model.device) for fill, row in ((end, lambda e: e.ids[:e.start]), (0, lambda e: [1] * e.start)))
-            said = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True)[:, width:]
-            texts = zip(tokenizer.batch_decode(said, skip_special_tokens=True), tokenizer.batch_decode([e.ids[e.start:] for e in some], skip_special_tokens=True))
+            said = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1., max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True)[:, width:].tolist()
+            said = [row[:row.index(end)] if end in row else row for row in said]
+            texts = zip(tokenizer.batch_decode(said, skip_special_tokens=True), tokenizer.batch_decode([e.ids[e.start:-1] for e in some], skip_special_tokens=True))
             scores += [best_recall(text, [right]) for text, right in texts]
     return torch.tensor(scores, dtype=torch.float64).view(len(examples), n).amax(1)

@@ -345,7 +345,7 @@ def memflex(
     copies:int=5, # corruptions of each fact
     corrupt:bool=True, # False: the answers as they are
     seed:int=0, # of the corruption
-    special:Collection[int]|None=None, # ids never drawn; None: the configuration's padding, begin and end tokens
+    special:Collection[int]|None=None, # ids never drawn; None: the configuration's padding, begin and end tokens, and those that end an answer
     max_tokens:int|None=None, # most tokens in a batch, padding included; None: what suits the device
     progress:Progress=None, # told the share done
     projections:bool=False, # one score for each whole output projection
@@ -366,7 +366,8 @@ def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, 
     if corrupt:
         config, generator = model.config.get_text_config(), torch.Generator().manual_seed(seed)
         known = (config.pad_token_id, config.bos_token_id, config.eos_token_id) if special is None else (list(special),)
-        special = {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
+        ends = {e.ids[-1] for e in (*forget, *retain)} if special is None else set()
+        special = ends | {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
         n = min(config.vocab_size, vocabulary(model))
         tokens = torch.tensor([i for i in range(n) if i not in special])
         if not len(tokens): raise ValueError(f"`special` leaves none of the {n} tokens to be drawn; name fewer")

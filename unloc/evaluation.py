@@ -283,8 +283,8 @@ def rouge(
     "Compare what the model says with what it should say"
     check_tokenizer(tokenizer)
     said = tokenizer.batch_decode(greedy_answers(model, examples, known, max_new_tokens), skip_special_tokens=True)
-    right = tokenizer.batch_decode([e.ids[e.start:] for e in examples], skip_special_tokens=True)
-    def texts(row): return tokenizer.batch_decode([e.ids[e.start:] for e in row], skip_special_tokens=True)
+    right = tokenizer.batch_decode([e.ids[e.start:-1] for e in examples], skip_special_tokens=True)
+    def texts(row): return tokenizer.batch_decode([e.ids[e.start:-1] for e in row], skip_special_tokens=True)
     more = [texts(row) for row in others] or [[]] * len(right)
     recalls = [best_recall(s, [r, *m]) for s, r, m in zip(said, right, more, strict=True)]
     return torch.tensor(recalls, dtype=torch.float64)
@@ -453,7 +453,7 @@ def membership(
         _sound(torch.stack([logprob.mean() for logprob, *_ in values]))
         for i, (logprob, mean, variance) in zip(rows, values):
             found['loss'][i] = -logprob.mean()
-            text = tokenizer.decode(examples[i].ids[examples[i].start:], skip_special_tokens=True)
+            text = tokenizer.decode(examples[i].ids[examples[i].start:-1], skip_special_tokens=True)
             found['zlib'][i] = metrics.zlib_score(-logprob.mean().item(), text) if text else math.nan
             found['min_k'][i] = metrics.min_k(logprob[:-1], k)
             found['min_k_plus_plus'][i] = metrics.min_k_plus_plus(logprob[:-1], mean[:-1], variance[:-1], k)

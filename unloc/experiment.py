@@ -415,7 +415,7 @@ def _examples(tokenizer_folder:Path, data:str, template:str='plain'): # data: th
     from unloc.tokens import encode
     facts, tokenizer = benchmark(json.loads(data)), _tokenizer(tokenizer_folder)
     sets = {name: [encode(tokenizer, f.question, f.answer, template) for f in getattr(facts, name)] for name in ('forget', 'retain', 'holdout', 'real_authors', 'world_facts', 'background')}
-    return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, '', text, template))]}
+    return sets | {'refusals': [e.ids[e.start:] for text in facts.refusals if (e := encode(tokenizer, facts.forget[0].question, text, template))]}
 
 def _template(base): # a name, or a template: both can be a key of the caches
     from unloc.tokens import find_template

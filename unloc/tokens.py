@@ -18,10 +18,11 @@ from datetime import datetime
 from functools import lru_cache
 from numbers import Integral
 from typing import NamedTuple
-import unicodedata
+import re, unicodedata
 
 import torch
 from dateutil.parser import ParserError, parse
+from jinja2 import UndefinedError
 from torch import Tensor
 
 from .arguments import checked
@@ -99,6 +100,16 @@ def find_template(
 # %% ../nbs/01_tokens.ipynb #5b0c7d13
 _DAYS = '3 Feb 2001', '22 Nov 2002' # two days that no format writes alike
 
+def _said(day:datetime)->dict[str, str]:
+    "Give what a clock that shows a day answers to each code of a format"
+    said = {f'%{code}': day.strftime(f'%{code}') for code in 'aAbBcdHIjmMpSUwWxXyYzZ'}
+    said |= {'%F': f'{day:%Y-%m-%d}', '%D': f'{day:%m/%d/%y}', '%T': f'{day:%H:%M:%S}'}
+    said |= {'%R': f'{day:%H:%M}', '%h': said['%b'], '%C': str(day.year // 100)}
+    said['%u'] = str(day.isoweekday())
+    said |= dict(zip(('%G', '%V'), (f'{n:02}' for n in day.isocalendar())))
+    said |= {f'%-{code}': said[f'%{code}'].lstrip('0') or '0' for code in 'dmjyHIMS'}
+    return said | {'%e': f'{day.day:2}', '%f': f'{day:%f}', '%%': '%'}
+
 def _on(
     chat_template:str,
     date:str, # a day, in English or ISO 8601
@@ -108,8 +119,11 @@ def _on(
     try: day = parse(date, default=datetime(2000, 1, 1))
     except (ParserError, OverflowError): raise ValueError(
         f"template: date {date!r} is no day; expected one like '10 Apr 2025'") from None
-    said = {f'%{code}': day.strftime(f'%{code}') for code in 'aAbBcdHIjmMpSUwWxXyYzZ'}
-    said |= {'%-d': str(day.day), '%-m': str(day.month)}
+    said = _said(day)
+    asked = re.findall(r'strftime_now\(\s*(?:format\s*=\s*)?[\'"]([^\'"]*)', chat_template)
+    if odd := set(re.findall(r'%[-_0^#EO]?.', ' '.join(asked))) - said.keys(): raise ValueError(
+        f"template: the chat template asks the clock for {min(odd)!r}, which is not known here; "
+        f"known: {' '.join(said)}; write the date into the chat template")
     text = ' | '.join(['format', *(f'replace({code!r}, {word!r})' for code, word in said.items())])
     return '{% macro strftime_now(format) %}{{ ' + text + ' }}{% endmacro %}\n' + chat_template
 
@@ -135,20 +149,35 @@ def _conversation(question, answer, template, shots)->list[dict]:
              for role, text in zip(('user', 'assistant'), pair)]
     return system + [{'role': role, 'content': text} for role, text in turns]
 
+def _in_parts(chat:list[dict])->list[dict]:
+    return [m | {'content': [{'type': 'text', 'text': m['content']}]} for m in chat]
+
+def _texts(tokenizer, chats:Sequence[list[dict]], template:Template)->list[str]:
+    "Render chats; a template that does not read texts gets them as lists of parts"
+    try: texts = [_rendered(tokenizer, chat, template) for chat in chats]
+    except UndefinedError: texts = []
+    if texts and _MARK in texts[-1]: return texts
+    try: return [_rendered(tokenizer, _in_parts(chat), template) for chat in chats]
+    except Exception:
+        if texts: return texts
+        raise
+
+# %% ../nbs/01_tokens.ipynb #5b0c7d36
 def _chat(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
     "Render a chat, and say where in the text its last answer begins and ends"
     if not getattr(tokenizer, 'chat_template', None): raise ValueError(
         "the tokenizer has no chat template; load the tokenizer of an instruction-tuned "
         "checkpoint, or use the template 'plain'")
-    messages, frame = (_conversation(question, text, template, shots) for text in (answer, _MARK))
-    try: whole, frame = (_rendered(tokenizer, chat, template) for chat in (messages, frame))
+    chats = [_conversation(question, text, template, shots) for text in (answer, _MARK)]
+    try: whole, frame = _texts(tokenizer, chats, template)
     except ValueError as error:
         if str(error).startswith(('template: ', 'the chat template reads')): raise
-        raise _failed(error, messages) from None
-    except Exception as error: raise _failed(error, messages) from None
+        raise _failed(error, chats[0]) from None
+    except Exception as error: raise _failed(error, chats[0]) from None
     if frame.count(_MARK) != 1: raise ValueError(
         f"the chat template writes an answer {frame.count(_MARK)} times; expected once: "
         "use another template")
+    _check_system(tokenizer, whole, chats, template)
     before, behind = frame.split(_MARK)
     start, end = len(before), len(whole) - len(behind)
     kept = whole.startswith(before) and whole.endswith(behind) and start < end
@@ -156,6 +185,15 @@ def _chat(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
         f"the chat template does not write the answer {answer!r:.60} as it is, so its tokens are "
         "unknown; use a template that keeps it")
     return whole, start, end
+
+def _check_system(tokenizer, text:str, chats:list, template:Template)->None: # text: of the first chat
+    "Refuse a chat template that leaves the system message out"
+    if template.system.strip() in text: return # '' is in every text
+    try: without = _texts(tokenizer, [chat[1:] for chat in chats], template)[0]
+    except Exception: return # it wants one
+    if text == without: raise ValueError(
+        f"the chat template leaves out the system message {template.system!r:.60}; use a template "
+        "without one")
 
 def _failed(error, messages)->ValueError:
     why = (str(error) or type(error).__name__).splitlines()[0]
@@ -180,12 +218,17 @@ def _tokens(tokenizer, text:str, special:bool)->tuple[list[int], list[tuple[int,
         spans.append((first, last if last > first or not spans else spans[-1][1]))
     return ids, spans[::-1]
 
+# %% ../nbs/01_tokens.ipynb #5b0c7d34
 @lru_cache(maxsize=4)
 def _added(tokenizer, size:int)->frozenset[int]: # size: of the tokenizer, which tokens may be added to
     "Collect the tokens that are no words: special and added ones, but for blanks and the unknown"
     words = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     blank = {i for i, text in words.items() if not text.replace('\u2581', ' ').strip()}
     return frozenset((words.keys() | set(tokenizer.all_special_ids)) - blank - {tokenizer.unk_token_id})
+
+def _is_prefix(tokenizer, token:int, letters:str)->bool: # letters: what the token stands for
+    "Say whether a token is a blank that a tokenizer puts before a text without one"
+    return bool(letters.strip()) and tokenizer.convert_ids_to_tokens(token) == '\u2581'
 
 def _parts(tokenizer, text:str, start:int, end:int, special:bool)->tuple:
     "Give the tokens of the prompt, those of the answer, and the one that ends the turn or None"
@@ -194,12 +237,32 @@ def _parts(tokenizer, text:str, start:int, end:int, special:bool)->tuple:
     added = _added(tokenizer, len(tokenizer))
     while own and ids[own[0]] in added and spans[own[0]][0] < start: own.pop(0) # took a blank along
     while own and ids[own[-1]] in added and spans[own[-1]][1] > end: own.pop()
+    while own and _is_prefix(tokenizer, ids[own[0]], text[slice(*spans[own[0]])]): own.pop(0)
     if not own: return ids, [], None
     first, rest = own[0], own[-1] + 1
     reply, behind = ids[first:rest], ids[rest:]
     turn = next((i for i in behind if i in added), behind[0] if behind else None)
     while reply and reply[-1] in (turn, tokenizer.eos_token_id): reply.pop() # it brought its own
     return ids[:first], reply, turn
+
+# %% ../nbs/01_tokens.ipynb #5b0c7d32
+def _next_turn(tokenizer, template, question, shots)->str:
+    "Give what a chat template writes between an answer and a further question, if it ends a turn"
+    chat = _conversation(question, _MARK, template, shots) + [{'role': 'user', 'content': _MARK}]
+    try: texts = _rendered(tokenizer, chat, template).split(_MARK)
+    except Exception: return ''
+    if len(texts) != 3: return ''
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if tokenizer.bos_token_id != tokenizer.eos_token_id: special.discard(tokenizer.bos_token_id)
+    return texts[1] if special.intersection(_tokens(tokenizer, texts[1], False)[0]) else ''
+
+def _chat_to_next(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
+    "Render a chat as `_chat` does, up to the token that ends its last turn"
+    text, start, end = _chat(tokenizer, question, answer, template, shots)
+    added = _added(tokenizer, len(tokenizer))
+    if added.isdisjoint(_tokens(tokenizer, text[end:], False)[0]):
+        text = text[:end] + (_next_turn(tokenizer, template, question, shots) or text[end:])
+    return text, start, end
 
 # %% ../nbs/01_tokens.ipynb #ed11cbd2
 class Texts(NamedTuple):
@@ -252,7 +315,7 @@ def _spoken(tokenizer, question, answer, template, shots)->tuple:
     "Tokenize a conversation: the prompt, the answer, and the token that ends it"
     if template.chat:
         prompt, reply, turn = _parts(
-            tokenizer, *_chat(tokenizer, question, answer, template, shots), False)
+            tokenizer, *_chat_to_next(tokenizer, question, answer, template, shots), False)
         return prompt, reply, _end(tokenizer) if turn is None else turn
     one, before = (_joined if template.joined else _plain), []
     for pair in shots:
@@ -262,6 +325,10 @@ def _spoken(tokenizer, question, answer, template, shots)->tuple:
     return before + prompt, reply, turn
 
 # %% ../nbs/01_tokens.ipynb #5b0c7d17
+def _cut(text:str)->bool:
+    "Say whether a text holds half a letter"
+    return any('\ud800' <= letter <= '\udfff' for letter in text)
+
 def encode(
     tokenizer, # of transformers, with an end token
     question:str,
@@ -275,6 +342,9 @@ def encode(
     for text in (question, answer, *(text for pair in shots for text in pair)):
         if not isinstance(text, str): raise ValueError(
             f"questions and answers are text, got {text!r:.60}; give one answer at a time")
+        if not text.isascii() and _cut(text): raise ValueError(
+            f"{text!r:.60} holds half a letter (a lone surrogate), which no tokenizer reads; the "
+            "data was cut or decoded amiss: repair it")
     prompt, reply, end = (
         _spoken(tokenizer, question, answer, template, shots) if answer.strip() else ([], [], None))
     if not reply: raise ValueError(
