@@ -164,6 +164,23 @@ def test_a_percent_sign_and_an_umlaut_are_plain_text(tmp_path):
     (tmp_path / "settings.ini").write_text('[smoke]\nsource = "100 %/größe # 3"\n', "utf-8")
     assert cli.profiles(tmp_path) == {"smoke": {"source": "100 %/größe # 3"}}
 
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_a_store_that_is_a_file_is_named_by_a_plan(below, project, tmp_path):
+    (tmp_path / "file").touch()
+    one_line(project.call("plan", "--profile", "smoke", "--store", f"{tmp_path}/file{below}"), f"no runs can be kept in {tmp_path}/file{below}: {tmp_path}/file is a file; choose another folder with --store")
+
+@pytest.mark.skipif(os.name != "posix", reason="removes the current folder as POSIX allows")
+def test_a_current_folder_that_is_gone_is_named(project, tmp_path):
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(["sh", "-c", 'rmdir "$PWD"; exec "$0" list', UNLOC], cwd=tmp_path / "gone", env=project.env, capture_output=True, encoding="utf-8")
+    one_line((done.returncode, done.stdout, done.stderr), "the current folder is gone; change to another one")
+
+@pytest.mark.parametrize("given", ["many", "0", "-1"])
+def test_a_number_of_cores_that_is_none_is_named(given, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", given)
+    if given != "many": assert cores() >= 1; return
+    with pytest.raises(ValueError, match="LOKY_MAX_CPU_COUNT must be a whole number of at least 1, got 'many'"): cores()
+
 def test_executed_notebooks_have_a_place_where_the_checkout_is_read_only(tmp_path, monkeypatch):
     assert cli._copies(tmp_path, "smoke", tmp_path / "out") == tmp_path / "_out" / "smoke"
     monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path)

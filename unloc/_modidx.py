@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'unloc.cli._at_once': ('cli.html#_at_once', 'unloc/cli.py'),
                            'unloc.cli._cells': ('cli.html#_cells', 'unloc/cli.py'),
                            'unloc.cli._copies': ('cli.html#_copies', 'unloc/cli.py'),
+                           'unloc.cli._demand_place': ('cli.html#_demand_place', 'unloc/cli.py'),
                            'unloc.cli._demand_scratch': ('cli.html#_demand_scratch', 'unloc/cli.py'),
                            'unloc.cli._do': ('cli.html#_do', 'unloc/cli.py'),
                            'unloc.cli._drawn_inline': ('cli.html#_drawn_inline', 'unloc/cli.py'),

@@ -26,6 +26,8 @@ def _said(error:Exception)->str:
 def project_root(start:Path|None=None)->Path: # start: a folder inside the checkout; None: the current one
     "Find the checkout"
     from unloc.runs import checkout
+    try: start = start or Path.cwd()
+    except FileNotFoundError: raise Problem("the current folder is gone; change to another one") from None
     if found := checkout(start): return found
     raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); clone the repository and call unloc inside it")
 
@@ -193,6 +195,11 @@ def _writable(folder:Path, remedy:str='choose another folder with --out or --sto
         with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(2**16))
     except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or {remedy}") from None
     return folder
+
+def _demand_place(store:Path)->None:
+    "Demand that the folder of runs is one, or can become one"
+    there = next((place for place in (store, *store.parents) if place.exists()), store)
+    if there.is_file(): raise Problem(f"no runs can be kept in {store}: {there} is a file; choose another folder with --store")
 
 def _demand_scratch()->None:
     "Demand a folder for temporary files, which kernels and workers take, too"
@@ -456,7 +463,7 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     "Print the plan of a profile"
     import logging, warnings
     asked = order(root, profile, only, **rest)
-    _demand_scratch()
+    _demand_scratch(); _demand_place(asked.store)
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan

@@ -102,7 +102,9 @@ def check_run(path:Path)->None:
 def cores()->int: # at least 1
     "Count the processor cores that this process may use, within the limits of its container"
     from joblib import cpu_count
-    return cpu_count()
+    try: return cpu_count()
+    except ValueError: given = os.environ.get('LOKY_MAX_CPU_COUNT')
+    raise ValueError(f"LOKY_MAX_CPU_COUNT must be a whole number of at least 1, got {given!r}")
 
 def processor()->str: # such as 'x86-64 AVX-512', 'x86-64 AVX2' or 'arm64'
     "Name the kind of processor, as far as it decides the last digits of a sum"
