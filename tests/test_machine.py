@@ -133,6 +133,60 @@ def test_a_profile_that_cannot_be_a_folder_everywhere_is_refused(name, project):
     (project.root / "settings.ini").write_text(f"[{name}]\n" if name else "[ ]\n", "utf-8")
     one_line(project.call("plan", "--profile", name or " "), r"a profile|figures go to a folder|cannot be read|unknown profile")
 
+@pytest.mark.parametrize("name", ["con", "NUL", "Com1", "aux.tiny", "a.", "tiny.."])
+def test_a_profile_that_windows_cannot_have_as_a_folder_is_refused(name):
+    with pytest.raises(cli.Problem, match=rf"settings.ini \[{re.escape(name)}\]: figures go to a folder"): cli._folder_name(name)
+
+@pytest.mark.parametrize("name", ["größe", "llama3.1-8b", "a", "con-8b", "console", "多", "a b"])
+def test_a_profile_may_have_a_name_of_any_language(name): cli._folder_name(name)
+
+VALUES = {
+    "a comment behind": ("seeds = 3 # three", "seeds is not JSON .*a comment takes a line of its own"),
+    "a comment behind a list": ("ratios = [0.5] ; half", "ratios is not JSON .*a comment takes a line of its own"),
+    "a name twice": ('evaluate = {"retain": 5, "retain": 6}', "evaluate is not JSON .the name 'retain' stands twice in it"),
+    "a name twice inside": ('unlearn = {"wga": {"lr": 1, "lr": 2}}', "the name 'lr' stands twice in it"),
+    "NaN": ("margin = NaN", "margin is not JSON .NaN is no finite number"),
+    "infinity": ("ratios = [-Infinity]", "-Infinity is no finite number"),
+    "too large": ('inject = {"lr": 1e999}', "1e999 is no finite number"),
+    "no jobs": ("jobs = 0", r"settings.ini \[smoke\]: jobs must be at least 1, got 0"),
+    "less than none": ("jobs = -3", r"settings.ini \[smoke\]: jobs must be at least 1, got -3"),
+    "notebooks by number": ("notebooks = [21]", r"notebooks must be a list of names, got \[21\]"),
+}
+
+@pytest.mark.parametrize("line, says", VALUES.values(), ids=VALUES)
+def test_a_value_of_a_profile_has_its_own_cause(line, says, tmp_path):
+    (tmp_path / "nbs").mkdir()
+    for notebook in cli.notebooks(ROOT): shutil.copy(notebook, tmp_path / "nbs")
+    (tmp_path / "settings.ini").write_text(f"[smoke]\n{line}\n", "utf-8")
+    with pytest.raises(cli.Problem, match=says): cli.order(tmp_path, "smoke")
+
+def test_a_percent_sign_and_an_umlaut_are_plain_text(tmp_path):
+    (tmp_path / "settings.ini").write_text('[smoke]\nsource = "100 %/größe # 3"\n', "utf-8")
+    assert cli.profiles(tmp_path) == {"smoke": {"source": "100 %/größe # 3"}}
+
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_a_store_that_is_a_file_is_named_by_a_plan(below, project, tmp_path):
+    (tmp_path / "file").touch()
+    one_line(project.call("plan", "--profile", "smoke", "--store", f"{tmp_path}/file{below}"), f"no runs can be kept in {tmp_path}/file{below}: {tmp_path}/file is a file; choose another folder with --store")
+
+@pytest.mark.skipif(os.name != "posix", reason="removes the current folder as POSIX allows")
+def test_a_current_folder_that_is_gone_is_named(project, tmp_path):
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(["sh", "-c", 'rmdir "$PWD"; exec "$0" list', UNLOC], cwd=tmp_path / "gone", env=project.env, capture_output=True, encoding="utf-8")
+    one_line((done.returncode, done.stdout, done.stderr), "the current folder is gone; change to another one")
+
+@pytest.mark.parametrize("given", ["many", "0", "-1"])
+def test_a_number_of_cores_that_is_none_is_named(given, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", given)
+    if given != "many": assert cores() >= 1; return
+    with pytest.raises(ValueError, match="LOKY_MAX_CPU_COUNT must be a whole number of at least 1, got 'many'"): cores()
+
+def test_executed_notebooks_have_a_place_where_the_checkout_is_read_only(tmp_path, monkeypatch):
+    assert cli._copies(tmp_path, "smoke", tmp_path / "out") == tmp_path / "_out" / "smoke"
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path)
+    assert cli._copies(tmp_path, "smoke", tmp_path / "out") == tmp_path / "out" / "_out" / "smoke"
+    assert cli._copies(tmp_path, "smoke", None) == tmp_path / "_out" / "smoke", "it says what to do"
+
 # --- encodings and line ends
 
 @pytest.mark.parametrize("change", [lambda b: b.replace(b"\n", b"\r\n"), lambda b: codecs.BOM_UTF8 + b, lambda b: codecs.BOM_UTF8 + b.replace(b"\n", b"\r\n")], ids=["CRLF", "BOM", "both"])

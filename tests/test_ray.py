@@ -71,7 +71,7 @@ def logging(path, do, seconds=.2): # a compute whose calls are lines: name, node
 
 def write(description, parent, folder, progress):
     progress(.5)
-    (folder / "result.json").write_text(json.dumps({"n": description["n"], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "told": os.environ.get("UNLOC_PROGRESS"), "ended": time.time()}), "utf-8")
+    (folder / "result.json").write_text(json.dumps({"n": description["n"], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "told": os.environ.get("UNLOC_PROGRESS"), "ended": time.monotonic()}), "utf-8")
 
 # --- every run finishes, with the bytes of one machine
 
@@ -114,8 +114,8 @@ def test_a_killed_node_costs_no_run_and_no_byte(on_ray, tmp_path):
 
 def together(log): # two runs, each of which waits for the other
     def compute(description, parent, folder, progress):
-        end = time.time() + 1200
-        while len(lines(log)) < 2: time.sleep(.05); assert time.time() < end, "alone"
+        end = time.monotonic() + 1200
+        while len(lines(log)) < 2: time.sleep(.05); assert time.monotonic() < end, "alone"
         write(description, parent, folder, progress)
     return logging(str(log), compute)
 
@@ -127,7 +127,7 @@ def test_two_nodes_work_at_once(on_ray, tmp_path):
 def test_jobs_are_a_limit_and_workers_do_the_work(on_ray, tmp_path, monkeypatch):
     monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events"))
     def timed(description, parent, folder, progress):
-        began = time.time(); time.sleep(.4); write(description, parent, folder, progress)
+        began = time.monotonic(); time.sleep(.4); write(description, parent, folder, progress)
         (folder / "began.json").write_text(json.dumps(began), "utf-8")
     found = sweep(Store(tmp_path / "s"), numbered(*range(4)), 1, logging(str(tmp_path / "log"), timed, 0))
     spans = sorted((run.json("began.json"), run.json()["ended"]) for run in found)

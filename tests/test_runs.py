@@ -107,6 +107,46 @@ def test_a_full_disk_leaves_what_was_there(start, tmp_path, jobs):
     finish(start("whole"))
     assert files(tmp_path / "store") == files(tmp_path / "whole")
 
+# --- stores that others left
+
+def store_of_two(tmp_path): # a child on its parent
+    store, parent = Store(tmp_path / "s"), {"kind": "a", "n": 1}
+    child = {"kind": "b", "n": 2, "parent": parent}
+    sweep(store, [child], compute=compute)
+    return store, child, store.root / run_id(parent)
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"machine": ["x"]}', '{"machine": 3}', "<<<<<<< HEAD", None])
+def test_a_description_that_names_no_machine_costs_no_finished_run(content, tmp_path): # of an early version, or damaged
+    store, child, parent = store_of_two(tmp_path)
+    if content is None: (parent / "description.json").unlink()
+    else: (parent / "description.json").write_text(content, "utf-8")
+    assert [run.json() for run in sweep(store, [child], compute=compute)] == [{"n": 2}]
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "half"])
+def test_a_damaged_divergence_is_named(content, tmp_path):
+    store, child, parent = store_of_two(tmp_path)
+    shutil.rmtree(store.root / run_id(child))
+    (parent / "diverged.json").write_text(content, "utf-8")
+    with pytest.raises(DamagedRun, match=f"run {parent.name} has no readable diverged.json .*delete the folder"): sweep(store, [child], compute=compute)
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links as POSIX does")
+def test_a_run_may_be_a_link_but_not_to_nowhere(tmp_path):
+    store, child, parent = store_of_two(tmp_path)
+    parent.rename(tmp_path / "elsewhere"); parent.symlink_to(tmp_path / "elsewhere")
+    assert sweep(store, [child["parent"]], compute=compute)[0].json() == {"n": 1}
+    (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    def never(*_): pytest.fail("it is computed, and then has no place")
+    with pytest.raises(DamagedRun, match=f"run {parent.name} is a link to {tmp_path}/elsewhere, which is not there"): sweep(store, [child["parent"]], compute=never)
+
+@pytest.mark.parametrize("change, says", [({"lr": float("nan")}, "plain values, finite numbers"), ({"x": {1}}, "plain values.*set is not JSON"), ({"x": {3: 4}}, "names are texts"), ({"x": Path("a")}, "plain values.*Path"), ({"parent": None}, "must be a dictionary")])
+def test_a_description_that_cannot_be_named_is_refused(change, says, tmp_path):
+    with pytest.raises(ValueError, match=says): sweep(Store(tmp_path), [{"kind": "a", "n": 1} | change], compute=compute)
+    with pytest.raises(ValueError, match="must be a dictionary whose names are texts, got 'kind'"): sweep(Store(tmp_path), {"kind": "a"}, compute=compute)
+
+@pytest.mark.parametrize("jobs", [0, -2, 2.5, None, True, "2"])
+def test_a_number_of_jobs_that_is_none_is_refused(jobs, tmp_path):
+    with pytest.raises(ValueError, match="jobs must be a whole number of at least 1, or -1"): sweep(Store(tmp_path), [{"kind": "a", "n": 1}], jobs, compute)
+
 # --- reading
 
 def damaged(run, how):

@@ -44,7 +44,7 @@ def test_nothing_of_the_package_is_taken_for_a_users():
 
 def test_names_and_additions_need_no_torch():
     code = "import sys; from unloc.experiment import *; from unloc.registers import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout == "False\n"
 
 # --- a user's method names its runs
 
@@ -107,7 +107,7 @@ def test_an_imported_module_is_digested_whole(old, new, same, tmp_path, monkeypa
 
 def digest_in_a_script(text): # of f, in a program of its own
     code = textwrap.dedent(text) + "\nfrom unloc.registers import digest_of\nprint(digest_of('localizer', 'f', f))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": str(len(text))}).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, env=os.environ | {"PYTHONHASHSEED": str(len(text))}).stdout
 
 SCRIPT = "import functools\nclass C:\n    def __init__(self, n): self.n = n\n    def __call__(self, model): return self.n\ndef g(x): return x if x in {'a', 'b', 'c'} else 2\ndef make(n): return lambda model: g(n)\nf = make(1)\n"
 @pytest.mark.parametrize("text, same", [(SCRIPT, True), ("#\n" + SCRIPT, True), (SCRIPT.replace("else 2", "else 3"), False), (SCRIPT.replace("make(1)", "make(2)"), False),

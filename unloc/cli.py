@@ -12,6 +12,7 @@ __all__ = ['Problem', 'project_root', 'notebooks', 'promise', 'parameters', 'art
 # %% ../nbs/18_cli.ipynb #7ae02dd8
 import argparse, ast, configparser, contextlib, difflib, json, os, re, shutil, sys, tempfile, threading, time
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 # %% ../nbs/18_cli.ipynb #1d6a1a48
@@ -25,6 +26,8 @@ def _said(error:Exception)->str:
 def project_root(start:Path|None=None)->Path: # start: a folder inside the checkout; None: the current one
     "Find the checkout"
     from unloc.runs import checkout
+    try: start = start or Path.cwd()
+    except FileNotFoundError: raise Problem("the current folder is gone; change to another one") from None
     if found := checkout(start): return found
     raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); clone the repository and call unloc inside it")
 
@@ -64,11 +67,29 @@ def artefacts(notebook:Path)->list[str]:
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
     return [f'{name}.{suffixes[kind]}' for kind, name in re.findall(r"save_(figure|table)\(\w+, out, '(\w+)'", source)]
 
-# %% ../nbs/18_cli.ipynb #379ce829
-def _json(where, name, text):
-    try: return json.loads(text)
-    except ValueError as error: raise Problem(f"{where}: {name} is not JSON ({error}): {' '.join(text.split())[:80]}") from None
+# %% ../nbs/18_cli.ipynb #5e77a001
+def _once(pairs:list[tuple])->dict:
+    "Refuse an object in which a name stands twice, the first of which would not count"
+    found = {}
+    for name, value in pairs:
+        if name in found: raise ValueError(f"the name {name!r} stands twice in it")
+        found[name] = value
+    return found
 
+def _finite(text:str)->float:
+    "Refuse NaN and infinity, which JSON does not have and comparisons let pass"
+    if isfinite(number := float(text)): return number
+    raise ValueError(f"{text} is no finite number")
+
+def _json(where:str, name:str, text:str)->object:
+    "Read a value of a profile or of the command line"
+    try: return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    except ValueError as error:
+        hint = "; a comment takes a line of its own" if re.search(r'\s[#;]', text) else ''
+        shown = ' '.join(text.split())[:80]
+        raise Problem(f"{where}: {name} is not JSON ({error}){hint}: {shown}") from None
+
+# %% ../nbs/18_cli.ipynb #379ce829
 def profiles(root:Path)->dict[str, dict]: # profile: name: value
     "Read settings.ini"
     parser = configparser.ConfigParser(interpolation=None)
@@ -175,6 +196,11 @@ def _writable(folder:Path, remedy:str='choose another folder with --out or --sto
     except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or {remedy}") from None
     return folder
 
+def _demand_place(store:Path)->None:
+    "Demand that the folder of runs is one, or can become one"
+    there = next((place for place in (store, *store.parents) if place.exists()), store)
+    if there.is_file(): raise Problem(f"no runs can be kept in {store}: {there} is a file; choose another folder with --store")
+
 def _demand_scratch()->None:
     "Demand a folder for temporary files, which kernels and workers take, too"
     try: folder = Path(tempfile.gettempdir())
@@ -247,6 +273,30 @@ def _from(folder:Path, values:dict)->dict:
         found['model'] = {k: whole(v) if k in ('pretrained', 'retained', 'original') else v for k, v in model.items()}
     return found
 
+# %% ../nbs/18_cli.ipynb #5e77a004
+_DEVICES = r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?' # names that Windows keeps for itself
+
+def _folder_name(profile:str)->None:
+    "Demand that a profile can name a folder on every system"
+    if re.fullmatch(r'\w([\w.+ -]*[\w+-])?', profile) and not re.fullmatch(_DEVICES, profile, re.I): return
+    raise Problem(f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, "
+                  "digits, '.', '+', '-' and '_', no '.' or blank at the end, and no device of Windows")
+
+def _at_once(jobs:int|None, profile:str, values:dict, engine:str)->int|None: # None: the cluster's room
+    "Give the number of runs at once: the command's, else the profile's, else one a core"
+    from unloc.runs import cores
+    where = '--jobs'
+    if jobs is None and engine == 'local':
+        where, jobs = f'settings.ini [{profile}]: jobs', values.get('jobs', cores())
+    if jobs is not None and jobs < 1: raise Problem(f"{where} must be at least 1, got {jobs}")
+    return jobs
+
+def _copies(root:Path, profile:str, out:Path|None)->Path:
+    "Choose the folder of executed notebooks"
+    folder = root / '_out' / profile
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return folder if out is None or os.access(there, os.W_OK) else out.resolve() / '_out' / profile
+
 # %% ../nbs/18_cli.ipynb #124b69d7
 @dataclass(frozen=True)
 class Order:
@@ -270,24 +320,22 @@ def order(
     plugin:list[Path]=(), # files that register methods, besides those of the profile
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
-    from unloc.runs import cores
     known = profiles(root)
     values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
-    if not re.fullmatch(r'\w[\w.+ -]*', profile): raise Problem(f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, digits, '.', '+', '-' and '_'")
+    _folder_name(profile)
     plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))] + [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
-    if not isinstance(listed, list): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
     names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
     chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and _known('notebook', name, [*every, 'paper'])]
     given = assign(chosen, list(every.values()), _from(root, values), f'settings.ini [{profile}]')
     for notebook, more in assign(chosen, list(every.values()), _from(Path.cwd(), dict(changes)), '--set').items(): given[notebook] |= more
-    if jobs is None: jobs = (values.get('jobs') or cores()) if engine == 'local' else None
-    if jobs is not None and jobs < 1: raise Problem(f"--jobs must be at least 1, got {jobs}")
+    jobs = _at_once(jobs, profile, values, engine)
     figures, store = (out or (root / '_out' if profile == 'smoke' else root / 'figures')).resolve(), (store or root / '_runs').resolve()
     place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
     for notebook in chosen: given[notebook] |= {k: v for k, v in place.items() if k in parameters(notebook) and k not in dict(changes)}
-    return Order(given, jobs or -1, store, figures, root / '_out' / profile, plugins)
+    return Order(given, jobs or -1, store, figures, _copies(root, profile, out), plugins)
 
 # %% ../nbs/18_cli.ipynb #dc0a50a1
 def _plugin_files(profile, files)->list[str]:
@@ -415,7 +463,7 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     "Print the plan of a profile"
     import logging, warnings
     asked = order(root, profile, only, **rest)
-    _demand_scratch()
+    _demand_scratch(); _demand_place(asked.store)
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan

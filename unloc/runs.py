@@ -51,14 +51,19 @@ def code_fingerprint(modules:tuple[str, ...]=tuple(CODE))->str: # hexadecimal
 
 def _code(description): return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
 
+# %% ../nbs/14_runs.ipynb #5e77a006
 def public(description:dict)->dict:
     "Drop the entries that begin with an underscore, at every depth"
+    if not isinstance(description, dict) or not all(isinstance(name, str) for name in description):
+        raise ValueError(f"a run's description must be a dictionary whose names are texts, got {description!r:.60}")
     return {k: public(v) if isinstance(v, dict) else v for k, v in description.items() if not k.startswith('_')}
 
 def run_id(description:dict)->str: # 16 hexadecimal digits
     "Name a run by its description, the code and the libraries"
     whole = [public(description), _code(description), _versions()]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+    try: text = json.dumps(whole, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error: raise ValueError(f"a run's description holds plain values, finite numbers among them: {error}") from None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/14_runs.ipynb #35905a45
 class DamagedRun(RuntimeError): "A run folder that does not match its manifest"
@@ -98,7 +103,9 @@ def check_run(path:Path)->None:
 def cores()->int: # at least 1
     "Count the processor cores that this process may use, within the limits of its container"
     from joblib import cpu_count
-    return cpu_count()
+    try: return cpu_count()
+    except ValueError: given = os.environ.get('LOKY_MAX_CPU_COUNT')
+    raise ValueError(f"LOKY_MAX_CPU_COUNT must be a whole number of at least 1, got {given!r}")
 
 def processor()->str: # such as 'x86-64 AVX-512', 'x86-64 AVX2' or 'arm64'
     "Name the kind of processor, as far as it decides the last digits of a sum"
@@ -184,6 +191,7 @@ class Store:
         if parent and parent.diverged: return self[description]
         demand(description)
         path = self.root / run_id(description)
+        if path.is_symlink(): raise DamagedRun(f"run {path.name} is a link to {os.readlink(path)}, which is not there; mount that place, or remove {path}")
         partial, locks = path.with_suffix('.partial'), self.root / 'locks'
         locks.mkdir(parents=True, exist_ok=True)
         with _locked(locks / path.name):
@@ -201,7 +209,12 @@ _DIVERGED = 'diverged.json'
 
 def _why_diverged(path:Path)->str: # '' where the run has a result
     file = path / _DIVERGED
-    return json.loads(file.read_text('utf-8'))['error'] if file.exists() else ''
+    if not file.exists(): return ''
+    try: return json.loads(file.read_text('utf-8'))['error']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = ' '.join(str(error).split())
+        raise DamagedRun(f"run {path.name} has no readable {_DIVERGED} ({why}); "
+                         f"delete the folder {path} and start again to compute it anew") from None
 
 def _give_up(folder:Path, error:FloatingPointError)->None:
     "Keep why a run diverged, in place of what it had written"
@@ -230,8 +243,9 @@ def stages(descriptions:Iterable[dict])->list[list[dict]]:
     "Order descriptions and their ancestors: parents before children, none twice"
     depth, found = {}, {}
     def visit(d):
+        name = run_id(d) # first: it refuses what is no description
         level = visit(d['parent']) + 1 if 'parent' in d else 0
-        found.setdefault(name := run_id(d), d); depth[name] = level
+        found.setdefault(name, d); depth[name] = level
         return level
     for d in descriptions: visit(d)
     return [[found[name] for name, level in depth.items() if level == k] for k in range(max(depth.values(), default=-1) + 1)]
@@ -412,11 +426,23 @@ def _on_ray(store, missing, jobs, compute):
             fruitless = fruitless + 1 if len(left) == before else 0
     if left: raise RuntimeError(f"{len(left)} runs were lost with their workers in three rounds without a finished run, lastly by {type(lost).__name__}: {' '.join(str(lost).split())[:200]}; start again when the cluster is well, finished runs are kept")
 
+# %% ../nbs/14_runs.ipynb #5e77a005
+def _machine_of(file:Path)->str: # '' where it does not say, as in runs of the first versions
+    "Read from description.json which kind of machine computed a run"
+    try: found = json.loads(file.read_text('utf-8'))['machine']
+    except (OSError, ValueError, KeyError, TypeError): return ''
+    return found if isinstance(found, str) else ''
+
+def _demand_jobs(jobs:int)->None:
+    "Demand a number of runs at once, or -1"
+    if type(jobs) is int and (jobs >= 1 or jobs == -1): return
+    raise ValueError(f"jobs must be a whole number of at least 1, or -1 for as many as there is room for, got {jobs!r}")
+
 # %% ../nbs/14_runs.ipynb #a114c2a7
 def _meet(store:Store, descriptions:list[dict])->None:
     "Remember which kinds of machine computed runs and what they build on, and name them where they are several"
     files = [store.root / run_id(d) / 'description.json' for stage in stages(descriptions) for d in stage]
-    kinds = {json.loads(file.read_text('utf-8')).get('machine') for file in files if file.exists()} - {None}
+    kinds = {_machine_of(file) for file in files} - {''}
     _met.update(kinds)
     if len(kinds) < 2: return
     text = f"these runs come from several kinds of machine ({', '.join(sorted(kinds))}), whose last digits differ; for numbers of one kind, compute them anew in a store of their own: --store"
@@ -441,12 +467,12 @@ def _described(descriptions)->list[dict]:
     if isinstance(descriptions, (str, bytes)) or not hasattr(descriptions, '__iter__'):
         raise ValueError(f"sweep takes descriptions of runs, got {descriptions!r:.60}")
     descriptions = list(descriptions)
-    odd = [d for d in descriptions if not isinstance(d, dict) or 'kind' not in d]
+    odd = [d for d in descriptions if isinstance(d, dict) and 'kind' not in d]
     if odd: raise ValueError(
         f"a run is described by a dictionary with its kind, got {odd[0]!r:.60}")
     return descriptions
 
-@checked(but=['descriptions'])
+@checked(but=['descriptions', 'jobs'])
 def sweep(
     store:Store,
     descriptions:Iterable[dict],
@@ -454,8 +480,7 @@ def sweep(
     compute:Callable|None=None, # in place of the functions of unloc.experiment
 )->list[Run]: # in the order of the descriptions; of some `diverged` may say why they have no result
     "Do the runs that are missing, in parallel, and give all"
-    if jobs == 0: raise ValueError(
-        "jobs must be at least 1, or -1 for as many as there is room for, got 0")
+    _demand_jobs(jobs)
     descriptions, do = _described(descriptions), {'local': _here, 'ray': _on_ray}[engine()]
     load_plugins()
     for stage in stages(descriptions): # of a finished run, too: what it builds on may have been deleted
