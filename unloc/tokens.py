@@ -304,6 +304,10 @@ def check_examples(
     what:str, # name of the set, for the error
 )->None:
     "Refuse an empty set and a fact without an answer"
+    odd = examples if not isinstance(examples, Sequence) else \
+        next((e for e in examples if not isinstance(e, Example)), None)
+    if odd is not None or examples is None: raise ValueError(
+        f"the {what} set must be a list of Example, as from encode, got a {type(odd).__name__}")
     if not len(examples): raise ValueError(f"the {what} set is empty; give at least one fact")
     for i, e in enumerate(examples):
         if not 0 < e.start < len(e.ids) - 1: raise ValueError(f"fact {i} of the {what} set has no answer token between its prompt and its end token (start {e.start} of {len(e.ids)} tokens); leave it out or give it an answer")
