@@ -156,3 +156,55 @@ def test_answers_behind_one_question_count_their_own_positions(kind):
 def test_rows_are_filled_up_to_the_widest():
     facts = [Example([2, 3, *[4] * n, 1], 2) for n in (3, 3, 3, 2, 9)]
     assert list(evaluation._in_rows([0, 1, 2, 3, 4], facts, 8)) == [[0, 1], [2, 3], [4]] and list(evaluation._in_rows([0, 1, 2, 3, 4], facts, float("inf"))) == [[0, 1, 2, 3, 4]]
+
+# --- ids, layers and models that are of another kind
+
+@pytest.mark.parametrize("ids, says", [
+    (torch.tensor([5, 9, 7, 1]), "has tensor.* .a Tensor. in its ids; expected a list of whole numbers, as from ids.tolist"), ((5, 9, 7, 1), "a tuple"),
+    (torch.tensor([5, 9, 7, 1]).numpy(), "a ndarray"), ([5, "a", 7, 1], "has 'a' .a str. in its ids"), ([5, 9.5, 7, 1], "has 9.5 .a float."), ([5, None, 7, 1], "has None"), ([[5, 9, 7, 1]] * 4, "a list. in its ids")])
+def test_ids_that_are_no_list_of_whole_numbers_are_named(ids, says):
+    for door in (evaluation.score, attribution.gradient):
+        with pytest.raises(ValueError, match=f"^fact 1 of .*{says}") as error: door(M, [GET[0], Example(ids, 2)])
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="fact 0 of prompts has"): evaluation.greedy(M, [ids], [3], 1)
+
+def test_whole_numbers_of_numpy_and_torch_are_ids():
+    for kind in (lambda ids: list(torch.tensor(ids)), lambda ids: list(torch.tensor(ids).numpy())):
+        assert torch.equal(evaluation.score(M, [Example(kind(e.ids), e.start) for e in GET]).nll, evaluation.score(M, GET).nll)
+    import numpy
+    assert evaluation.greedy(M, [[5, 9]], [3], numpy.int64(1)) == evaluation.greedy(M, [[5, 9]], [3], 1)
+    with pytest.raises(ValueError, match="greedy: end must be a whole number or a list, got None"): evaluation.greedy(M, [[5, 9]], [3], None)
+
+@pytest.mark.parametrize("facts", [None, {"a": GET[0]}, ["who?"], WORLD.forget, GET[0], (e for e in GET)], ids=["none", "names", "texts", "facts", "one", "generator"])
+def test_a_set_is_a_list_of_examples(facts):
+    with pytest.raises(ValueError, match="must be a list of Example"): evaluation.score(M, facts)
+
+def test_refusals_are_lists_of_whole_numbers_of_any_kind():
+    def run(replies): return training.unlearn(learned(), REGION, GET, KEEP, probe(), training.Recipe("dpo", 1e-3, 1), 0, replies)[0].points
+    assert repr(run([(5, 1)])) == repr(run([[5, 1]]))
+    with pytest.raises(ValueError, match="fact 0 of refusals has 'n' .a str."): run(["no"])
+
+def test_a_layer_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="layer must be 0 to 1, got 9"): models.hidden_after(M, collate(GET), 9)
+
+def test_codegen_names_no_padding():
+    model = small("codegen", vocab_size=400, n_embd=64, n_head=8, n_positions=200, n_ctx=200)
+    assert attribution.memflex(model, GET[:3], KEEP[:3], copies=1).isfinite().all()
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_an_encoder_with_a_decoder_is_no_causal_language_model(name):
+    shape = dict(d_ff=32, d_kv=8, num_layers=1, num_heads=2) if name == "T5" else dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(vocab_size=400, d_model=16, **shape))
+    with pytest.raises(ValueError, match="reads the question in its encoder and answers in its decoder; give a causal language model"): evaluation.score(model, GET)
+
+def test_a_base_model_at_another_place_is_named():
+    config = transformers.Llama4TextConfig(**{k: SHAPE[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}, vocab_size=400, head_dim=8, intermediate_size_mlp=32, num_local_experts=2)
+    with pytest.raises(ValueError, match="the base model of this Llama4ForCausalLM is not where transformers says it is .'language_model'."): evaluation.score(transformers.Llama4ForCausalLM(config), GET)
+
+def test_weights_that_are_not_there_are_named():
+    with torch.device("meta"): model = learned()
+    part = learned()
+    part.transformer.h[1].to("meta")
+    for m in (model, part):
+        for door in (lambda: evaluation.score(m, GET), lambda: attribution.gradient(m, GET), lambda: training.finetune(m, GET, 1, 1e-3, 4, 0)):
+            with pytest.raises(ValueError, match="transformer.* has no weights in memory"): door()

@@ -149,3 +149,23 @@ def test_a_row_that_measures_distances_stands_alone():
         assert mask_limit(model) == 0 and score(model, FORGET).nll.tolist() == pytest.approx(want, rel=1e-5)
     assert mask_limit(transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True))) == 0
     assert mask_limit(build("gpt_neo", window=7)) == 7
+
+STATEFUL = { # class, configuration: layers in which a token reaches others past a mask
+    "jamba": ("Jamba", MIXTURE | dict(use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1)),
+    "lfm2": ("Lfm2", SMALL | dict(layer_types=["conv", "full_attention"])),
+    "minimax": ("MiniMax", MIXTURE | dict(layer_types=["linear_attention", "full_attention"], head_dim=8)),
+    "recurrent_gemma": ("RecurrentGemma", SMALL | dict(lru_width=16, attention_window_size=8, block_types=("recurrent", "attention")))}
+
+@pytest.mark.parametrize("name", [*STATEFUL, "openai-gpt", "llama"])
+def test_answers_to_one_question_do_not_see_each_other(name):
+    from unloc.tokens import Example
+    if name == "openai-gpt": # whose masks are of padding alone
+        model = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2)).eval()
+    else: model = made(*STATEFUL.get(name, ("Llama", SMALL)))
+    assert (mask_limit(model) == 0) == (name != "llama")
+    facts = [Example([5, 9, 7, 8, 1], 2), Example([5, 9, 3, 4, 1], 2), Example([5, 9, 44, 1], 2)]
+    alone = torch.cat([score(model, [e]).nll for e in facts])
+    torch.testing.assert_close(score(model, facts).nll, alone, rtol=1e-5, atol=1e-6)
+
+def test_known_architectures_keep_answers_behind_one_question():
+    assert {name for name in KNOWN if mask_limit(build(name)) == 0} <= {"bloom", "mpt"}

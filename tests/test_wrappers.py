@@ -259,7 +259,7 @@ def adapted(peft, target, **more):
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_anywhere_is_refused(peft, target, tmp_path):
     model = adapted(peft, target)
-    refused(model, r"holds an adapter .*; merge the adapter first .*merge_and_unload.*, or take it off \(model.delete_adapter")
+    refused(model, r"holds an adapter .*; merge the adapter first .*merge_and_unload.*, or load the model without it")
     for save in (save_model, save_pretrained, lambda m, path: save_change(m, REGION, path)):
         with pytest.raises(ValueError, match="merge the adapter first"): save(model, tmp_path / "m")
     with pytest.raises(ValueError, match="merge the adapter first"), quantized(model, 4): pass
@@ -392,3 +392,27 @@ def test_layers_of_a_quantization_library_are_refused(kind):
     made = layers.Linear8bitLt(24, 16, bias=False, has_fp16_weights=False) if kind == "Linear8bitLt" else layers.Linear4bit(24, 16, bias=False)
     model.model.layers[0].mlp.down_proj = made.to("cpu")
     refused(model, "a quantized checkpoint has to be loaded in bfloat16 or float32|does not compute the product")
+
+def test_a_trained_prompt_has_a_remedy_of_its_own(peft):
+    wrapped = peft.get_peft_model(small(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    refused(wrapped, r"a prompt cannot be merged; give the model without it: model.get_base_model\(\)")
+    assert region_shape(wrapped.get_base_model()) == (2, 24)
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_output_layer_of_integers_is_named():
+    model = torch.ao.quantization.quantize_dynamic(small(), {nn.Linear})
+    with pytest.raises(ValueError, match="the output layer, a Linear of torch.ao.*, has no weight of floats; load the model unquantized"): score(model, FACTS)
+
+def test_gradients_of_before_do_not_move_locked_weights():
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss(model).backward()
+    before = locked_digest(model, REGION)
+    with unlock(model, REGION) as columns:
+        optimizer.add_param_group({"params": columns.parameters()})
+        loss(model).backward()
+        with pytest.raises(RuntimeError, match="holds weights outside of the region that have a gradient, so its step would move them; make it of the columns alone"): optimizer.step()
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    assert locked_digest(model, REGION) == before

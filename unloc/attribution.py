@@ -365,7 +365,8 @@ def _moments(model, forget, retain, copies, corrupt, seed, special, max_tokens, 
     if copies < 1: raise ValueError(f"copies must be at least 1, got {copies}")
     if corrupt:
         config, generator = model.config.get_text_config(), torch.Generator().manual_seed(seed)
-        known = (config.pad_token_id, config.bos_token_id, config.eos_token_id) if special is None else (list(special),)
+        names = 'pad_token_id', 'bos_token_id', 'eos_token_id'
+        known = [getattr(config, name, None) for name in names] if special is None else (list(special),)
         ends = {e.ids[-1] for e in (*forget, *retain)} if special is None else set()
         special = ends | {i for ids in known for i in (ids if isinstance(ids, list) else [ids])}
         n = min(config.vocab_size, vocabulary(model))

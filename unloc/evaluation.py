@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -212,9 +213,11 @@ def greedy(
     max_rows:int=64, # at once
 )->list[list[int]]: # new tokens, without the end token
     "Continue every prompt by the most likely token, up to its end token"
-    ends = [end] * len(prompts) if isinstance(end, int) else list(end)
-    if len(prompts) != len(limits) or not all(prompts): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not p for p in prompts)} of them empty, and {len(limits)} limits")
-    if odd := [x for x in (*limits, *ends) if type(x) is not int]: raise ValueError(
+    if odd := [p for p in prompts if not hasattr(p, '__len__')]: raise ValueError(
+        f"greedy needs prompts of token ids, got {odd[0]!r:.40} among them")
+    ends = [end] * len(prompts) if isinstance(end, Integral) else list(end)
+    if len(prompts) != len(limits) or not all(map(len, prompts)): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not len(p) for p in prompts)} of them empty, and {len(limits)} limits")
+    if odd := [x for x in (*limits, *ends) if not isinstance(x, Integral)]: raise ValueError(
         f"limits and end tokens are whole numbers, got {odd[0]!r:.40}")
     if len(ends) != len(prompts): raise ValueError(
         f"greedy needs one end token, or an end token for each prompt, got {len(ends)} for {len(prompts)}")

@@ -287,6 +287,12 @@ def _stepping(model, columns:list[nn.Parameter])->Iterator[None]:
     own, locked = {id(p) for p in columns}, {id(p) for p in model.parameters()}
     def look(optimizer, *_):
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
+        moved = any(p.grad is not None and id(p) in locked
+                    for group in optimizer.param_groups for p in group['params'])
+        if moved and held & own: raise RuntimeError(
+            f"this {type(optimizer).__name__} holds weights outside of the region that have a "
+            "gradient, so its step would move them; make it of the columns alone: "
+            "AdamW(columns.parameters())")
         if (not held or held & locked) and not held & own: raise RuntimeError(
             f"this {type(optimizer).__name__} holds none of the unlocked columns, so its step trains "
             "nothing: it was made of model.parameters(); make it of the columns: "

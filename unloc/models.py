@@ -13,7 +13,7 @@ __all__ = ['ARCHITECTURES', 'PROJECTIONS', 'UNLOCKED', 'MOST_LOGITS', 'POSITIONS
            'most_positions', 'check_limits', 'mixed_precision', 'undisturbed', 'measuring']
 
 # %% ../nbs/02_models.ipynb #32f1f3a3
-import copy, inspect, math, random, sys
+import copy, inspect, math, operator, random, sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -173,9 +173,11 @@ def check_wrapper(
 )->None:
     "Refuse what is wrapped around a model"
     kind, package = type(model).__name__, type(model).__module__
-    if package.partition('.')[0] == 'peft': raise ValueError(
-        f"a {kind} wraps the model and changes what it computes; merge the adapter first: "
-        "model = model.merge_and_unload()")
+    if package.partition('.')[0] == 'peft':
+        remedy = "merge the adapter first: model = model.merge_and_unload()"
+        if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False):
+            remedy = "a prompt cannot be merged; give the model without it: model.get_base_model()"
+        raise ValueError(f"a {kind} wraps the model and changes what it computes; {remedy}")
     outer = 'module', '_fsdp_wrapped_module' # where wrappers hold the model
     inner = next((name for name in (*outer, 'model', 'base_model')
         if hasattr(getattr(model, name, None), 'config')), None)
@@ -196,7 +198,7 @@ def check_model(
         if type(module).__module__.partition('.')[0] in ('peft', 'adapters'): raise ValueError(
             f"{name} holds an adapter ({type(module).__name__}), whose weights are apart from the "
             "model's; merge the adapter first (peft.PeftModel.from_pretrained(model, "
-            "folder).merge_and_unload()), or take it off (model.delete_adapter(name))")
+            "folder).merge_and_unload()), or load the model without it")
 
 # %% ../nbs/02_models.ipynb #7a41a96b
 def output_projections(
@@ -308,6 +310,9 @@ def head_of(model:nn.Module)->nn.Module: # with a weight [vocab, d_model]
     head = model.get_output_embeddings() if hasattr(model, 'get_output_embeddings') else None
     if head is None: raise ValueError(f"a {type(model).__name__} has no output layer; give "
         "transformers' own causal language model")
+    if not isinstance(getattr(head, 'weight', None), Tensor): raise ValueError(
+        f"the output layer, a {type(head).__name__} of {type(head).__module__}, has no weight of "
+        "floats; load the model unquantized")
     return head
 
 class _Stub:
@@ -414,6 +419,17 @@ def over_logits(
 
 # %% ../nbs/02_models.ipynb #bdca2cae
 _WINDOWS = 'sliding_window', 'attention_chunk_size', 'window_size' # in configurations
+_MASKED = {'full_attention', 'sliding_attention', 'chunked_attention'} # layers that a mask holds apart
+
+def _mixes(model, config)->bool: # what a mask forbids a token to look at reaches it all the same
+    "Say whether layers carry a state, or a convolution, from token to token"
+    if getattr(getattr(model, '_orig_mod', model), '_is_stateful', False): return True # Mamba and the like
+    return not set(getattr(config, 'layer_types', None) or ()) <= _MASKED
+
+def _takes_masks(base:type)->bool: # a mask [batch, 1, seq, seq], and not only one of padding
+    "Say whether an architecture makes its masks by transformers' own function, which passes others on"
+    return any(hasattr(sys.modules[kind.__module__], 'create_causal_mask') for kind in base.__mro__
+               if kind.__module__ in sys.modules)
 
 def mask_limit(model:nn.Module)->float: # tokens; 0: never, infinity: always
     "Tell how long a sequence may be to be given a mask of one's own in place of the model's"
@@ -421,6 +437,7 @@ def mask_limit(model:nn.Module)->float: # tokens; 0: never, infinity: always
     config, base = model.config.get_text_config(), type(getattr(model, '_orig_mod', model).base_model)
     if config._attn_implementation not in ('eager', 'sdpa') or getattr(config, 'alibi', False): return 0
     if 'position_ids' not in inspect.signature(base.forward).parameters: return 0
+    if _mixes(model, config) or not _takes_masks(base): return 0
     windows = [getattr(config, name, None) for name in _WINDOWS]
     return min((w for w in windows if isinstance(w, int) and w > 0), default=math.inf)
 
@@ -452,7 +469,10 @@ def hidden_after(
     layer:int, # block index from 0
 )->Tensor: # [batch, seq, d_model], hidden_states[layer + 1] in transformers' numbering
     "Run the model up to a block and give what leaves it"
-    found, block = [], blocks_of(model)[layer]
+    blocks, found = blocks_of(model), []
+    if not -len(blocks) <= layer < len(blocks):
+        raise ValueError(f"layer must be 0 to {len(blocks) - 1}, got {layer}")
+    block = blocks[layer]
     def catch(module, inputs, output): found.append(output[0] if isinstance(output, tuple) else output); raise _Stop
     handle = block.register_forward_hook(catch)
     try: model.base_model(input_ids=batch.ids, use_cache=False)
@@ -500,6 +520,20 @@ def most_positions(model:nn.Module)->float: # tokens; infinity where positions a
     return min(found)
 
 # %% ../nbs/02_models.ipynb #5a90b245
+def _check_ids(where:str, ids)->None:
+    "Refuse token ids that are no list of whole numbers"
+    if isinstance(ids, list) and set(map(type, ids)) <= {int}: return
+    odd = [t for t in ids if not _whole(t)] if isinstance(ids, list) else [ids]
+    if not odd: return
+    bad = odd[0]
+    expected = "as from encode" if isinstance(ids, list) else "as from ids.tolist() or list(ids)"
+    raise ValueError(f"{where} has {' '.join(f'{bad!r:.40}'.split())} (a {type(bad).__name__}) in its "
+        f"ids; expected a list of whole numbers, {expected}")
+
+def _whole(x)->bool: # also numpy's and torch's
+    try: return operator.index(x) is not None
+    except TypeError: return False
+
 def _within(where:str, e:Example, new:int, vocab:int, most:float)->None:
     "Refuse a fact that a model cannot read, or not answer"
     if outside := [t for t in (min(e.ids), max(e.ids)) if not 0 <= t < vocab]: raise ValueError(
@@ -522,6 +556,7 @@ def check_limits(
     vocab, most = limits or (vocabulary(model), most_positions(model))
     decoded = [new] * len(examples) if isinstance(new, int) else new
     for i, (e, n) in enumerate(zip(examples, decoded)):
+        _check_ids(f"fact {i} of {what}", e.ids)
         if e.ids: _within(f"fact {i} of {what}", e, n, vocab, most)
 
 # %% ../nbs/02_models.ipynb #1495a94d
@@ -641,9 +676,19 @@ def _causal(model:nn.Module)->None:
     if not isinstance(inner, PreTrainedModel): raise ValueError(
         f"expected a causal language model of transformers, got {f'{inner!r:.60}'.splitlines()[0]} "
         f"(a {type(inner).__name__}); load one with transformers' AutoModelForCausalLM")
-    if inner.device.type == 'meta' and any(hasattr(m, '_hf_hook') for m in inner.modules()):
-        raise ValueError("the model is offloaded by device_map, its weights are not in memory; "
-                         "load the whole model on one device")
+    kind = type(inner).__name__
+    if getattr(inner.config, 'is_encoder_decoder', False): raise ValueError(
+        f"a {kind} reads the question in its encoder and answers in its decoder; "
+        "give a causal language model, which reads both in one row")
+    if inner.base_model is inner: raise ValueError(
+        f"the base model of this {kind} is not where transformers says it is "
+        f"({inner.base_model_prefix!r}), so its last hidden states cannot be had; take another class")
+    absent = next((name for name, p in inner.named_parameters() if p.device.type == 'meta'), None)
+    hooked = any(hasattr(m, '_hf_hook') for m in inner.modules())
+    if absent and hooked: raise ValueError("the model is offloaded by device_map, its weights are "
+        "not in memory; load the whole model on one device")
+    if absent: raise ValueError(f"{absent} has no weights in memory (it is on the meta device, not "
+        "loaded yet); load the whole model on one device")
 
 def _sets(arguments:dict)->Iterator[tuple[str, Sequence[Example], int]]: # name, examples, most tokens to be decoded
     "Find the examples among the arguments of a call"

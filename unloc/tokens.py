@@ -383,24 +383,20 @@ def check_tokenizer(
         f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; load it with "
         "load_tokenizer, or wrap one in PreTrainedTokenizerFast(tokenizer_object=...)")
 
-def _is_example(e)->bool:
-    "Tell a tokenized fact from everything else"
-    if not (isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], (list, tuple))): return False
-    return {*map(type, e[0]), type(e[1])} <= {int} or all(
-        isinstance(t, Integral) for t in (*e[0], e[1]))
-
 def check_examples(
     examples:Sequence[Example],
     what:str, # name of the set, for the error
 )->None:
     "Refuse an empty set and a fact without an answer"
-    if isinstance(examples, (str, bytes)) or not hasattr(examples, '__len__'): raise ValueError(
-        f"the {what} set is a {type(examples).__name__}; expected a list of Example, as encode makes")
+    odd = [examples] if not isinstance(examples, Sequence) else [
+        e for e in examples if not isinstance(e, Example)]
+    if odd: raise ValueError(
+        f"the {what} set must be a list of Example, as from encode, got a {type(odd[0]).__name__}")
     if not len(examples): raise ValueError(f"the {what} set is empty; give at least one fact")
     for i, e in enumerate(examples):
-        if not _is_example(e): raise ValueError(
-            f"fact {i} of the {what} set is {f'{e!r:.60}'} (a {type(e).__name__}); expected an Example "
-            "of token ids and the place of the first answer token, as encode makes")
+        if not (hasattr(e.ids, '__len__') and isinstance(e.start, Integral)): raise ValueError(
+            f"fact {i} of the {what} set is {f'{e!r:.60}'}; expected an Example of token ids and the "
+            "place of the first answer token, as from encode")
         if not 0 < e.start < len(e.ids) - 1: raise ValueError(f"fact {i} of the {what} set has no answer token between its prompt and its end token (start {e.start} of {len(e.ids)} tokens); leave it out or give it an answer")
 
 def check_apart(

@@ -241,7 +241,7 @@ class Unlearning:
         "Answer each question with a refusal drawn anew in each epoch"
         if not self.refusals: raise ValueError("DPO prefers a refusal to the answer, and there are no refusals; give some")
         draw = torch.randint(len(self.refusals), (max(rows) + 1,), generator=torch.Generator().manual_seed((self.seed << 20) + epoch))
-        return [Example(e.ids[:e.start] + self.refusals[draw[i]], e.start) for e, i in zip(examples, rows)]
+        return [Example([*e.ids[:e.start], *self.refusals[draw[i]]], e.start) for e, i in zip(examples, rows)]
 
 # %% ../nbs/10_training.ipynb #4f9c65b0
 class Term(NamedTuple):
@@ -381,7 +381,7 @@ def unlearn(
     "Unlearn the forget set through a region, every other weight proved untouched"
     _check_sets(forget, retain, recipe)
     longest = max((e.ids[:e.start] for e in forget), key=len)
-    check_limits(model, [Example(longest + reply, len(longest)) for reply in refusals], 'refusals')
+    check_limits(model, [Example([*longest, *reply], len(longest)) for reply in refusals], 'refusals')
     record = _Recorder(model, probe, recipe.epochs, recipe.every, recipe.full_every, start)
     def batches(epoch):
         partners = _partners(len(forget), retain, seed, epoch)
