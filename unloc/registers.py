@@ -190,12 +190,13 @@ class _Reader:
         for part in made[1:]: # arguments, state, entries of a list, items of a dictionary
             self.read(list(part) if isinstance(part, Iterator) else part)
 
-    def array(self, x):
-        self.lines.append(f'{x.dtype} {x.shape}')
-        if x.dtype.hasobject: self.read(x.tolist())
-        else: self.lines.append(hashlib.sha256(x.tobytes()).hexdigest())
 
 # %% ../nbs/14_registers.ipynb #a1c04e36
+def _numbers(self, x): # of numpy
+    self.lines.append(f'{x.dtype} {x.shape}')
+    if x.dtype.hasobject: self.read(x.tolist())
+    else: self.lines.append(hashlib.sha256(x.tobytes()).hexdigest())
+
 def _module(self, name):
     "Read a user's whole file, and the user's files that it imports"
     if name in self.modules: return
@@ -215,7 +216,7 @@ def _type(self, x):
     own = [part for k, v in sorted(vars(x).items()) if isinstance(v, methods) or not k.startswith(('__', '_abc_')) for part in (k, v)]
     self.several('class', [*x.__bases__, *own])
 
-_Reader.module, _Reader.type = _module, _type
+_Reader.array, _Reader.module, _Reader.type = _numbers, _module, _type
 
 # %% ../nbs/14_registers.ipynb #a1c04e21
 def _function(self, f):
