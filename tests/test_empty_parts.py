@@ -108,6 +108,34 @@ def test_without_utility_mu95_is_a_dash_and_aues_stays(place):
         assert "no utility (MU 0)" in table(out, name)["caption"] and len(table(out, name)["rows"]) >= 6
     page(place, "22", "useless", evaluate=PARAMETERS["22"]["evaluate"] | {"max_new_tokens": 1})
 
+def own_file(folder, name, wrong=(), keep=True):
+    "Write the author world as own facts, wrong answers only of some sets"
+    world, own = experiment.benchmark({"name": "world", "n_authors": 6, "n_forget": 1, "n_holdout": 2}), ("forget", "retain", "holdout")
+    sets = {s: getattr(world, s) for s in own if keep or s != "retain"} | {s: getattr(world, s)[:4] for s in ("real_authors", "world_facts")}
+    rows = [{"set": s, "question": f.question, "answer": f.answer} | ({"perturbed_answer": f.perturbed_answer} if s in wrong else {}) for s, facts in sets.items() for f in facts]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return {"name": "file", "path": str(folder / f"{name}.jsonl")}
+
+SETS = "forget", "retain", "real_authors", "world_facts"
+@pytest.mark.parametrize("name, given, says, aues", [("no wrong answers", {}, ("FQ", "no facts with wrong answers"), True), ("none to forget", {"wrong": SETS[1:]}, ("FQ: no wrong answers to the forget set",), True),
+    ("none to retain", {"wrong": (SETS[0], *SETS[2:])}, ("without retain_truth_ratio",), True), ("no retain set", {"wrong": SETS, "keep": False}, ("RS: no retain facts", "MU: without retain_probability"), False)])
+def test_own_facts_of_which_a_set_or_its_wrong_answers_are_missing(place, name, given, says, aues):
+    alone = {"lr": 5e-3, "epochs": 1, "retain": "none"}
+    more = {"data": own_file(place, name, **given), "localizers": ["fisher"], "own_units": {}, "seeds": 1, "localizer_seeds": 1, "attacked_seeds": 1, "supervision_seeds": 1, "random_regions": 1, "arms": ["Oracle", "Random"]}
+    more |= dict.fromkeys(("unlearn", "localized_unlearn", "attacked_unlearn"), {"wga": alone})
+    for n, what in (("21", "table2_oracle_random"), ("22", "trajectories"), ("22", "trajectories_utility"), ("23", "figure1_direct_supervision"), ("25", "table1_localizers"), ("27", "table4_arms")):
+        _, out = page(place, n, name, **{key: value for key, value in more.items() if key in PARAMETERS[n]})
+        found = table(out, what)
+        assert what == "trajectories" or all(some in found["caption"] for some in says[what == "trajectories_utility":] or says), (n, found["caption"])
+        assert "NaN" not in json.dumps(found) and "nan" not in str(found.get("rows")) + str(found.get("ends"))
+        for row in found.get("rows", []):
+            cell = row.get("Oracle", row.get("WGA", row.get("value")))
+            assert (cell == "–") is (row["metric"] == "MU95" or not aues), (n, row)
+
+@pytest.mark.parametrize("n, more, says", [("21", {}, "unlearn: the retain term of wga needs retain facts, and the data have none; name retain = 'none'"), ("24", {"scored": ["wagle"]}, "the localizer 'wagle' needs retain facts, and the data have none; leave it out"),
+    ("28", {"attacked_unlearn": {"ga": {"lr": 5e-3, "epochs": 1}}, "retention": {"ga": [.1]}}, "attack: by RS needs retain facts, and the data have none; attack by FS")])
+def test_what_needs_retain_facts_is_refused_before_anything_runs(tmp_path, n, more, says): refused(n, says, data=own_file(tmp_path, "alone", SETS, keep=False), **more)
+
 def test_a_run_that_diverges_costs_its_own_row(place):
     wild = PARAMETERS["21"]["unlearn"] | {"ga": {"lr": 1e30, "epochs": 2}}
     said, out = page(place, "21", "wild", unlearn=wild)
@@ -134,7 +162,7 @@ def test_where_all_runs_diverge_the_page_says_so_in_one_line(place):
 def test_none_of_these_leaves_only_its_own_artefact_out(place, n, values, says, gives):
     out = "empty" + n + "".join(values)
     said, folder = page(place, n, out, **values)
-    assert says in said and ({f.stem for f in folder.glob("*.json")} if folder.exists() else set()) == gives
+    assert says in said and {f.stem for f in folder.glob("*.json")} - {"machine"} == gives
     if "random_regions" in values: assert list(table(folder, "figure1_direct_supervision")["ends"]["llama"])[-1] == "Random K"
 
 # --- a sweep in which something diverges
@@ -183,7 +211,7 @@ def test_a_model_that_diverges_in_its_last_step_has_diverged(tmp_path):
 
 POINTS = pd.DataFrame({"FS": [.2, .6, .9], "RS": [.8, .7, .2], "MU": [.5, np.nan, .3], "FQ": [-20., np.nan, -5.]})
 
-@pytest.mark.parametrize("change, name, says", [({"MU": [0., np.nan, .3]}, "MU95", "the original model has no utility (MU 0)"), ({"MU": [np.nan] * 3}, "MU95", "model_utility"), ({"FQ": [-20., np.nan, -np.inf]}, "MU95", "forget_quality[1] is -inf"),
+@pytest.mark.parametrize("change, name, says", [({"MU": [0., np.nan, .3]}, "MU95", "the original model has no utility (MU 0)"), ({"MU": [np.nan] * 3}, "MU95", "no checkpoint has MU"), ({"FQ": [np.nan] * 3}, "MU95", "no checkpoint has FQ"), ({"RS": [np.nan] * 3}, "AUES", "no checkpoint has RS"), ({"FQ": [-20., np.nan, -np.inf]}, "MU95", "forget_quality[1] is -inf"),
     ({"FS": [.2, np.nan, .9]}, "AUES", "forget_strength[1] is nan")])
 def test_an_undefined_measure_has_its_reason_and_leaves_the_other(change, name, says):
     values, why = measures(POINTS.assign(**change))

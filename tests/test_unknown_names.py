@@ -121,6 +121,38 @@ def test_state_of_an_object_counts():
     a, b = (functools.partial(backwards, weight=torch.ones(3) * n) for n in (1, 2))
     assert digest_of("localizer", "a", a) != digest_of("localizer", "a", b) == digest_of("localizer", "a", functools.partial(backwards, weight=torch.full((3,), 2.)))
 
+HELD = { # what a notebook's function may hold or call: code, and an edit of it that gives other scores
+    "cached helper": ("import functools\n@functools.cache\ndef h(x): return x + 1\ndef f(m): return h(2)", "x + 1", "x + 2"), "cached entry": ("import functools\n@functools.lru_cache\ndef f(x): return x + 1", "x + 1", "x + 2"),
+    "base class": ("class B:\n  def go(self): return 1\nclass C(B):\n  def __call__(self, m): return self.go()\nf = C()", "return 1", "return 2"), "static method": ("class C:\n  @staticmethod\n  def go(): return 1\n  def __call__(self, m): return self.go()\nf = C()", "return 1", "return 2"),
+    "class method": ("class C:\n  @classmethod\n  def go(cls): return 1\n  def __call__(self, m): return self.go()\nf = C()", "return 1", "return 2"), "property": ("class C:\n  @property\n  def go(self): return 1\n  def __call__(self, m): return self.go\nf = C()", "return 1", "return 2"),
+    "cached property": ("import functools\nclass C:\n  @functools.cached_property\n  def go(self): return 1\n  def __call__(self, m): return self.go\nf = C()", "return 1", "return 2"), "slots": ("class C:\n  __slots__ = ('n',)\n  def __call__(self, m): return 1\nf = C()", "return 1", "return 2"),
+    "library's abstract class": ("import collections\nclass C(collections.UserDict):\n  def __call__(self, m): return 1\nf = C()", "return 1", "return 2"), "dictionary's subclass": ("class D(dict):\n  def go(self): return 1\nd = D()\ndef f(m): return d.go()", "return 1", "return 2"),
+    "number's subclass": ("class I(int):\n  def go(self): return 1\nd = I(3)\ndef f(m): return d.go()", "return 1", "return 2"), "named tuple": ("from typing import NamedTuple\nclass D(NamedTuple):\n  n: int = 1\n  def go(self): return 1\nd = D()\ndef f(m): return d.go()", "return 1", "return 2"),
+    "enum": ("import enum\nclass E(str, enum.Enum):\n  A = 'a'\n  def go(self): return 1\ne = E.A\ndef f(m): return e.go()", "return 1", "return 2"), "default factory": ("import collections\nd = collections.defaultdict(lambda: 1)\ndef f(m): return d['a']", ": 1", ": 2"),
+    "table": ("def a(): return 1\ndef b(): return 2\nt = {1: a, 2: b, 3: a}\ndef f(m): return t[3]()", "3: a", "3: b"), "bound method of a table": ("r = {'a': 1}.get\ndef f(m): return r('a')", "1}", "2}"), "view": ("import types\nr = types.MappingProxyType({'a': 1})\ndef f(m): return r['a']", "1}", "2}"),
+    "single dispatch": ("import functools\n@functools.singledispatch\ndef h(x): return 1\n@h.register\ndef _(x: int): return 2\ndef f(m): return h(m)", "return 2", "return 3"), "logger": ("import logging\nlogging.basicConfig()\nL = logging.getLogger()\ndef f(m):\n  L.info('x')\n  return 1", "return 1", "return 2"),
+    "data frame": ("import pandas as pd\nd = pd.DataFrame({'a': [1, 2]})\ndef f(m): return d.a[0]", "2]", "3]"), "precision": ("import torch\nd = torch.ones(2)\ndef f(m): return d / 3", "ones(2)", "ones(2).double()"), "large numbers": ("import torch\nd = torch.tensor([2**60])\ndef f(m): return d", "2**60", "2**60 + 1"),
+    "complex": ("import torch\nd = torch.ones(2) * 1j\ndef f(m): return d", "1j", "2j"), "sparse": ("import torch\nd = torch.eye(2).to_sparse()\ndef f(m): return d", "eye(2)", "eye(3)"), "numpy's type": ("import numpy as np\nd = np.array([1], np.int32)\ndef f(m): return d", "int32", "uint32"),
+    "numpy's function": ("import numpy as np\nr = np.exp\ndef f(m): return r(m)", "np.exp", "np.log")}
+@pytest.mark.parametrize("text, old, new", HELD.values(), ids=HELD)
+def test_whatever_a_function_holds_is_read(text, old, new): # the same again is the same, an edit is another
+    assert digest_in_a_script(text) == digest_in_a_script(text + "\n#") != digest_in_a_script(text.replace(old, new))
+
+@pytest.mark.parametrize("entry", [3, "wagle", None])
+def test_what_cannot_be_called_is_refused_before_anything_runs(entry):
+    attribution.LOCALIZERS["mine"] = entry
+    with pytest.raises(ValueError, match=f"^the localizer 'mine' is {entry!r}, which cannot be called; register a function$"): localization(origin(), "mine")
+    training.FORGET["mine"] = entry
+    with pytest.raises(ValueError, match="^the objective 'mine' is .*, which cannot be called"): unlearning(origin(), "Oracle", "mine", UNLEARN | {"retain": "nll"})
+
+def test_a_method_that_changes_what_it_holds_is_told_so(tmp_path):
+    seen = {}
+    def mine(model, forget, retain, seed):
+        seen[seed] = 1
+        return backwards(model, forget, retain, seed)
+    attribution.LOCALIZERS["mine"] = mine
+    with pytest.raises(ValueError, match="describe the run again, and let a method change nothing that it holds$"): sweep(Store(tmp_path), [localization(origin(), "mine", seed) for seed in (0, 1)], 1)
+
 @pytest.mark.parametrize("entry", [len, torch.relu, "".join])
 def test_what_has_no_python_code_is_refused_in_one_line(entry):
     attribution.LOCALIZERS["mine"] = entry

@@ -8,10 +8,10 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'NAMES', 'REQUIRED', 'MAY_BE_ZERO', 'BENCHMARKS', 'PAIR', 'ARMS', 'LOCALIZERS', 'OWN_UNITS',
-           'SEEDED', 'TAUGHT', 'SUPPORTS', 'RELEARNING', 'KINDS', 'settings', 'benchmark', 'data_description',
-           'data_source', 'base_models', 'standard', 'injection', 'teaching', 'unlearning', 'supervision',
-           'localization', 'localized_unlearning', 'device_name', 'provenance', 'attacking', 'page_parameters', 'base',
-           'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
+           'SEEDED', 'COMPARING', 'TAUGHT', 'SUPPORTS', 'RELEARNING', 'KINDS', 'settings', 'benchmark',
+           'data_description', 'data_source', 'base_models', 'standard', 'injection', 'teaching', 'unlearning',
+           'supervision', 'localization', 'localized_unlearning', 'device_name', 'unjudged', 'provenance', 'attacking',
+           'page_parameters', 'base', 'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
 
 # %% ../nbs/15_experiment.ipynb #623921cb
 import json
@@ -207,6 +207,17 @@ def _methods(arch, model, pretrain, retain)->dict:
     template = model.get('template', 'plain')
     return additions(**own, finder=kind or (), template=template if isinstance(template, str) else (), schedule=schedules)
 
+# %% ../nbs/15_experiment.ipynb #7c0e51d5
+@cache
+def _has_retain(data:str)->bool: return bool(benchmark(json.loads(data)).retain) # data: as JSON
+
+def _demand_retain(run:dict, what:str, remedy:str)->None: # what: needs them
+    "Refuse what needs retain facts where the data have none"
+    while 'parent' in run: run = run['parent']
+    data = run.get('data', {})
+    if data.get('name') and not _has_retain(json.dumps(data)):
+        raise ValueError(f"{what} needs retain facts, and the data have none; {remedy}")
+
 # %% ../nbs/15_experiment.ipynb #bab7d92b
 def _built_on(parent, *kinds):
     "Demand a parent of the right kind"
@@ -225,6 +236,7 @@ def injection(judged:dict, seed:int, inject:dict)->dict: # judged: from standard
     if how.get('style') == 'with room' and not ('room' in how and judged['parent']['retain']): raise ValueError("inject: style 'with room' takes room, its epochs on the retain set, and a base that learns the retain set itself; give room, or take another style")
     data = judged.get('parent', {}).get('data', {})
     if how.get('others') and data.get('name'): _demand_others(_sizes(json.dumps(data))[1])
+    if how.get('style') == 'mixed': _demand_retain(judged, "inject: style 'mixed'", 'take another style')
     return {'kind': 'inject', 'parent': judged, 'seed': seed} | how | additions(schedule=how.get('schedule', 'one-cycle'))
 
 def teaching(judged:dict, seed:int=0)->dict: # judged: from standard
@@ -255,15 +267,16 @@ def unlearning(
     "Describe an unlearning run"
     check_name('objective', objective)
     if (arm == 'Corrupt') != (0 < swapped < 1): raise ValueError(f"swapped must lie between 0 and 1 for the arm Corrupt and be 0 for all others, got {swapped!r} for {arm}")
-    how = _unlearning(objective, unlearn) | ({'swapped': swapped} if swapped else {})
+    how = _unlearning(objective, unlearn, injected) | ({'swapped': swapped} if swapped else {})
     return _child('unlearn', injected, arm, draw, how, ARMS)
 
-def _unlearning(objective, unlearn)->dict:
+def _unlearning(objective, unlearn, parent)->dict:
     "Describe how a run unlearns, and which of its methods are a user's"
     recipe = settings('unlearn', unlearn)
     if objective not in written('training', 'FORGET') and 'retain' not in recipe:
         raise ValueError(f"unlearn: the objective {objective!r} is your own and has no usual retain term; name one: {', '.join(names('retain'))}, none")
     retain = recipe.get('retain', written('training', 'RETAIN')) # the objective's usual one
+    if objective != 'ga' and retain != 'none': _demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
     return {'objective': objective, 'recipe': recipe} | additions(objective=objective, retain=retain, schedule='constant')
 
 def supervision(injected:dict, arm:str, supervise:dict, draw:int=0)->dict: # supervise: settings of that group
@@ -274,6 +287,7 @@ def supervision(injected:dict, arm:str, supervise:dict, draw:int=0)->dict: # sup
 LOCALIZERS = names('localizer') # in the unit of the study, the value vector; registered in unloc.attribution
 OWN_UNITS = names('own-unit localizer') # individual weights; whole output projections
 SEEDED = written('attribution', 'SEEDED') # localizers that draw
+COMPARING = written('attribution', 'COMPARING') # and those that need retain facts
 
 def _draws(localizer:str)->bool:
     "Say whether a localizer takes the seed; of a user's nobody knows, so it does"
@@ -289,6 +303,7 @@ def localization(
     _built_on(origin, 'inject', 'teach')
     check_name('localizer', localizer, names('own-unit localizer'))
     more = additions(**{'localizer': localizer, 'own-unit localizer': localizer})
+    if not more and localizer in COMPARING: _demand_retain(origin, f"the localizer {localizer!r}", 'leave it out')
     return {'kind': 'localize', 'parent': origin, 'localizer': localizer, 'seed': seed if more or _draws(localizer) else 0} | more
 
 def localized_unlearning(localized:dict, fraction:float, objective:str, unlearn:dict, seed:int)->dict: # localized: from localization
@@ -296,7 +311,7 @@ def localized_unlearning(localized:dict, fraction:float, objective:str, unlearn:
     _built_on(localized, 'localize')
     check_name('objective', objective)
     if type(fraction) not in (int, float) or not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
-    return {'kind': 'unlearn', 'parent': localized, 'fraction': float(fraction), 'seed': seed} | _unlearning(objective, unlearn)
+    return {'kind': 'unlearn', 'parent': localized, 'fraction': float(fraction), 'seed': seed} | _unlearning(objective, unlearn, localized)
 
 # %% ../nbs/15_experiment.ipynb #1cac744c
 def device_name(device:str)->str:
@@ -304,6 +319,14 @@ def device_name(device:str)->str:
     if device == 'cpu': return device
     import torch
     return torch.cuda.get_device_name(device)
+
+def unjudged(
+    found:dict, # architecture: result of its standard
+)->dict: # (architecture, number): why no judgement has it
+    "Say which of RS, MU and FQ are missing from all judgements"
+    whys = {arch: dict.fromkeys({'RS', 'MU', 'FQ'} - result['retained'].keys(), 'no facts with wrong answers')
+        | result.get('undefined', {}) for arch, result in found.items()}
+    return {(arch, name): whys[arch][name] for arch in whys for name in ('RS', 'MU', 'FQ') if name in whys[arch]}
 
 def provenance(
     profile:str, # name of the profile
@@ -325,6 +348,8 @@ def _sizes(data:str)->tuple[int, int]: # data: as JSON -> facts to forget, facts
     facts = benchmark(json.loads(data))
     return len(facts.forget), len(facts.holdout)
 
+
+
 def _demand_forgotten(n:int, how:dict)->None: # n: forgotten facts
     if not (k := how['taught']) < n: raise ValueError(f"taught = {k} of {n} forgotten facts leaves none to be measured; teach fewer")
 
@@ -343,6 +368,7 @@ def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, 
     if origin['kind'] == 'teach': raise ValueError("an attack is measured between the original and the retained model, which differ in a known region alone; attack runs that are built on an injection")
     attack = settings('attack', attack)
     if attack.get('only'): _one_of('attack', attack['only'], RELEARNING)
+    if attack.get('by') == 'RS': _demand_retain(origin, 'attack: by RS', 'attack by FS')
     base = origin
     while 'parent' in base: base = base['parent']
     if base.get('data', {}).get('name'): # that there are enough facts is known before anything runs
@@ -540,7 +566,7 @@ def _knowledge(path, description, examples):
     "Give the mean extraction strength of a saved model on every set"
     from unloc.evaluation import score
     model = _model(path, description)
-    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) if examples[name] else float('nan') for name in ('forget', 'retain', 'real_authors', 'world_facts')}
+    return {'weights': model.num_parameters()} | {f'ES_{name}': float(score(model, examples[name]).extraction_strength.mean()) if examples[name] else None for name in ('forget', 'retain', 'real_authors', 'world_facts')}
 
 # %% ../nbs/15_experiment.ipynb #307d8ce6
 def _membership(model, probe, examples):

@@ -11,6 +11,7 @@ __all__ = ['REGISTERS', 'source_digest', 'execute_plugin', 'load_plugins', 'writ
 
 # %% ../nbs/14_registers.ipynb #a1c04e12
 import ast
+import copyreg
 import dis
 import hashlib
 import importlib
@@ -20,10 +21,10 @@ import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
 # %% ../nbs/14_registers.ipynb #a1c04e29
 def source_digest(source:str|bytes)->str: # hexadecimal
@@ -71,6 +72,8 @@ REGISTERS = { # what a name names: the chapter and the dictionary that hold it
     'retain': ('training', 'RETAIN'),
     'schedule': ('training', 'SCHEDULES'),
 }
+
+_VALUES = 'architecture', 'template' # of all others the entries are functions
 
 @cache
 def written(
@@ -132,24 +135,41 @@ def _file_of(name:str)->Path|None: # of a user's module that can be imported
 
 _FREE = bool, int, float, complex, str, bytes, type(None), type(...)
 
+def _parts(x)->list|None: # None: it is no wrapper
+    "Give what a wrapper of Python's own consists of"
+    if isinstance(x, partial): return [x.func, x.args, x.keywords]
+    if isinstance(x, MethodType): return [x.__func__, x.__self__]
+    if isinstance(x, property): return [x.fget, x.fset, x.fdel]
+    if isinstance(x, cached_property): return [x.func]
+    if inspect.isroutine(x) and hasattr(x, '__wrapped__'): return [x.__wrapped__] # cached; static or of a class
+    owner = getattr(x, '__self__', None) if inspect.isbuiltin(x) else None # such as a dictionary, of its get
+    return None if owner is None or isinstance(owner, ModuleType) else [x.__name__, owner]
+
+def _array(tensor): # numpy's uint8, of its bytes
+    "Read a tensor of any type"
+    import torch
+    x = tensor.detach().cpu()
+    if x.layout != torch.strided: x = x.to_dense()
+    whole = x.resolve_conj().resolve_neg().contiguous()
+    return whole.reshape(-1).view(torch.uint8).numpy().reshape(*x.shape, -1) if x.numel() else whole.numpy()
+
 # %% ../nbs/14_registers.ipynb #a1c04e20
 class _Reader:
     "Write down what an entry consists of"
     def __init__(self): self.lines, self.seen, self.modules = [], {}, set()
 
     def read(self, x)->None:
-        if isinstance(x, _FREE): return self.lines.append(repr(x))
-        if id(x) in self.seen: return
-        self.seen[id(x)] = x # kept, so that no other object gets its id
+        if type(x) in _FREE: return self.lines.append(repr(x))
+        if id(x) in self.seen and type(x) is not tuple: return self.lines.append(f'as {self.seen[id(x)][0]}')
+        self.seen[id(x)] = len(self.seen), x # kept, so that no other object gets its id
         if isinstance(x, FunctionType): self.function(x)
         elif isinstance(x, ModuleType): self.module(x.__name__)
         elif isinstance(x, type): self.type(x)
-        elif isinstance(x, (tuple, list)): self.several(type(x).__name__, x)
-        elif isinstance(x, (set, frozenset)): self.several('set', sorted(x, key=repr))
-        elif isinstance(x, dict): self.several('dict', [part for item in x.items() for part in item])
-        elif isinstance(x, partial): self.several('partial', [x.func, x.args, x.keywords])
-        elif isinstance(x, MethodType): self.several('method', [x.__func__, x.__self__])
-        elif inspect.isroutine(x): self.lines.append(f'{x.__module__}.{x.__qualname__}') # of a library: it has no Python code
+        elif type(x) in (tuple, list): self.several(type(x).__name__, x)
+        elif type(x) in (set, frozenset): self.several('set', sorted(x, key=repr))
+        elif type(x) in (dict, MappingProxyType): self.several('dict', [part for item in x.items() for part in item])
+        elif (parts := _parts(x)) is not None: self.several(type(x).__name__, parts)
+        elif inspect.isroutine(x): self.lines.append(f"{getattr(x, '__module__', '')}.{x.__qualname__}") # of a library: it has no Python code
         else: self.value(x)
 
     def several(self, kind, parts):
@@ -158,16 +178,25 @@ class _Reader:
 
     def value(self, x):
         "Read an object by its class and its contents"
-        self.lines.append(f'{type(x).__module__}.{type(x).__qualname__}')
-        if hasattr(x, 'detach'): x = x.detach().cpu().double().numpy() # a tensor
-        if hasattr(x, 'tobytes'): return self.lines.append(f'{x.shape} {hashlib.sha256(x.tobytes()).hexdigest()}')
-        if type(x).__reduce_ex__ is object.__reduce_ex__ and hasattr(x, '__dict__'):
-            self.read(type(x))
-            return self.read(vars(x))
-        try: self.lines.append(hashlib.sha256(pickle.dumps(x, 5)).hexdigest())
+        self.read(type(x))
+        if hasattr(x, 'detach'):
+            self.lines.append(f'{x.dtype} {x.layout}')
+            x = _array(x)
+        if hasattr(x, 'tobytes') and hasattr(x, 'dtype'): return self.array(x)
+        reduce = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))
+        try: made = reduce(x)
         except Exception as error: raise TypeError(f"it holds a {type(x).__name__}, whose content cannot be read ({error})") from None
+        if isinstance(made, str): return self.lines.append(made)
+        for part in made[1:]: # arguments, state, entries of a list, items of a dictionary
+            self.read(list(part) if isinstance(part, Iterator) else part)
+
 
 # %% ../nbs/14_registers.ipynb #a1c04e36
+def _numbers(self, x): # of numpy
+    self.lines.append(f'{x.dtype} {x.shape}')
+    if x.dtype.hasobject: self.read(x.tolist())
+    else: self.lines.append(hashlib.sha256(x.tobytes()).hexdigest())
+
 def _module(self, name):
     "Read a user's whole file, and the user's files that it imports"
     if name in self.modules: return
@@ -181,15 +210,19 @@ def _module(self, name):
         if isinstance(other, str) and other != name and _file_of(other): self.module(other)
 
 def _type(self, x):
-    if x.__module__ == '__main__': return self.several(x.__qualname__, [v for k, v in sorted(vars(x).items()) if not k.startswith('__') or isinstance(v, FunctionType)])
     self.lines.append(f'{x.__module__}.{x.__qualname__}')
-    self.module(x.__module__)
+    if x.__module__ != '__main__': return self.module(x.__module__)
+    methods = FunctionType, staticmethod, classmethod
+    own = [part for k, v in sorted(vars(x).items()) if isinstance(v, methods) or not k.startswith(('__', '_abc_')) for part in (k, v)]
+    self.several('class', [*x.__bases__, *own])
 
-_Reader.module, _Reader.type = _module, _type
+_Reader.array, _Reader.module, _Reader.type = _numbers, _module, _type
 
 # %% ../nbs/14_registers.ipynb #a1c04e21
 def _function(self, f):
     "Read a function: its code, what it holds, and where it comes from"
+    if given := getattr(f, '_torchdynamo_orig_callable', None): return self.read(given) # compiled
+    if hasattr(f, 'registry') and hasattr(f, 'dispatch'): return self.read(f.registry) # of functools.singledispatch
     self.code(f.__code__)
     cells = [cell.cell_contents for cell in f.__closure__ or () if _filled(cell)]
     for held in (f.__defaults__, f.__kwdefaults__, cells): self.read(held)
@@ -233,10 +266,12 @@ def digest_of(
 )->str: # 16 hexadecimal digits
     "Digest an entry of a register"
     reader, core = _Reader(), inspect.unwrap(entry) if callable(entry) else entry
+    if what not in _VALUES and not callable(entry):
+        raise ValueError(f"the {what} {name!r} is {entry!r:.60}, which cannot be called; register a function")
     if inspect.isroutine(core) and not isinstance(core, (FunctionType, MethodType)):
         raise ValueError(f"the {what} {name!r} is {core!r:.60}, which has no Python code to name its runs by; wrap it into a function of your own")
     try: reader.read(entry)
-    except TypeError as error: raise ValueError(f"the runs of the {what} {name!r} cannot be named: {error}; give that as an argument, or make it inside the function") from None
+    except (TypeError, RecursionError) as error: raise ValueError(f"the runs of the {what} {name!r} cannot be named: {error}; give that as an argument, or make it inside the function") from None
     return hashlib.sha256('\n'.join(reader.lines).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
 # %% ../nbs/14_registers.ipynb #a1c04e26
@@ -339,5 +374,5 @@ def demand(description:dict)->None:
             importlib.import_module(f'unloc.{REGISTERS[what][0]}')
             if why := _missing.get((what, name)): raise ValueError(f"the {what} {name!r} cannot be sent to a worker ({why}); {remedy(what, name)}, or let runs happen one at a time")
             if name not in _register(what): raise ValueError(f"this process does not know the {what} {name!r}; {remedy(what, name)}")
-            if added(what, name) != digest: raise ValueError(f"the {what} {name!r} is not the one that the run was described with; describe the run again")
+            if added(what, name) != digest: raise ValueError(f"the {what} {name!r} is not the one that the run was described with; describe the run again, and let a method change nothing that it holds")
     if 'parent' in description: demand(description['parent'])
