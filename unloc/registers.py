@@ -37,6 +37,7 @@ def source_digest(source:str|bytes)->str: # hexadecimal
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 _executed = {} # digest of the bytes: name of the file and the bytes
+_brings = {} # digest of the bytes: what the file registered
 
 def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
     "Execute a plugin, once in this process"
@@ -44,22 +45,31 @@ def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
     if key in _executed: return
     module = ModuleType(f"unloc_plugin_{''.join(c if c.isalnum() else '_' for c in Path(file).stem)}_{key[:8]}")
     module.__file__ = file
+    before, new = _held(), {what for what in REGISTERS if _register(what) is None}
     _executed[key] = file, content # before it runs, since it may ask for names itself
     try:
         module.__unloc_plugin__ = source_digest(content)
         sys.modules[module.__name__] = module
         exec(compile(content, file, 'exec'), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(module.__name__, None)
         del _executed[key]
         raise ValueError(f"the plugin {file} fails: {type(error).__name__}: {' '.join(str(error).split())}; correct the file") from None
+    _brings[key] = {(what, name) for (what, name), entry in _held().items() if before.get((what, name)) is not entry
+        and not (what in new and name in written(*REGISTERS[what]))}
+
+def _held()->dict: return {(what, name): entry for what in REGISTERS for name, entry in (_register(what) or {}).items()}
 
 def load_plugins()->None:
     "Execute the files that UNLOC_PLUGINS names"
+    whose = {}
     for file in filter(None, os.environ.get('UNLOC_PLUGINS', '').split(os.pathsep)):
         try: content = Path(file).read_bytes()
         except OSError as error: raise ValueError(f"the plugin {file} cannot be read: {error.strerror}; name a Python file with --plugin, a profile's plugins or UNLOC_PLUGINS") from None
         execute_plugin(str(Path(file).resolve()), content)
+        for what, name in _brings.get(key := hashlib.sha256(content).hexdigest(), ()):
+            if (other := whose.setdefault((what, name), (key, file)))[0] != key:
+                raise ValueError(f"the plugins {other[1]} and {file} both register the {what} {name!r}; rename one of them")
 
 # %% ../nbs/14_registers.ipynb #a1c04e16
 REGISTERS = { # what a name names: the chapter and the dictionary that hold it
