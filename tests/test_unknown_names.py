@@ -197,7 +197,7 @@ def test_a_method_edited_after_the_description_is_refused(tmp_path):
     attribution.LOCALIZERS["mine"] = lambda *_: None
     with pytest.raises(ValueError, match="the localizer 'mine' is not the one that the run was described with; describe the run again"): Store(tmp_path).do(described)
 
-@pytest.mark.parametrize("gives, says", [("None", "scores must be"), ("torch.ones(3, 3)", "gave scores of shape"), ("torch.full((2, 32), float('nan'))", "gave 64 scores that are NaN or infinite"), ("[torch.ones(3)]", "scores must be")])
+@pytest.mark.parametrize("gives, says", [("None", "scores must be"), ("torch.ones(3, 3)", "gave scores of shape"), ("torch.full((2, 32), float('nan'))", "gave 64 scores that are NaN or infinite"), ("[torch.ones(3)]", "scores must be"), ("torch.ones(2, 32) > 0", "gave scores of torch.bool; a ranking needs real numbers")])
 def test_scores_of_no_unit_are_refused(gives, says, tmp_path):
     attribution.LOCALIZERS["my_weights"] = eval(f"lambda model, forget, retain, seed: {gives}", {"torch": torch})
     with pytest.raises(ValueError, match=f"localizer 'my_weights'.*{says}"): Store(tmp_path).do(localization(origin(), "my_weights"))
@@ -232,13 +232,21 @@ def test_an_edited_plugin_gives_other_runs(tmp_path, monkeypatch):
         found.append(run_id(localization(origin(), "plugged")))
     assert found[0] == found[1] != found[2]
 
-@pytest.mark.parametrize("text, says", [(None, "cannot be read: No such file or directory"), ("def f(:\n", "fails: SyntaxError"), ("import no_such_thing_at_all", "fails: ModuleNotFoundError: No module named 'no_such_thing_at_all'")])
+@pytest.mark.parametrize("text, says", [(None, "cannot be read: No such file or directory"), ("def f(:\n", "fails: SyntaxError"), ("import sys; sys.exit(3)", "fails: SystemExit: 3"), ("import no_such_thing_at_all", "fails: ModuleNotFoundError: No module named 'no_such_thing_at_all'")])
 def test_a_bad_plugin_is_one_line(text, says, tmp_path, monkeypatch):
     if text is not None: (tmp_path / "bad.py").write_text(text, "utf-8")
     monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "bad.py"))
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^the plugin .*bad.py {says}.*$") as error: origin()
         assert "\n" not in str(error.value)
+
+def test_two_plugins_may_not_register_one_name(tmp_path, monkeypatch):
+    for file, value in (("a.py", "2."), ("b.py", "4.")): (tmp_path / file).write_text(PLUGIN.replace("2.", value), "utf-8")
+    monkeypatch.setenv("UNLOC_PLUGINS", os.pathsep.join(str(tmp_path / file) for file in ("a.py", "b.py")))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^the plugins .*a.py and .*b.py both register the localizer 'plugged'; rename one of them$"): origin()
+    monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "b.py"))
+    assert localization(origin(), "plugged")["added"], "one after the other is another matter: an edit"
 
 # --- no else that stands for an unknown name
 
