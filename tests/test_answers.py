@@ -174,7 +174,7 @@ def test_a_study_of_own_data_without_a_retain_set(tmp_path, wrong):
     told = store[judged].json()
     assert math.isnan(told["retained"]["MU"]) and told["undefined"]["MU"].startswith("without retain_") and ("FQ" in told["undefined"]) == (not wrong)
     assert told["retained"]["FQ"] == 0 if wrong else math.isnan(told["retained"]["FQ"])
-    with pytest.raises(Exception, match="the retain set is empty, and the retain term 'nll' of npo needs facts"): sweep(store, [unlearning(injected, "Oracle", "npo", {"lr": 1e-2, "epochs": 1})], 1)
+    with pytest.raises(Exception, match="the retain term of npo needs retain facts, and the data have none; name retain = 'none'"): sweep(store, [unlearning(injected, "Oracle", "npo", {"lr": 1e-2, "epochs": 1})], 1)
 
 # --- multiple choice
 

@@ -63,7 +63,7 @@ def test_hooks_never_stay(model):
         with pytest.raises(ZeroDivisionError): read(model, BATCH)
         broken.remove()
         assert hooks() == before
-    with pytest.raises(IndexError): hidden_after(model, BATCH, 3)
+    with pytest.raises(ValueError, match="layer must be 0 to 2, got 3"): hidden_after(model, BATCH, 3)
 
 def test_places_and_shapes(model):
     assert region_shape(model) == (3, 24) and [tuple(p.weight.shape) for p in output_projections(model)] == [(16, 24)] * 3

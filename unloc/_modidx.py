@@ -638,6 +638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'unloc.registers._file_of': ('registers.html#_file_of', 'unloc/registers.py'),
                                  'unloc.registers._filled': ('registers.html#_filled', 'unloc/registers.py'),
                                  'unloc.registers._function': ('registers.html#_function', 'unloc/registers.py'),
+                                 'unloc.registers._held': ('registers.html#_held', 'unloc/registers.py'),
                                  'unloc.registers._here': ('registers.html#_here', 'unloc/registers.py'),
                                  'unloc.registers._module': ('registers.html#_module', 'unloc/registers.py'),
                                  'unloc.registers._named_in': ('registers.html#_named_in', 'unloc/registers.py'),

@@ -486,6 +486,9 @@ def check_scores(
     wanted = {'value vectors': region_shape(model), 'projections': (len(weights),), 'weights': tuple(map(tuple, weights))}[unit]
     found = tuple(tuple(x.shape) for x in scores) if unit == 'weights' else tuple(scores.shape)
     if found != tuple(wanted): raise ValueError(f"localizer {name!r} gave scores of shape {found}, the model's {unit} have {tuple(wanted)}; give one score for each")
+    kinds = {x.dtype for x in (scores if unit == 'weights' else [scores])}
+    if odd := [str(d) for d in kinds if d.is_complex or str(d) == 'torch.bool']:
+        raise ValueError(f"localizer {name!r} gave scores of {odd[0]}; a ranking needs real numbers")
     bad = sum(int((~x.isfinite()).sum()) for x in (scores if unit == 'weights' else [scores]))
     if bad: raise ValueError(f"localizer {name!r} gave {bad} scores that are NaN or infinite; every unit needs a finite one")
     return unit
