@@ -416,3 +416,20 @@ def test_gradients_of_before_do_not_move_locked_weights():
         loss(model).backward()
         optimizer.step()
     assert locked_digest(model, REGION) == before
+
+# --- a weight that is used past its layer
+
+class Past(nn.Module): # an MLP that takes the weight of its output projection and leaves the layer out
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+    def forward(self, x): return F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+def test_a_projection_that_is_never_called_is_named():
+    from unloc import attribution, training
+    model = small()
+    model.model.layers[0].mlp = Past(model.model.layers[0].mlp)
+    for score_by in (attribution.activations, attribution.wanda, attribution.gradient, attribution.fisher, attribution.integrated_gradients):
+        with pytest.raises(ValueError, match="the model does not call the output projection of layer 0, it uses the weight in another way"): score_by(model, FACTS)
+    model.model.layers[1].mlp = Past(model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match="the loss does not depend on what is to be trained"): training.inject(model, Region.sample((2, 24), .25, 0), FACTS, epochs=1, lr=1e-2, batch_size=2, seed=0)

@@ -39,6 +39,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unloc.attribution._fisher': ('attribution.html#_fisher', 'unloc/attribution.py'),
                                    'unloc.attribution._forward': ('attribution.html#_forward', 'unloc/attribution.py'),
                                    'unloc.attribution._half': ('attribution.html#_half', 'unloc/attribution.py'),
+                                   'unloc.attribution._idle': ('attribution.html#_idle', 'unloc/attribution.py'),
                                    'unloc.attribution._known': ('attribution.html#_known', 'unloc/attribution.py'),
                                    'unloc.attribution._mean_gradients': ('attribution.html#_mean_gradients', 'unloc/attribution.py'),
                                    'unloc.attribution._moments': ('attribution.html#_moments', 'unloc/attribution.py'),

@@ -60,18 +60,27 @@ def random_scores(
     return scores
 
 # %% ../nbs/04_attribution.ipynb #51b24076
+def _idle(layer:int)->ValueError:
+    return ValueError(
+        f"the model does not call the output projection of layer {layer}, it uses the weight in "
+        "another way, so nothing can be said of its value vectors; let the MLP call the layer")
+
 @contextmanager
 def _watched(model, see:Callable[[int, Tensor, Tensor], Tensor|None])->Iterator[None]:
     "Hold a model frozen and in evaluation mode, and show `see(layer, input, output)` its output projections at work; it may return another output"
     trainable, training = [p for p in model.parameters() if p.requires_grad], [m for m in model.modules() if m.training]
-    hooks = []
+    hooks, called = [], set()
     def first(layer): # before any other hook: the output is still the product with the weight
-        return lambda module, inputs, output: see(layer, inputs[0], output)
+        def hook(module, inputs, output):
+            called.add(layer)
+            return see(layer, inputs[0], output)
+        return hook
     try:
         for layer, projection in enumerate(output_projections(model)):
             hooks.append(projection.register_forward_hook(first(layer), prepend=True))
         model.requires_grad_(False).eval()
         yield
+        if idle := [layer for layer in range(len(hooks)) if layer not in called]: raise _idle(idle[0])
     finally:
         for hook in hooks: hook.remove()
         for p in trainable: p.requires_grad_(True)
@@ -404,6 +413,7 @@ def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)
         copies = [] # coefficients of the token each stands for, and its own
         with _watched(model, see), torch.enable_grad():
             hidden = model.base_model(input_ids=torch.cat([ids[:n], ids[t]])[None], attention_mask=mask, position_ids=position[None], use_cache=False).last_hidden_state
+            if not copies: raise _idle(layer)
             nll = F.cross_entropy(logits_of(model, hidden[0, n:]), ids[t + 1], reduction='none')
             gradient, = torch.autograd.grad(nll.neg().exp().sum(), copies[1])
         total += (_wide(copies[0]) * gradient).sum(0)

@@ -87,6 +87,9 @@ def descend(
                 for group in optimizer.param_groups: group['lr'] = lr * SCHEDULES[schedule]((epoch * len(work) + i + .5) / (epochs * len(work)))
                 value = loss(batch, epoch)
                 if not math.isfinite(value.item()): raise FloatingPointError(f"the loss is {value.item()} at step {i + 1} of epoch {epoch + 1} (lr {lr}); lower the learning rate")
+                if not value.requires_grad: raise ValueError(
+                    "the loss does not depend on what is to be trained; see that the model calls its "
+                    "output projections, and that the parameters belong to this model")
                 value.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.)
                 optimizer.step()
