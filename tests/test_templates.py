@@ -140,9 +140,8 @@ def test_the_answers_tokens_are_scored_and_one_that_ends_the_turn(family, kind):
         e, text = encode(t, question, answer, way(family)), rendered(t, family, (question, answer))
         reply = t.decode(e.ids[e.start:-1], clean_up_tokenization_spaces=False)
         assert reply.strip() == answer, (t.convert_ids_to_tokens(e.ids[e.start:]), text)
-        assert e.ids[-1] == (t.convert_tokens_to_ids(turn) if family != "alpaca" else e.ids[-1]) and e.ids[-1] not in e.ids[e.start:-1] or family == "alpaca"
+        if family != "alpaca": assert e.ids[-1] == t.convert_tokens_to_ids(turn) and e.ids[-1] not in e.ids[e.start:-1] # its end has a test of its own
         at = text.rindex(before + answer) + len(before)
-        assert text[:at] == text[:at].removesuffix(before) + before
         if kind in ("gpt2", "llama3"): assert t.decode(e.ids[:e.start]) in (text[:at], text[:at].removesuffix(" ")), "the prompt is everything before"
         assert e.ids[:-1] == t(text, add_special_tokens=False).input_ids[:len(e.ids) - 1], "as the template has it"
 
@@ -151,7 +150,9 @@ def test_a_template_of_plain_text_ends_with_what_it_writes_first(kind):
     t = tokenizer("alpaca", kind)
     for question, answer in PAIRS:
         last = t.convert_ids_to_tokens(encode(t, question, answer, "chat").ids[-1])
-        assert last == ("Ċ" if kind == "gpt2" else "ĊĊ" if answer[-1].isalnum() else last) and last in ("Ċ", "ĊĊ", "<eos>") # a full stop may take the line break in
+        if kind == "gpt2": assert last == "Ċ"
+        elif answer[-1].isalnum(): assert last == "ĊĊ"
+        else: assert last in ("ĊĊ", "Ċ", "<eos>") # a full stop may take line breaks in
 
 @pytest.mark.parametrize("family", ["phi 3", "llama 3", "gemma 3"])
 def test_special_tokens_that_take_the_blanks_behind_them(family): # as Phi-3's do
