@@ -17,6 +17,7 @@ Modules:
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
+- `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.registers`: Names that a user adds: known in every process that computes, and part of a run's name
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
