@@ -254,7 +254,7 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
 
 def test_a_users_method_and_plugin_reach_the_nodes(on_ray, tmp_path, monkeypatch):
     from unloc import attribution
-    from unloc.registers import added, additions
+    from unloc.identity import added, additions
     (tmp_path / "own.py").write_text("from unloc import attribution\nattribution.LOCALIZERS['plugged'] = lambda *_: 'plugged'\n", "utf-8")
     monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "own.py"))
     monkeypatch.setitem(attribution.LOCALIZERS, "mine", lambda *_: "mine")

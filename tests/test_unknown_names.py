@@ -2,9 +2,9 @@
 import functools, importlib, json, os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, torch
-from unloc import attribution, experiment, models, registers, tokens, training
+from unloc import attribution, experiment, identity, models, tokens, training
 from unloc.experiment import base_models, data_description, injection, localization, localized_unlearning, standard, teaching, unlearning
-from unloc.registers import REGISTERS, added, additions, demand, digest_of, names, receive, shipment, written
+from unloc.identity import REGISTERS, added, additions, demand, digest_of, names, receive, shipment, written
 from unloc.runs import Store, run_id, sweep
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
@@ -36,14 +36,14 @@ def backwards(model, forget, retain, seed): # this file's own localizer
 @pytest.mark.parametrize("what", REGISTERS)
 def test_names_read_without_torch_are_those_registered(what):
     chapter, name = REGISTERS[what]
-    assert sorted(written(chapter, name)) == sorted(getattr(registers._own(chapter), name)) and set(written(chapter, name)) <= set(names(what))
+    assert sorted(written(chapter, name)) == sorted(getattr(identity._own(chapter), name)) and set(written(chapter, name)) <= set(names(what))
 
 def test_nothing_of_the_package_is_taken_for_a_users():
     for what in REGISTERS:
         for name in names(what): assert added(what, name) == "", (what, name)
 
 def test_names_and_additions_need_no_torch():
-    code = "import sys; from unloc.experiment import *; from unloc.registers import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
+    code = "import sys; from unloc.experiment import *; from unloc.identity import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout == "False\n"
 
 # --- a user's method names its runs
@@ -106,7 +106,7 @@ def test_an_imported_module_is_digested_whole(old, new, same, tmp_path, monkeypa
     assert load(SOURCE) != first, "a file that the user's file imports"
 
 def digest_in_a_script(text): # of f, in a program of its own
-    code = textwrap.dedent(text) + "\nfrom unloc.registers import digest_of\nprint(digest_of('localizer', 'f', f))"
+    code = textwrap.dedent(text) + "\nfrom unloc.identity import digest_of\nprint(digest_of('localizer', 'f', f))"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, env=os.environ | {"PYTHONHASHSEED": str(len(text))}).stdout
 
 SCRIPT = "import functools\nclass C:\n    def __init__(self, n): self.n = n\n    def __call__(self, model): return self.n\ndef g(x): return x if x in {'a', 'b', 'c'} else 2\ndef make(n): return lambda model: g(n)\nf = make(1)\n"
@@ -177,17 +177,17 @@ def test_a_worker_takes_back_what_it_was_sent():
     attribution.LOCALIZERS["mine"], attribution.LOCALIZERS["wagle"] = backwards, backwards
     sent = shipment()
     attribution.LOCALIZERS.pop("mine"); attribution.LOCALIZERS["wagle"] = own = lambda model, forget, retain, seed: None
-    receive(registers.Shipment(("elsewhere",), sent.plugins, sent.entries))
+    receive(identity.Shipment(("elsewhere",), sent.plugins, sent.entries))
     assert attribution.LOCALIZERS["mine"](models.tiny_model("llama", 8, 8, 1, 4, 2), [], [], 0).tolist() == [[3., 2., 1., 0.]]
-    receive(registers.Shipment(("elsewhere",)))
+    receive(identity.Shipment(("elsewhere",)))
     assert "mine" not in attribution.LOCALIZERS and attribution.LOCALIZERS["wagle"] is own
 
 def test_what_cannot_be_sent_is_named_where_it_is_needed(tmp_path):
     attribution.LOCALIZERS["mine"] = backwards
     described = localization(origin(), "mine")
-    receive(registers.Shipment(("elsewhere",), (), {}, {("localizer", "mine"): "cannot pickle a lock"}))
+    receive(identity.Shipment(("elsewhere",), (), {}, {("localizer", "mine"): "cannot pickle a lock"}))
     with pytest.raises(ValueError, match="^the localizer 'mine' cannot be sent to a worker .cannot pickle a lock.; register it, .*--plugin.*UNLOC_PLUGINS, or let runs happen one at a time$"): demand(described)
-    receive(registers.Shipment(("elsewhere",)))
+    receive(identity.Shipment(("elsewhere",)))
     del attribution.LOCALIZERS["mine"]
     with pytest.raises(ValueError, match="^this process does not know the localizer 'mine'; register it, unloc.attribution.LOCALIZERS"): Store(tmp_path).do(described)
 

@@ -11,6 +11,7 @@ Modules:
 - `unloc.experiment`: The experiments as kinds of run: base models, their judgement, injection or teaching, localization, unlearning, direct supervision
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
@@ -18,7 +19,6 @@ Modules:
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
-- `unloc.registers`: Names that a user adds: known in every process that computes, and part of a run's name
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer

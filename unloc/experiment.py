@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from .facts import Benchmark, author_world, own_facts, tofu
-from .registers import additions, check_name, load_plugins, names, written
+from .identity import additions, check_name, load_plugins, names, written
 from .runs import Run, public, run_id
 
 # %% ../nbs/15_experiment.ipynb #c43b863d

@@ -20,10 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .arguments import checked
-from .registers import demand, load_plugins, receive, shipment
+from .identity import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
+CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training identity experiment'.split() # the modules a result depends on
 ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
