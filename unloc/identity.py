@@ -283,9 +283,11 @@ def _watch(file:str)->None: # of a plugin that was executed
         for name, entry in (_register(what) or {}).items():
             if name in written(*REGISTERS[what]): continue
             known, before = _first.setdefault((what, name), (entry, file))
-            if known is not entry and before != file: raise ValueError(
-                f"the plugins {before} and {file} both register the {what} {name!r}; rename one of them")
-            _first[what, name] = entry, before
+            if known is entry: continue
+            if before != file and before in map(str, methods.plugin_files()): raise ValueError(
+                f"the plugins {before} and {file} both register the {what} {name!r}; "
+                "rename one of them")
+            _first[what, name] = entry, file
 methods.WATCHERS.append(_watch)
 
 def additions(

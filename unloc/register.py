@@ -8,8 +8,8 @@ a user's come from plugin files and from entry points of the group `unloc.method
 
 # %% auto #0
 __all__ = ['GIVEN', 'METHODS', 'WATCHERS', 'Method', 'register', 'localizer', 'objective', 'retain_term', 'editor', 'attack',
-           'metric', 'dataset', 'architecture', 'source_digest', 'executed', 'execute_plugin', 'load_plugins', 'load',
-           'methods', 'find', 'label']
+           'metric', 'dataset', 'architecture', 'source_digest', 'executed', 'execute_plugin', 'plugin_files',
+           'load_plugins', 'load', 'methods', 'find', 'label']
 
 # %% ../nbs/00_register.ipynb #269e0d37
 import ast
@@ -226,12 +226,13 @@ def source_digest(source:str|bytes)->str: # hexadecimal
 def _comment(statement:ast.stmt)->bool: # such as a docstring
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
-_executed = {} # digest of the bytes: name of the file and the bytes
+_executed = {} # digest: name of a file and its bytes
+def _key(file, content): return hashlib.sha256(file.encode() + b'|' + content).hexdigest()
 def executed()->dict: return dict(_executed)
 
 def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
     "Execute a plugin, once in this process"
-    key = hashlib.sha256(content).hexdigest()
+    key = _key(file, content)
     if key in _executed: return
     stem = ''.join(c if c.isalnum() else '_' for c in Path(file).stem)
     module = ModuleType(f"unloc_plugin_{stem}_{key[:8]}")
@@ -252,20 +253,25 @@ def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
         raise ValueError(f"the plugin {file} fails: {why}; correct the file") from None
 
 # %% ../nbs/00_register.ipynb #6f03675a
-def _plugin_files()->list[Path]:
+def plugin_files()->list[Path]:
+    "List the plugins that UNLOC_PLUGINS names"
     return [Path(file) for file in os.environ.get('UNLOC_PLUGINS', '').split(os.pathsep) if file]
 
 WATCHERS = [] # functions that look at what a plugin has done, given its file
 
 def load_plugins()->None:
     "Execute the files that UNLOC_PLUGINS names"
-    for file in _plugin_files():
+    for file in plugin_files():
         try: content = file.read_bytes()
         except OSError as error: raise ValueError(
             f"the plugin {file} cannot be read: {error.strerror}; "
             "name a Python file with --plugin, a profile's plugins or UNLOC_PLUGINS") from None
         execute_plugin(str(file.resolve()), content)
-        for watch in WATCHERS: watch(str(file))
+        try:
+            for watch in WATCHERS: watch(str(file))
+        except ValueError:
+            _executed.pop(_key(str(file.resolve()), content)) # to be refused again
+            raise
 
 @cache
 def _load_package()->None:
