@@ -7,6 +7,7 @@ Modules:
 - `unloc.attribution`: Score every value vector of a model by how much it seems to hold of some facts
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
+- `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.experiment`: The experiments as kinds of run: base models, their judgement, injection or teaching, localization, unlearning, direct supervision
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
