@@ -21,6 +21,7 @@ Modules:
 - `unloc.registers`: Names that a user adds: known in every process that computes, and part of a run's name
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
+- `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way"""
