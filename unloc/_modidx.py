@@ -807,6 +807,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'unloc.study.Settings.attacked': ('study.html#settings.attacked', 'unloc/study.py'),
                              'unloc.study.Settings.of_page': ('study.html#settings.of_page', 'unloc/study.py'),
                              'unloc.study.Settings.replace': ('study.html#settings.replace', 'unloc/study.py'),
+                             'unloc.study.Settings.told': ('study.html#settings.told', 'unloc/study.py'),
                              'unloc.study.Study': ('study.html#study', 'unloc/study.py'),
                              'unloc.study.Study.missing': ('study.html#study.missing', 'unloc/study.py'),
                              'unloc.study.Study.provenance': ('study.html#study.provenance', 'unloc/study.py'),

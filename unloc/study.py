@@ -51,7 +51,7 @@ def _parameters(
     if found.get('attacked_data') in ({}, '{}'): del found['attacked_data'], kinds['attacked_data']
     return experiment.page_parameters({'__annotations__': kinds} | found)
 
-# %% ../nbs/19_study.ipynb #ca29a79e
+# %% ../nbs/19_study.ipynb #5916bf29
 class Settings:
     "A profile over smoke, as attributes"
     def __init__(
@@ -83,9 +83,14 @@ class Settings:
         return other
 
     def attacked(self)->'Settings':
-        "Give the study of the runs that are attacked, with facts enough to be taught"
-        data = self.values.get('attacked_data') or self.data
-        return self.replace(archs=self.attacked_archs, unlearn=self.attacked_unlearn, data=data)
+        "Give the study of the runs that are attacked, with other facts injected before"
+        return self.replace(
+            data=self.values.get('attacked_data') or self.data, inject=self.inject | {'others': True},
+            archs=self.attacked_archs, unlearn=self.attacked_unlearn)
+
+    def told(self, *names:str)->dict: # names: of parameters
+        "Give some parameters by name, for what a table says of itself"
+        return {name: self.values[name] for name in names}
 
 # %% ../nbs/19_study.ipynb #fddbedbc
 class Origins(Settings):
@@ -194,7 +199,7 @@ def _as_grid(given)->Grid: # given: Grid or descriptions
     raise ValueError(f"{len(told) - len(found)} descriptions have the fields of others ({', '.join(columns)}); "
                      "give a grid, whose axes tell them apart")
 
-# %% ../nbs/19_study.ipynb #f0b7317f
+# %% ../nbs/19_study.ipynb #bd404b56
 @dataclass
 class Frames:
     "The runs of a grid, as frames"
@@ -218,7 +223,7 @@ class Frames:
             found = measure(run)
             if isinstance(found, dict): found = pandas.DataFrame([found], index=[0])
             found = found.drop(columns=[n for n in found if n in self.names])
-            for i, (name, value) in enumerate(zip(self.names, key)): found.insert(i, name, value)
+            for i, (name, value) in enumerate(zip(self.names, key)): found.insert(i, name, [value] * len(found))
             parts.append(found)
         return pandas.concat(parts, ignore_index=True) if parts else self.points.iloc[:0]
 
