@@ -7,7 +7,8 @@ runs stay in the store and are never done twice. Every error is one line, with e
 
 # %% auto #0
 __all__ = ['SHARED', 'ALL', 'Problem', 'project_root', 'notebooks', 'promise', 'parameters', 'artefacts', 'overlaid', 'profiles',
-           'shares', 'assign', 'Watch', 'Order', 'order', 'reproduce', 'compile_paper', 'show_plan', 'show', 'main']
+           'shares', 'assign', 'Watch', 'Order', 'order', 'reproduce', 'compile_paper', 'show_plan', 'compute', 'show',
+           'main']
 
 # %% ../nbs/18_cli.ipynb #7ae02dd8
 import argparse, ast, configparser, contextlib, difflib, json, os, re, shutil, sys, tempfile, threading, time
@@ -556,6 +557,48 @@ def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: #
     print(text_of(found))
     return not found.problems
 
+# %% ../nbs/18_cli.ipynb #4b250aae
+def compute(
+    root:Path, # the checkout
+    profile:str='tiny', # a section of settings.ini
+    only:list[str]=(), # notebooks; all when empty
+    engine:str='local', # 'ray': on the cluster at RAY_ADDRESS, or that of this machine
+    **rest, # as in order
+)->int: # runs that there are now
+    "Do the runs that the notebooks of a profile ask for, and draw nothing"
+    asked = order(root, profile, only, engine=engine, **rest)
+    _writable(asked.store)
+    from unloc.plan import wanted
+    from unloc.runs import Store, sweep
+    with _engine(engine), _hub(_from_hub(asked.chosen)), _plugged(asked.plugins), Watch(root) as watch:
+        found = []
+        for notebook, values in asked.chosen.items():
+            runs = wanted(notebook, values)
+            found += runs
+            if not runs: watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
+        watch.label = profile
+        return len({run.path for run in sweep(Store(asked.store), found, asked.jobs)})
+
+# %% ../nbs/18_cli.ipynb #0af9dcf5
+def _to_file(root:Path, store:Path, to:Path, weights:bool)->None:
+    from unloc.runs import Store
+    from unloc.transport import pack
+    try: found = pack(Store(store), to, weights)
+    except (OSError, ValueError, RuntimeError) as error: raise Problem(_line_of(error)) from None
+    print(f"packed {len(found.runs)} runs, {found.bytes / 2**20:.1f} MiB, into {to}")
+
+def _from_file(root:Path, file:Path, store:Path|None)->None:
+    from unloc.runs import Store
+    from unloc.transport import unpack
+    store = store or root / '_runs'
+    try: found = unpack(file, Store(store))
+    except (OSError, ValueError, RuntimeError) as error: raise Problem(_line_of(error)) from None
+    print(f"{len(found.new)} runs are new in {store}, {len(found.kept)} were there already")
+
+def _line_of(error:Exception)->str: # of the package's own errors their text
+    if isinstance(error, OSError) and error.strerror: return _said(error)
+    return ' '.join(str(error).split())
+
 # %% ../nbs/18_cli.ipynb #9316ffad
 def show(root:Path)->None:
     "Print notebooks, artefacts and profiles"
@@ -567,22 +610,55 @@ def show(root:Path)->None:
     print('profiles')
     for name, values in profiles(root).items(): print(f'  {name:12} notebooks: {", ".join(values.get("notebooks", ["all before 40"]))}')
 
+# %% ../nbs/18_cli.ipynb #214f7a73
+def _shared(command:argparse.ArgumentParser)->None:
+    "Add the options of every command that takes a profile"
+    add = command.add_argument
+    add('--profile', default='tiny', help='a section of settings.ini (default: tiny)')
+    add('--only', nargs='+', default=[], metavar='NAME',
+        help="notebooks to run, with or without their number, or 'paper'")
+    add('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
+    add('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON',
+        help='change parameters, e.g. --set seeds=3')
+    add('--plugin', nargs='+', action='extend', type=Path, default=[], metavar='FILE',
+        help='Python files that register methods of your own')
+    add('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
+
+def _where(command:argparse.ArgumentParser)->None:
+    command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local',
+        help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, '
+            'or else that of this machine; --jobs then means at most')
+
+_PROFILED = { # command: what it does
+    'plan': 'say what would run, and whether this machine has what it needs',
+    'run': 'do the runs of a profile and draw nothing; needs no Jupyter',
+    'reproduce': 'run the notebooks of a profile; finished runs are kept and never done twice',
+}
+
+# %% ../nbs/18_cli.ipynb #e7b37a2a
 def _parser()->argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='unloc', description='Localized unlearning, reproduced: run the notebooks, regenerate every figure and table.')
+    parser = argparse.ArgumentParser(prog='unloc', allow_abbrev=False, description=
+        'Localized unlearning, reproduced: run the notebooks, regenerate every figure and table.')
+    parser.add_argument('--version', action='version', version=f'unloc {_version()}')
     commands = parser.add_subparsers(dest='command', required=True)
-    commands.add_parser('list', help='show notebooks, artefacts and profiles')
-    for name, text in (('plan', 'say what would run, and whether this machine has what it needs'), ('reproduce', 'run the notebooks of a profile; finished runs are kept and never done twice')):
-        command = commands.add_parser(name, help=text)
-        command.add_argument('--profile', default='tiny', help='a section of settings.ini (default: tiny)')
-        command.add_argument('--only', nargs='+', default=[], metavar='NAME', help="notebooks to run, with or without their number, or 'paper'")
-        command.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
-        command.add_argument('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON', help='change parameters, e.g. --set seeds=3')
-        command.add_argument('--plugin', nargs='+', action='extend', type=Path, default=[], metavar='FILE', help='Python files that register methods of your own')
-        command.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
-        if name == 'plan': continue
-        command.add_argument('--out', type=Path, metavar='DIR', help='where figures and tables go (default: figures)')
-        command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local', help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, or else that of this machine; --jobs then means at most')
+    commands.add_parser('list', help='show notebooks, artefacts, methods and profiles')
+    for name, text in _PROFILED.items():
+        _shared(command := commands.add_parser(name, help=text, allow_abbrev=False))
+        if name != 'plan': _where(command)
+        if name == 'reproduce': command.add_argument('--out', type=Path, metavar='DIR',
+            help='where figures and tables go (default: figures)')
+    to = commands.add_parser('pack', help='write finished runs into one file', allow_abbrev=False)
+    to.add_argument('store', type=Path, help='the folder of runs, such as _runs')
+    to.add_argument('--to', type=Path, required=True, metavar='FILE', help='such as study.zip')
+    to.add_argument('--weights', action='store_true', help='take the weights of models along')
+    back = commands.add_parser('unpack', help='take packed runs into a store', allow_abbrev=False)
+    back.add_argument('file', type=Path, help='from unloc pack')
+    back.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
     return parser
+
+def _version()->str:
+    from unloc import __version__
+    return __version__
 
 # %% ../nbs/18_cli.ipynb #171b3a0c
 def _do(command:str, asked:dict)->int: # exit status
@@ -590,12 +666,22 @@ def _do(command:str, asked:dict)->int: # exit status
     root = project_root()
     if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists(): os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
     if command == 'list': show(root)
-    else:
-        pairs = asked.pop('set')
-        if bad := [text for text in pairs if '=' not in text]: raise Problem(f"--set takes NAME=JSON, got {bad[0]!r}")
-        asked['changes'] = {name: _json('--set', name, text) for name, text in (pair.split('=', 1) for pair in pairs)}
-        if command == 'plan': return 0 if show_plan(root, **asked) else 1
-        reproduce(root, **asked)
+    elif command == 'pack': _to_file(root, **asked)
+    elif command == 'unpack': _from_file(root, **asked)
+    else: return _do_profile(command, root, asked)
+    sys.stdout.flush() # a reader that is gone is noticed here
+    return 0
+
+def _do_profile(command:str, root:Path, asked:dict)->int: # exit status
+    "Do what a command asks for that takes a profile"
+    pairs = asked.pop('set')
+    if bad := [text for text in pairs if '=' not in text]:
+        raise Problem(f"--set takes NAME=JSON, got {bad[0]!r}")
+    named = (pair.split('=', 1) for pair in pairs)
+    asked['changes'] = {name: _json('--set', name, text) for name, text in named}
+    if command == 'plan': return 0 if show_plan(root, **asked) else 1
+    if command == 'run': print(f"{compute(root, **asked)} runs are there; unloc reproduce draws from them")
+    else: reproduce(root, **asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
 

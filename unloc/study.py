@@ -17,7 +17,7 @@ from itertools import product
 from . import experiment, runs
 from .cli import ALL, SHARED, _known, overlaid, profiles, project_root
 from .experiment import benchmark
-from .registers import names
+from .identity import names
 from .regions import Region
 from .tradeoff import at, judged as judged_in_full, measures
 
