@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from .project import checkout, folder_of, home, init, pages_of
+
 # %% ../nbs/18_cli.ipynb #1d6a1a48
 class Problem(Exception): "Something the person can mend; printed as one line"
 
@@ -24,18 +26,22 @@ def _said(error:Exception)->str:
     if isinstance(error, OSError) and error.strerror: return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-def project_root(start:Path|None=None)->Path: # start: a folder inside the checkout; None: the current one
-    "Find the checkout"
-    from unloc.runs import checkout
+def project_root(start:Path|None=None)->Path: # start: a folder inside it; None: the current one
+    "Find the project, or else take the current folder as one"
     try: start = start or Path.cwd()
     except FileNotFoundError: raise Problem("the current folder is gone; change to another one") from None
+    if given := os.environ.get('UNLOC_PROJECT'):
+        if (Path(given) / 'settings.ini').exists(): return Path(given).resolve()
+        raise Problem(f"UNLOC_PROJECT names {given}, which holds no settings.ini; name the folder of a project")
     if found := checkout(start): return found
-    raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); clone the repository and call unloc inside it")
+    if home() is not None: return start.resolve() # of an installed package
+    raise Problem("no unloc checkout here (a folder with settings.ini and nbs/ was expected); "
+        "clone the repository and call unloc inside it, or install it as a wheel")
 
 # %% ../nbs/18_cli.ipynb #02d39b0a
 def notebooks(root:Path)->list[Path]:
     "List the figure and table notebooks, in order"
-    return sorted((root / 'nbs').glob('[2-9][0-9]_*.ipynb'))
+    return pages_of(root)
 
 def _cells(notebook:Path)->list[tuple[str, str, list]]: # kind, source, tags
     "Read the cells of a notebook"
@@ -94,6 +100,12 @@ def _json(where:str, name:str, text:str)->object:
 
 # %% ../nbs/18_cli.ipynb #379ce829
 def _sections(root:Path)->dict[str, dict]: # profile: name: value
+    "Read the profiles that came with the package, and those of a project over them"
+    brought = home()
+    below = {} if brought in (None, root) or (root / 'nbs').is_dir() else _read_settings(brought)
+    return below | (_read_settings(root) if (root / 'settings.ini').exists() or not below else {})
+
+def _read_settings(root:Path)->dict[str, dict]: # profile: name: value
     "Read settings.ini as it stands"
     parser = configparser.ConfigParser(interpolation=None)
     try: parser.read_string((root / 'settings.ini').read_text('utf-8-sig')) # some editors begin UTF-8 with a mark
@@ -334,7 +346,7 @@ def _execute(notebook, copy, values):
     (profile := copy.with_name('.ipython')).mkdir(parents=True, exist_ok=True)
     own = ['--log-level=ERROR', f'--ipython-dir={profile}', '--IPKernelApp.exec_PYTHONSTARTUP=False']
     places, messages = [Path(values[name]) for name in ('store', 'out') if name in values], copy.with_name('stderr.log')
-    try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name='python3', progress_bar=False,
+    try: papermill.execute_notebook(notebook, copy, values, cwd=folder_of(notebook), kernel_name='python3', progress_bar=False,
         extra_arguments=own, start_timeout=600, kernel_manager_class=_this_python())
     except PapermillExecutionError as error:
         said = f"{error.ename}: {' '.join(error.evalue.split())}"
@@ -515,7 +527,9 @@ def _run_all(root, asked, only, watch):
         watch.say(watch.label)
         _execute(notebook, asked.copies / notebook.name, values)
         watch.say(f"  done in {time.monotonic() - began:.0f} s")
-    if 'paper' in only or (not only and asked.figures == root / 'figures'): watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
+    manuscript = (root / 'paper' / 'unloc.typ').exists()
+    if 'paper' in only or not only and manuscript and asked.figures == root / 'figures':
+        watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
 
 def reproduce(
     root:Path, # the checkout
@@ -654,6 +668,8 @@ def _parser()->argparse.ArgumentParser:
     back = commands.add_parser('unpack', help='take packed runs into a store', allow_abbrev=False)
     back.add_argument('file', type=Path, help='from unloc pack')
     back.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
+    new = commands.add_parser('init', help='write a small project of your own', allow_abbrev=False)
+    new.add_argument('folder', type=Path, help='new, or empty')
     return parser
 
 def _version()->str:
@@ -663,13 +679,22 @@ def _version()->str:
 # %% ../nbs/18_cli.ipynb #171b3a0c
 def _do(command:str, asked:dict)->int: # exit status
     "Do what a command line asks for"
+    if command == 'init': return _init(**asked)
     root = project_root()
+    os.environ['UNLOC_PROJECT'] = str(root) # for kernels and workers
     if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists(): os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
     if command == 'list': show(root)
     elif command == 'pack': _to_file(root, **asked)
     elif command == 'unpack': _from_file(root, **asked)
     else: return _do_profile(command, root, asked)
     sys.stdout.flush() # a reader that is gone is noticed here
+    return 0
+
+def _init(folder:Path)->int: # exit status
+    try: made = init(folder)
+    except (OSError, ValueError) as error: raise Problem(_line_of(error)) from None
+    for file in made: print(f'wrote {file}')
+    print(f"next: cd {folder}, then unloc reproduce --profile mine")
     return 0
 
 def _do_profile(command:str, root:Path, asked:dict)->int: # exit status

@@ -29,6 +29,7 @@ from .checkpoints import free_memory, inspect, load_tokenizer, recompute
 from .models import logits_of, mixed_precision, output_projections, over_logits, region_shape, tiny_model
 from .objectives import nll
 from .regions import region_size
+from .project import folder_of
 from .runs import Store, cores, run_id, stages
 from .tokens import batch_tokens, train_tokenizer
 
@@ -46,7 +47,7 @@ def wanted(
     def collect(store, descriptions, *_, **__):
         found.extend(descriptions)
         raise _Listed
-    with patch.object(runs, 'sweep', collect), contextlib.chdir(notebook.parent), contextlib.suppress(_Listed):
+    with patch.object(runs, 'sweep', collect), contextlib.chdir(folder_of(notebook)), contextlib.suppress(_Listed):
         for source, tagged in cells:
             exec(compile(source, notebook.name, 'exec'), names)
             if tagged: names |= values

@@ -7,8 +7,8 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 
 # %% auto #0
 __all__ = ['CODE', 'ALSO', 'LIBRARIES', 'ENGINES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'left_behind',
-           'check_run', 'cores', 'processor', 'machines', 'checkout', 'in_checkout', 'Store', 'report', 'stages',
-           'engine', 'cluster', 'sweep', 'finished', 'results']
+           'check_run', 'cores', 'processor', 'machines', 'Store', 'report', 'stages', 'engine', 'cluster', 'sweep',
+           'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, warnings
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .arguments import checked
+from .project import checkout, in_checkout
 from .identity import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
@@ -139,21 +140,6 @@ _met = set()
 def machines()->list[str]:
     "Name the kinds of machine whose runs this process has read, or else this one"
     return sorted(_met) or [processor()]
-
-# %% ../nbs/14_runs.ipynb #c0c956db
-def checkout(
-    start:Path|None=None, # a folder inside it; None: the current one
-)->Path|None: # None: there is none
-    "Find the checkout above a folder, or else the one that the package lies in"
-    import unloc
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents, Path(unloc.__file__).resolve().parents[1]):
-        if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir(): return folder
-
-def in_checkout(path:str|Path)->str: # absolute
-    "Resolve a path of a page against the folder of the notebooks"
-    root = checkout()
-    return str(((root / 'nbs' if root else Path.cwd()) / path).resolve())
 
 # %% ../nbs/14_runs.ipynb #a086df6a
 @contextlib.contextmanager
