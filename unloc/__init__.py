@@ -4,7 +4,6 @@ Modules:
 
 - `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
 - `unloc.attacks`: Try to get back what a model was made to forget: by teaching, rounding, looking inside and asking otherwise
-- `unloc.attribution`: Score every value vector of a model by how much it seems to hold of some facts
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
@@ -21,6 +20,7 @@ Modules:
 - `unloc.registers`: Names that a user adds: known in every process that computes, and part of a run's name
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
+- `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way"""

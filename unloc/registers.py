@@ -28,8 +28,6 @@ from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleTy
 
 # %% ../nbs/14_registers.ipynb #a1c04e16
 REGISTERS = { # what a name names: the chapter and the dictionary that hold it
-    'localizer': ('attribution', 'LOCALIZERS'),
-    'own-unit localizer': ('attribution', 'OWN_UNITS'),
     'finder': ('models', 'PROJECTIONS'),
     'architecture': ('models', 'ARCHITECTURES'),
     'template': ('tokens', 'TEMPLATES'),

@@ -23,7 +23,7 @@ from .arguments import checked
 from .registers import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
+CODE = 'arguments facts tokens models regions register streaming masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
 ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
@@ -49,7 +49,8 @@ def code_fingerprint(modules:tuple[str, ...]=tuple(CODE))->str: # hexadecimal
         digest.update(repr(_bare(tree)).encode())
     return digest.hexdigest()
 
-def _code(description): return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
+def _code(description): # identity: the pages of the methods that it names belong here
+    return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
 
 # %% ../nbs/14_runs.ipynb #5e77a006
 def public(description:dict)->dict:
