@@ -4,7 +4,12 @@ import pytest, torch, transformers
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from unloc import attribution as A
+from unloc.methods.activations import activations
+from unloc.methods.fisher import fisher
+from unloc.methods.gradient import gradient
+from unloc.methods.integrated_gradients import integrated_gradients
+from unloc.methods.wagle import wagle_weights
+from unloc.methods.weight_norm import weight_norm
 from unloc.evaluation import greedy, score
 from unloc.masked import locked_digest, put_columns, unlock
 from unloc.models import PROJECTIONS, answer_logits, hidden_after, in_experts, logits_of, mask_limit, mlp_outputs, output_projections, region_shape, value_vectors
@@ -166,11 +171,11 @@ def test_logits_are_bent_in_float32(name, dtype):
 def test_scores_are_those_of_plain_autograd(name):
     model, plain = build(name, torch.float64, window=5), build(name, torch.float64, window=5)
     values = torch.stack(weights(name, plain))
-    close(A.activations(model, FORGET), mean([coefficients(name, plain, e).mean(1).abs() for e in FORGET]) * values.norm(dim=1), atol=slack(name))
+    close(activations(model, FORGET), mean([coefficients(name, plain, e).mean(1).abs() for e in FORGET]) * values.norm(dim=1), atol=slack(name))
     each = {"forget": [gradients(name, plain, e) for e in FORGET], "retain": [gradients(name, plain, e) for e in RETAIN]}
-    for max_tokens in (4096, 12): close(A.gradient(model, FORGET, max_tokens=max_tokens), mean(each["forget"]).abs().sum(1), atol=slack(name))
-    close(A.fisher(model, FORGET), mean([g.square().sum(1) for g in each["forget"]]), atol=max(1e-9, slack(name)))
-    close(torch.stack(A.wagle_weights(model, FORGET, RETAIN, .5)), ((values - mean(each["retain"]) / .5) * mean(each["forget"])).abs(), atol=max(1e-9, slack(name)))
+    for max_tokens in (4096, 12): close(gradient(model, FORGET, max_tokens=max_tokens), mean(each["forget"]).abs().sum(1), atol=slack(name))
+    close(fisher(model, FORGET), mean([g.square().sum(1) for g in each["forget"]]), atol=max(1e-9, slack(name)))
+    close(torch.stack(wagle_weights(model, FORGET, RETAIN, .5)), ((values - mean(each["retain"]) / .5) * mean(each["forget"])).abs(), atol=max(1e-9, slack(name)))
     assert all(p.grad is None for p in model.parameters())
 
 def plain_path(name, model, e, layer, steps=3): # integrated gradients on truncated inputs, by transformers' own module where it is one
@@ -190,15 +195,15 @@ def plain_path(name, model, e, layer, steps=3): # integrated gradients on trunca
 @NAMES
 def test_integrated_gradients_give_each_probe_its_own_positions_and_mask(name):
     model = build(name, torch.float64)
-    close(A.integrated_gradients(model, [e := Example([7, 5, 9, 8, 1], 2)], steps=3), torch.stack([plain_path(name, model, e, layer) for layer in range(2)]), rtol=1e-6, atol=max(1e-10, slack(name)))
+    close(integrated_gradients(model, [e := Example([7, 5, 9, 8, 1], 2)], steps=3), torch.stack([plain_path(name, model, e, layer) for layer in range(2)]), rtol=1e-6, atol=max(1e-10, slack(name)))
 
 @pytest.mark.parametrize("name, limit", [("llama", float("inf")), ("gpt2", float("inf")), ("mistral", 5), ("olmo3", 5), ("gemma3", 5), ("qwen2", 5)])
 def test_a_mask_of_ones_own_knows_its_limit(name, limit):
     model = build(name, window=5)
     assert mask_limit(model) == limit and mask_limit(build("qwen2", window=5, use_sliding_window=False)) == float("inf")
     if limit == 5:
-        with pytest.raises(ValueError, match="a fact of 9 tokens is longer than the 5 the model's sliding window looks back on"): A.integrated_gradients(model, [Example(list(range(2, 11)), 3)])
-    assert A.integrated_gradients(model, [Example([5, 6, 7, 8, 1], 3)]).isfinite().all()
+        with pytest.raises(ValueError, match="a fact of 9 tokens is longer than the 5 the model's sliding window looks back on"): integrated_gradients(model, [Example(list(range(2, 11)), 3)])
+    assert integrated_gradients(model, [Example([5, 6, 7, 8, 1], 3)]).isfinite().all()
 
 @NAMES
 def test_evaluation_knows_every_architecture(name): # right and wrong answers packed behind their question, and greedy decoding from padded rows
@@ -331,7 +336,7 @@ def test_an_expert_nobody_asks_gets_no_gradient():
     for m in (model, plain):
         with torch.no_grad(): m.model.layers[0].mlp.gate.weight[1] = -m.model.layers[0].mlp.gate.weight[0]; m.model.layers[0].mlp.gate.weight[2:] = 0 # one of the first two is above zero
     used = torch.stack([coefficients("olmoe", plain, e)[0].abs().sum(0) for e in FORGET]).sum(0) > 0
-    assert used.view(4, -1).any(1).tolist() == [True, True, False, False] and torch.equal(A.gradient(model, FORGET)[0] > 0, used)
+    assert used.view(4, -1).any(1).tolist() == [True, True, False, False] and torch.equal(gradient(model, FORGET)[0] > 0, used)
 
 def test_experts_of_another_layout_are_refused(monkeypatch):
     config = transformers.GptOssConfig(**GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8, layer_types=["full_attention"] * 2))
@@ -344,7 +349,7 @@ def test_experts_of_another_layout_are_refused(monkeypatch):
 
 # --- at the door
 
-DOORS = [lambda m: region_shape(m), lambda m: A.weight_norm(m), lambda m: A.gradient(m, FORGET), lambda m: locked_digest(m, REGION["columns"](FF)), lambda m: unlock(m, REGION["columns"](FF)).__enter__()]
+DOORS = [lambda m: region_shape(m), lambda m: weight_norm(m), lambda m: gradient(m, FORGET), lambda m: locked_digest(m, REGION["columns"](FF)), lambda m: unlock(m, REGION["columns"](FF)).__enter__()]
 
 def refused(model, says, doors=DOORS):
     flags = [p.requires_grad for p in model.parameters()]

@@ -303,7 +303,7 @@ def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(monkeypatch, 
 
 # --- a user's own methods, and what leaves nothing to show
 
-PLUGIN = "import torch\nfrom unloc import attribution, models\ndef mine(model, forget, retain, seed):\n    n_layers, d_ff = models.region_shape(model)\n    return torch.arange(float(n_layers * d_ff)).view(n_layers, d_ff)\nattribution.LOCALIZERS['mine'] = mine\n"
+PLUGIN = "import torch\nfrom unloc import models\nfrom unloc.register import localizer\n@localizer(label='Mine')\ndef mine(model, forget, seed):\n    'Rank by place'\n    n_layers, d_ff = models.region_shape(model)\n    return torch.arange(float(n_layers * d_ff)).view(n_layers, d_ff)\n"
 SCORED = ["reproduce", "--profile", "smoke", "--only", "24_localization", "--jobs", "2", "--set", 'scored=["mine"]', "localization_seeds=2"]
 
 @pytest.mark.parametrize("change, says", [("seeds=0", "ValueError: parameter seeds must be at least 1, got 0"), ("seeds=-1", "parameter seeds must be at least 1, got -1"), ("archs=[]", "parameter archs is empty; name at least one"), ("unlearn={}", "parameter unlearn is empty; name at least one")])
@@ -313,7 +313,7 @@ def test_nothing_to_show_is_one_line_before_anything_runs(checkout, change, says
 def test_methods_of_a_plugin_reach_kernel_and_workers(tmp_path, guarded):
     own, plugin, found = Checkout(tmp_path, guarded), tmp_path / "my methods.py", []
     plugin.write_text(PLUGIN, "utf-8")
-    refused(own, *SCORED, says=r"unknown localizer 'mine'; known: random, .*; register it, unloc.attribution.LOCALIZERS\['mine'\] = .*--plugin, by a profile's plugins or by UNLOC_PLUGINS")
+    refused(own, *SCORED, says=r"unknown localizer 'mine'; known: activations, .*; register it in a file named by --plugin, a profile's plugins or UNLOC_PLUGINS")
     refused(own, *SCORED, "--plugin", str(tmp_path / "none.py"), says="no plugin .*none.py; name a Python file with --plugin")
     def recall():
         found.append((own.out / "smoke" / "localization.csv").read_bytes())

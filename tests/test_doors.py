@@ -4,8 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from torch import nn
-from unloc import attacks, attribution, checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, tokens, tradeoff, training
+from unloc import attacks, checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, tokens, tradeoff, training
 from unloc.models import answer_logits, hidden_after, logits_of, mlp_outputs, output_projections, region_shape, tiny_model, value_vectors
+from unloc.register import methods
 from unloc.regions import Region
 from unloc.runs import Store, sweep
 from unloc.tokens import Example, encode, train_tokenizer
@@ -83,9 +84,10 @@ DOORS = {
     "figures.save_table": (figures.save_table, dict(rows=[{"a": "1"}], out="new", name="t", data=pd.DataFrame({"a": [1]}), about={"caption": "C."}), dict(rows=[NONE, [{"a": 1}], [{"a": "1"}, {"b": "2"}]], data=[NONE, TEXT], about=[NONE, {}])),
     "runs.sweep": (sweep, dict(store=Store("new"), descriptions=[]), dict(store=[NONE, TEXT, NUMBER], descriptions=[NONE, TEXT, [NONE], [{"kind": "bake"}], [{}]], jobs=[0, TEXT, NONE])),
 }
-for name in ("activations", "memflex", "wagle", "gradient", "wanda", "fisher", "fisher_ratio", "integrated_gradients"):
-    more = dict(retain=[NONE, LIST, FORGET, TEXT]) if name in ("memflex", "wagle", "fisher_ratio") else {}
-    DOORS[f"attribution.{name}"] = getattr(attribution, name), dict(model=model, forget=FORGET) | ({"retain": RETAIN} if more else {}), dict(model=[NONE, TEXT, TOKENIZER, nn.Linear(3, 3)], forget=[NONE, LIST, TEXT, WORLD.forget, [NONE]]) | more
+for name, method in methods("localizer").items():
+    if not method.takes("forget"): continue
+    more = dict(retain=[NONE, LIST, FORGET, TEXT]) if method.takes("retain") else {}
+    DOORS[f"methods.{name}"] = method.function, dict(model=model, forget=FORGET) | ({"retain": RETAIN} if more else {}), dict(model=[NONE, TEXT, TOKENIZER, nn.Linear(3, 3)], forget=[NONE, LIST, TEXT, WORLD.forget, [NONE]]) | more
 
 CASES = [(name, argument, i) for name, (_, _, wrong) in DOORS.items() for argument, values in wrong.items() for i in range(len(values))]
 

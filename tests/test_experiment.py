@@ -2,9 +2,9 @@
 import dataclasses, inspect, json, math, os, pandas, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
-from unloc import attribution, experiment, training
+from unloc import experiment, training
 from unloc.evaluation import evaluate, score
-from unloc.experiment import ARMS, LOCALIZERS, MAY_BE_ZERO, NAMES, OBJECTIVES, OWN_UNITS, PAIR, REQUIRED, SETTINGS, attacking, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
+from unloc.experiment import ARMS, MAY_BE_ZERO, NAMES, OBJECTIVES, PAIR, REQUIRED, SETTINGS, attacking, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
 from unloc.facts import author_world, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
@@ -28,9 +28,6 @@ def bare(hint): return next(t for t in typing.get_args(hint) or (hint,) if t is 
 
 def test_objectives_are_those_of_training():
     assert OBJECTIVES == tuple(training.FORGET)
-
-def test_localizers_are_those_of_attribution():
-    assert LOCALIZERS == tuple(attribution.LOCALIZERS) and all(hasattr(attribution, name) for name in OWN_UNITS if not name.startswith("random"))
 
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}

@@ -7,7 +7,7 @@ from nbclient import NotebookClient
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 TRAINED = "10_training", "11_attacks", "15_experiment" # a hundred steps of descent end in other digits on another kind of processor
-PAGES = {p.stem: p for p in sorted(NBS.glob("[01][0-9]_*.ipynb"))}
+PAGES = {p.stem: p for p in (*sorted(NBS.glob("[01][0-9]_*.ipynb")), *sorted(NBS.glob("methods/*.ipynb")))}
 
 
 def said(cell): # texts as they are; of an image only that there is one

@@ -1,6 +1,9 @@
 "A token that a model does not have, and a fact or an answer longer than its positions, is one line that names the fact and the limit, before anything is computed."
 import pytest, torch, transformers
-from unloc import attacks, attribution, evaluation, models, training
+from unloc import attacks, evaluation, models, training
+from unloc.methods.gradient import gradient
+from unloc.methods.memflex import memflex
+from unloc.register import methods
 from unloc.facts import author_world
 from unloc.models import most_positions, vocabulary
 from unloc.regions import Region
@@ -61,8 +64,8 @@ DOORS = {
     "unlearn forget": lambda m, x: training.unlearn(m, REGION, x, KEEP, probe(), RECIPE, 0), "unlearn retain": lambda m, x: training.unlearn(m, REGION, GET, KEEP[:3] + x[3:], probe(), RECIPE, 0), "unlearn probe": lambda m, x: training.unlearn(m, REGION, GET, KEEP, probe(x), RECIPE, 0),
     "supervise": lambda m, x: training.supervise(m, REGION, x, probe(), TARGETS, 1, 1e-3, 4, 0), "mlp_targets": lambda m, x: training.mlp_targets(m, x), "relearn taught": lambda m, x: attacks.relearn(m, x, KEEP, 1e-3, 1, 4, 0), "relearn measured": lambda m, x: attacks.relearn(m, KEEP, x, 1e-3, 1, 4, 0),
     "hidden_states": lambda m, x: attacks.hidden_states(m, x), "logit_lens": lambda m, x: attacks.logit_lens(m, x), "linear_probe": lambda m, x: attacks.linear_probe(m, GET, x), "patched_logprob": lambda m, x: attacks.patched_logprob(m, x, 0, STATES[0]),
-    "unlearning_depth": lambda m, x: attacks.unlearning_depth(m, x, STATES, STATES), "best_of": lambda m, x: attacks.best_of(m, TOKENIZER, x, 2, max_new_tokens=5), "memflex_projections": lambda m, x: attribution.memflex_projections(m, x, KEEP, copies=1),
-} | {name: lambda m, x, f=f: f(m, x, KEEP, 0) for name, f in attribution.LOCALIZERS.items() if name not in ("random", "weight_norm")}
+    "unlearning_depth": lambda m, x: attacks.unlearning_depth(m, x, STATES, STATES), "best_of": lambda m, x: attacks.best_of(m, TOKENIZER, x, 2, max_new_tokens=5),
+} | {name: lambda m, x, f=f: f(model=m, forget=x, retain=KEEP, seed=0) for name, f in methods("localizer").items() if f.takes("forget")}
 
 def changed(ids): return GET[:3] + [Example(ids, GET[3].start)] + GET[4:]
 BAD = {
@@ -106,7 +109,7 @@ def test_refusals_are_compared_as_well():
 def test_corrupted_facts_are_made_of_tokens_that_the_model_has():
     model = learned()
     model.config.vocab_size = 9999 # a configuration that is not the model's
-    attribution.memflex(model, GET[:3], KEEP[:3], copies=2)
+    memflex(model, GET[:3], KEEP[:3], copies=2)
 
 # --- while decoding
 
@@ -163,7 +166,7 @@ def test_rows_are_filled_up_to_the_widest():
     (torch.tensor([5, 9, 7, 1]), "has tensor.* .a Tensor. in its ids; expected a list of whole numbers, as from ids.tolist"), ((5, 9, 7, 1), "a tuple"),
     (torch.tensor([5, 9, 7, 1]).numpy(), "a ndarray"), ([5, "a", 7, 1], "has 'a' .a str. in its ids"), ([5, 9.5, 7, 1], "has 9.5 .a float."), ([5, None, 7, 1], "has None"), ([[5, 9, 7, 1]] * 4, "a list. in its ids")])
 def test_ids_that_are_no_list_of_whole_numbers_are_named(ids, says):
-    for door in (evaluation.score, attribution.gradient):
+    for door in (evaluation.score, gradient):
         with pytest.raises(ValueError, match=f"^fact 1 of .*{says}") as error: door(M, [GET[0], Example(ids, 2)])
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="fact 0 of prompts has"): evaluation.greedy(M, [ids], [3], 1)
@@ -189,7 +192,7 @@ def test_a_layer_that_is_not_there_is_named():
 
 def test_codegen_names_no_padding():
     model = small("codegen", vocab_size=400, n_embd=64, n_head=8, n_positions=200, n_ctx=200)
-    assert attribution.memflex(model, GET[:3], KEEP[:3], copies=1).isfinite().all()
+    assert memflex(model, GET[:3], KEEP[:3], copies=1).isfinite().all()
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])
 def test_an_encoder_with_a_decoder_is_no_causal_language_model(name):
@@ -206,5 +209,5 @@ def test_weights_that_are_not_there_are_named():
     part = learned()
     part.transformer.h[1].to("meta")
     for m in (model, part):
-        for door in (lambda: evaluation.score(m, GET), lambda: attribution.gradient(m, GET), lambda: training.finetune(m, GET, 1, 1e-3, 4, 0)):
+        for door in (lambda: evaluation.score(m, GET), lambda: gradient(m, GET), lambda: training.finetune(m, GET, 1, 1e-3, 4, 0)):
             with pytest.raises(ValueError, match="transformer.* has no weights in memory"): door()

@@ -4,18 +4,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = sorted((ROOT / "nbs").glob("*.ipynb"))
-PAGES = [p for p in EVERY if p.stem[:2] < "20"]
+METHODS = sorted((ROOT / "nbs" / "methods").glob("*.ipynb"))
+EVERY = sorted((ROOT / "nbs").glob("*.ipynb")) + METHODS
+CHAPTERS = [p for p in EVERY if p.stem[:2] < "20"]
+PAGES = CHAPTERS + METHODS
 FIGURES = [p for p in EVERY if "20" <= p.stem[:2] <= "99"]
+SHARED_BY_METHODS = "streaming", "level" # rooms of what several methods take
 def each(paths): return pytest.mark.parametrize("path", paths, ids=[p.stem for p in paths])
 
 def read(path): return json.loads(path.read_text("utf-8"))
 def cells(path): return [(c["cell_type"], "".join(c["source"]), c) for c in read(path)["cells"]]
 def exported(source): return re.match(r"#\|\s*(export|exporti|exports)\b", source) is not None
+def name_of(path): return f"methods.{path.stem}" if path in METHODS else path.stem[3:]
+def module_of(path): return ROOT / "unloc" / f"{name_of(path).replace('.', '/')}.py"
 def body(source): return [line for line in source.split("\n") if line.strip() and not line.startswith("#|")]
 
 
-def test_there_are_pages_of_both_kinds(): assert len(PAGES) >= 14 and len(FIGURES) >= 4
+def test_there_are_pages_of_both_kinds(): assert len(CHAPTERS) >= 14 and len(METHODS) >= 10 and len(FIGURES) >= 4
 
 @each(EVERY)
 def test_every_notebook_names_its_kernel(path):
@@ -36,11 +41,11 @@ def test_a_page_opens_with_its_promise(path):
 @each(PAGES)
 def test_a_module_page_exports_its_module(path):
     code = [s for k, s, _ in cells(path) if k == "code"]
-    names = [m[1] for s in code if (m := re.search(r"^#\|\s*default_exp (\w+)", s, re.M))]
-    assert names == [path.stem[3:]] and code[0].startswith("#| default_exp")
+    names = [m[1] for s in code if (m := re.search(r"^#\|\s*default_exp ([\w.]+)", s, re.M))]
+    assert names == [name_of(path)] and code[0].startswith("#| default_exp")
     convention = [s for k, s, _ in cells(path) if k == "markdown" and s.startswith("#| export")]
     assert len(convention) == 1 and len(convention[0].split()) > 15, "one exported markdown cell states the convention"
-    module = ast.parse((ROOT / "unloc" / f"{path.stem[3:]}.py").read_text("utf-8"))
+    module = ast.parse(module_of(path).read_text("utf-8"))
     assert convention[0].split("\n")[1] in ast.get_docstring(module)
 
 @each(PAGES)
@@ -61,7 +66,7 @@ def test_directives_are_first_and_known(path):
     for kind, source, _ in cells(path):
         if "#|" not in source: continue
         found = re.findall(r"^(#\|.*)$", source, re.M)
-        assert source.startswith("#|") and all(re.fullmatch(r"#\|\s*(default_exp \w+|exporti?|hide)", line) for line in found), found
+        assert source.startswith("#|") and all(re.fullmatch(r"#\|\s*(default_exp [\w.]+|exporti?|hide)", line) for line in found), found
         if kind == "code" and exported(source): assert "fastcore" not in source
 
 @each(PAGES)
@@ -69,13 +74,28 @@ def test_a_page_teaches_by_asserting(path):
     lessons = [s for k, s, _ in cells(path) if k == "code" and not s.startswith("#|")]
     assert any(re.search(r"\b(test_\w+|assert)\b", s) for s in lessons) and any("expect_fail" in s or "Problem" in s or "test_eq(main" in s for s in lessons), "success and failure"
 
+def imported(page): # rooms of the package
+    for node in ast.walk(ast.parse(module_of(page).read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("unloc")): continue
+        yield from [node.module.removeprefix("unloc.")] if node.module not in (None, "unloc") else [a.name for a in node.names]
+
 def test_chapters_import_only_chapters_before_them():
-    place = {p.stem[3:]: p.stem for p in PAGES}
-    for page in PAGES:
-        for node in ast.walk(ast.parse((ROOT / "unloc" / f"{page.stem[3:]}.py").read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("unloc")): continue
-            names = [node.module.removeprefix("unloc.")] if node.module not in (None, "unloc") else [a.name for a in node.names]
-            for name in names: assert name not in place or place[name] < page.stem, f"{page.stem} imports {name}"
+    place = {name_of(p): p.stem for p in CHAPTERS}
+    for page in CHAPTERS:
+        for name in imported(page):
+            assert name not in place or place[name] < page.stem, f"{page.stem} imports {name}"
+            assert not name.startswith("methods"), f"{page.stem} imports {name}: a chapter finds methods by their names"
+
+@each(METHODS)
+def test_a_method_imports_chapters_and_no_other_method(path):
+    chapters = {name_of(p) for p in CHAPTERS}
+    for name in imported(path): assert name in chapters or name.removeprefix("methods.") in SHARED_BY_METHODS, f"{path.stem} imports {name}"
+
+@each(METHODS)
+def test_a_method_fits_on_its_page(path):
+    code = [body(s) for k, s, _ in cells(path) if k == "code" and exported(s)]
+    lines = [line for cell in code for line in cell if not re.match(r"(import|from)\s", cell[0])]
+    assert len(lines) <= 60 and max(map(len, lines)) <= 100, f"{len(lines)} exported lines, the widest of {max(map(len, lines))} characters"
 
 # --- figure pages
 
@@ -122,11 +142,11 @@ def fresh(tmp_path_factory):
     return copy
 
 def test_the_package_is_what_the_notebooks_export(fresh):
-    made, kept = ({f.name: f.read_bytes() for f in (root / "unloc").glob("*.py")} for root in (fresh, ROOT))
+    made, kept = ({str(f.relative_to(root)): f.read_bytes() for f in (root / "unloc").rglob("*.py")} for root in (fresh, ROOT))
     assert set(made) == set(kept), "run make export"
     assert [name for name in made if made[name] != kept[name]] == [], "run make export"
-    assert {p.name: p.read_bytes() for p in (fresh / "nbs").glob("*.ipynb")} == {p.name: p.read_bytes() for p in EVERY}, "export edits no notebook"
+    assert {p.relative_to(fresh): p.read_bytes() for p in (fresh / "nbs").rglob("*.ipynb")} == {p.relative_to(ROOT): p.read_bytes() for p in EVERY}, "export edits no notebook"
 
 def test_cleaning_the_notebooks_changes_nothing(fresh):
     subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=fresh, check=True, capture_output=True, timeout=1200)
-    assert [p.name for p in EVERY if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == []
+    assert [p.name for p in EVERY if p.read_bytes() != (fresh / p.relative_to(ROOT)).read_bytes()] == []

@@ -9,6 +9,7 @@ from unloc.evaluation import score
 from unloc.masked import unlock
 from unloc.experiment import injection, localization, standard, supervision, teaching, unlearning
 from unloc.plan import COSTS, Machine, Memory, Models, _score, _gradients, machine, of_all_weights, plan, problems_of, rehearse, rows_of, text_of, through_region, wanted
+from unloc.register import methods
 from unloc.regions import Region
 from unloc.runs import Store, run_id
 from unloc.tokens import Example, train_tokenizer
@@ -113,7 +114,7 @@ def test_every_kind_of_run_has_a_cost(study):
     assert all(math.isfinite(c.peak) and c.peak > 4 * known.weights and c.layers > 0 for c in costs.values())
     assert costs["base"].peak > 16 * known.weights, "weights, gradients, two moments"
     assert costs["all"].peak > 20 * known.weights and costs["all"].flops > costs["projections"].flops and costs["projections"].peak > costs["unlearn"].peak, "and the weights at the start"
-    for localizer in experiment.LOCALIZERS + experiment.OWN_UNITS: assert COSTS["localize"](known, localization(found["teach"], localizer)).peak > 4 * known.weights
+    for localizer in methods("localizer"): assert COSTS["localize"](known, localization(found["teach"], localizer)).peak > 4 * known.weights
     dpo, rmu = (COSTS["unlearn"](known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
     assert dpo.flops > costs["unlearn"].flops > rmu.flops
 

@@ -4,7 +4,9 @@ import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 import unloc
-from unloc import attacks, attribution, checkpoints, evaluation, masked, models, training
+from unloc import attacks, checkpoints, evaluation, masked, models, streaming, training
+from unloc.methods.gradient import gradient as scored_by_gradient
+from unloc.register import methods
 from unloc.facts import author_world
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
@@ -38,16 +40,25 @@ def saved(m, folder):
     checkpoints.save_change(m, REGION, folder / "change")
     return checkpoints.apply_change(m, folder / "change")
 
-LOOKING = { # name: a call that leaves the weights
+def looked_at(stream, m):
+    seen = []
+    stream(m, GET, lambda layer, *x: seen.append((layer, x)))
+    return seen
+def scored_by(name):
+    options = {"integrated_gradients": {"steps": 3}, "memflex": {"copies": 2}, "memflex_projections": {"copies": 1}}.get(name, {})
+    return lambda m: methods("localizer")[name](model=m, forget=GET[:2] if name == "integrated_gradients" else GET, retain=KEEP, seed=0, options=options)
+def place(method): return f"{method.function.__module__.removeprefix('unloc.')}.{method.function.__name__}"
+
+LOOKING = {place(method): scored_by(name) for name, method in methods("localizer").items() if method.own} | { # name: a call that leaves the weights
     "models.logits_of": lambda m: models.logits_of(m, HIDDEN), "models.answer_hidden": lambda m: models.answer_hidden(m, BATCH), "models.answer_logits": lambda m: models.answer_logits(m, BATCH),
     "models.over_logits": lambda m: models.over_logits(m, HIDDEN, lambda x: x.sum(1)), "models.hidden_after": lambda m: models.hidden_after(m, BATCH, 0), "models.mlp_outputs": lambda m: models.mlp_outputs(m, BATCH),
     "models.undisturbed": within(models.undisturbed, lambda m: m(input_ids=BATCH.ids).logits), "models.check_limits": lambda m: models.check_limits(m, GET, "asked"), "models.vocabulary": models.vocabulary, "models.most_positions": models.most_positions,
     "models.mixed_precision": within(lambda m: models.mixed_precision(m, torch.bfloat16)), "models.output_projections": lambda m: len(models.output_projections(m)), "models.region_shape": models.region_shape, "models.mask_limit": models.mask_limit,
     "models.own_mask": lambda m: models.own_mask(m, torch.ones(1, 3, 3, dtype=torch.bool, device="cpu")),
-    "attribution.weight_norm": attribution.weight_norm, "attribution.check_scores": lambda m: attribution.check_scores(attribution.weight_norm(m), m, "mine"),
-    "attribution.activations": lambda m: attribution.activations(m, GET), "attribution.wanda": lambda m: attribution.wanda(m, GET), "attribution.gradient": lambda m: attribution.gradient(m, GET),
-    "attribution.fisher": lambda m: attribution.fisher(m, GET), "attribution.fisher_ratio": lambda m: attribution.fisher_ratio(m, GET, KEEP), "attribution.wagle": lambda m: attribution.wagle(m, GET, KEEP), "attribution.wagle_weights": lambda m: attribution.wagle_weights(m, GET, KEEP),
-    "attribution.memflex": lambda m: attribution.memflex(m, GET, KEEP, copies=2), "attribution.memflex_projections": lambda m: attribution.memflex_projections(m, GET, KEEP, copies=1), "attribution.integrated_gradients": lambda m: attribution.integrated_gradients(m, GET[:2], steps=3),
+    "streaming.watched": within(lambda m: streaming.watched(m, lambda *_: None)), "streaming.zero_scores": streaming.zero_scores, "streaming.per_layer_coefficients": lambda m: looked_at(streaming.per_layer_coefficients, m),
+    "streaming.output_gradients": lambda m: looked_at(streaming.output_gradients, m), "streaming.mean_gradients": lambda m: streaming.mean_gradients(m, GET), "streaming.mean_squares": lambda m: streaming.mean_squares(m, GET),
+    "streaming.per_layer_gradients": lambda m: streaming.per_layer_gradients(m, GET, KEEP, lambda v, f, r: (v * f - r).sum(0)), "streaming.ordinary_tokens": lambda m: streaming.ordinary_tokens(m, GET),
+    "streaming.corrupted_copies": lambda m: streaming.corrupted_copies(m, [GET, KEEP], 2, 0), "streaming.check_scores": lambda m: streaming.check_scores([p.weight.T for p in models.output_projections(m)], m, "mine"),
     "evaluation.answer_token_logprob": lambda m: evaluation.answer_token_logprob(m, BATCH), "evaluation.answer_logprob": lambda m: evaluation.answer_logprob(m, BATCH), "evaluation.answers_logprob": lambda m: evaluation.answers_logprob(m, GET),
     "evaluation.score": lambda m: evaluation.score(m, GET), "evaluation.greedy": lambda m: evaluation.greedy(m, [e.ids[:e.start] for e in GET], [6] * 6, 1), "evaluation.greedy_answers": lambda m: evaluation.greedy_answers(m, GET, KNOWN, 6),
     "evaluation.rouge": lambda m: evaluation.rouge(m, TOKENIZER, GET, KNOWN, 6), "evaluation.membership": lambda m: evaluation.membership(m, TOKENIZER, GET), "evaluation.evaluate": lambda m: evaluation.evaluate(m, PROBE),
@@ -84,18 +95,18 @@ def takes_a_model(f):
     return any(p.annotation is nn.Module or p.name in ("model", "original") and p.annotation is not dict for p in parameters)
 
 def public(): # chapter.name of every public function, class and method of a class itself that takes a model
-    for info in pkgutil.iter_modules(unloc.__path__):
-        if info.name.startswith("_"): continue
-        chapter = importlib.import_module(f"unloc.{info.name}")
+    for info in pkgutil.walk_packages(unloc.__path__, "unloc."):
+        if info.name.startswith("unloc._"): continue
+        chapter = importlib.import_module(info.name)
         for name, thing in ((name, getattr(chapter, name)) for name in getattr(chapter, "__all__", ())):
             if getattr(thing, "__module__", "") != chapter.__name__: continue
             if inspect.isclass(thing):
                 for part, method in vars(thing).items():
-                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(method.__func__): yield f"{info.name}.{name}.{part}"
+                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(method.__func__): yield f"{chapter.__name__.removeprefix('unloc.')}.{name}.{part}"
                 thing = vars(thing).get("__init__")
-            if inspect.isfunction(thing) and takes_a_model(thing): yield f"{info.name}.{name}"
+            if inspect.isfunction(thing) and takes_a_model(thing): yield f"{chapter.__name__.removeprefix('unloc.')}.{name}"
 
-KNOWN_BY_NAME = {"models.check_linear", "models.value_vectors", "models.ExpertProjection", "models.Experts"} # they take a part of a model, and read its weights
+KNOWN_BY_NAME = {"streaming.Planted.__new__", "models.check_linear", "models.value_vectors", "models.ExpertProjection", "models.Experts"} # a named tuple; the others take a part of a model, and read its weights
 def test_every_public_function_that_takes_a_model_is_tested_here(): assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
 
 # --- odd surroundings
@@ -281,7 +292,7 @@ WRONG_KINDS = {"wrapper": (lambda: Wrapper(small()), "a Wrapper is no transforme
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_what_is_not_a_causal_language_model_is_named(kind):
     make, message = WRONG_KINDS[kind]
-    for call in (lambda m: evaluation.score(m, GET), lambda m: attribution.gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
+    for call in (lambda m: evaluation.score(m, GET), lambda m: scored_by_gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
         with pytest.raises(ValueError, match=message): call(make())
 
 def test_an_adapter_is_to_be_merged_first():
@@ -297,7 +308,7 @@ def test_a_compiled_model_is_the_model():
 def test_a_model_made_for_inference_alone_forms_no_gradients():
     with torch.inference_mode(): model = small()
     assert torch.equal(evaluation.score(model, GET).nll, evaluation.score(small(), GET).nll)
-    with pytest.raises(ValueError, match="made inside torch.inference_mode"): attribution.gradient(model, GET)
+    with pytest.raises(ValueError, match="made inside torch.inference_mode"): scored_by_gradient(model, GET)
 
 def test_an_unknown_way_to_form_gradients_is_named():
     with pytest.raises(ValueError, match="unknown gradient 'maybe'; known: off, on, as called"):

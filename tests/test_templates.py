@@ -490,7 +490,7 @@ def test_an_end_that_is_no_special_token_is_not_compared(): # it is no word of t
     assert torch.equal(before, membership(model, t, examples)["zlib"])
 
 def test_the_end_of_a_turn_is_never_drawn_into_an_answer():
-    from unloc.attribution import memflex
+    from unloc.methods.memflex import memflex
     model = tiny_model("llama", 8, 16, 2, 32, 2)
     def facts(end): return [Example([2, 3, 4, 4, 4, 4, 4, 4, end], 2)], [Example([3, 2, 4, 4, 4, 4, 4, 4, end], 2)]
     assert torch.equal(memflex(model, *facts(7)), memflex(model, *facts(7), special=[0, 1, 7])) # 0 and 1 are the configuration's

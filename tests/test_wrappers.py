@@ -6,7 +6,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
-from unloc import attribution as A
+from unloc.methods.activations import activations
+from unloc.methods.gradient import gradient
+from unloc.methods.weight_norm import weight_norm
+from unloc.register import methods
 from unloc.attacks import library_quantized, quantized
 from unloc.evaluation import score
 from unloc.checkpoints import inspect, load_model, recompute, save_change, save_model, save_pretrained
@@ -17,6 +20,7 @@ from unloc.tokens import Example
 
 IDS = torch.arange(2, 26).view(2, 12)
 FACTS = [Example([5, 9, 7, 8, 1], 2), Example([6, 4, 1], 1)]
+FACTS_TO_KEEP = [Example([9, 5, 7, 8, 1], 2)]
 REGION = Region.sample((2, 24), .3, seed=0)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -25,7 +29,7 @@ def loss(model): return model(input_ids=IDS, labels=IDS).loss
 def state(model): return {name: x.clone() for name, x in model.state_dict().items()}
 def same(a, b): return list(a) == list(b) and all(torch.equal(x, b[name]) for name, x in a.items())
 
-def doors(region=REGION): return [region_shape, A.weight_norm, lambda m: A.gradient(m, FACTS), lambda m: A.activations(m, FACTS), lambda m: locked_digest(m, region), lambda m: unlock(m, region).__enter__(),
+def doors(region=REGION): return [region_shape, weight_norm, lambda m: gradient(m, FACTS), lambda m: activations(m, FACTS), lambda m: locked_digest(m, region), lambda m: unlock(m, region).__enter__(),
     lambda m: put_columns(m, {0: (torch.tensor([1]), torch.zeros(1, 16))})]
 
 def refused(model, says, through=None):
@@ -176,7 +180,7 @@ def test_hooks_of_ones_own_are_part_of_the_model():
     plain.zero_grad()
     for e in FACTS: (F.cross_entropy(plain(input_ids=torch.tensor([e.ids])).logits[0, e.start - 1:-1], torch.tensor(e.ids[e.start:])) / len(FACTS)).backward()
     want = torch.stack([layer.mlp.down_proj.weight.grad.abs().sum(0) for layer in plain.model.layers])
-    torch.testing.assert_close(A.gradient(model, FACTS).double(), want, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(gradient(model, FACTS).double(), want, rtol=1e-5, atol=1e-9)
 
 def hooked(model):
     hooks = pytest.importorskip("accelerate.hooks")
@@ -199,7 +203,7 @@ def test_device_hooks_are_no_mark_of_ours_and_stay(region, tmp_path):
             for _ in range(3): loss(m).backward(); optimizer.step(); optimizer.zero_grad()
     for m in (plain, model): trained(m)
     assert same(state(plain), state(model)) and {name: vars(m)["forward"] for name, m in model.named_modules() if "forward" in vars(m)} == forwards
-    torch.testing.assert_close(A.gradient(model, FACTS), A.gradient(plain, FACTS), rtol=0, atol=0)
+    torch.testing.assert_close(gradient(model, FACTS), gradient(plain, FACTS), rtol=0, atol=0)
     save_model(model, tmp_path / "m")
     assert same(state(load_model(tmp_path / "m", "float32")), state(plain))
 
@@ -426,10 +430,11 @@ class Past(nn.Module): # an MLP that takes the weight of its output projection a
     def forward(self, x): return F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
 
 def test_a_projection_that_is_never_called_is_named():
-    from unloc import attribution, training
+    from unloc import training
     model = small()
     model.model.layers[0].mlp = Past(model.model.layers[0].mlp)
-    for score_by in (attribution.activations, attribution.wanda, attribution.gradient, attribution.fisher, attribution.integrated_gradients):
-        with pytest.raises(ValueError, match="the model does not call the output projection of layer 0, it uses the weight in another way"): score_by(model, FACTS)
+    for method in methods("localizer").values():
+        if not method.takes("forget"): continue
+        with pytest.raises(ValueError, match="the model does not call the output projection of layer 0, it uses the weight in another way"): method(model=model, forget=FACTS, retain=FACTS_TO_KEEP)
     model.model.layers[1].mlp = Past(model.model.layers[1].mlp)
     with pytest.raises(ValueError, match="the loss does not depend on what is to be trained"): training.inject(model, Region.sample((2, 24), .25, 0), FACTS, epochs=1, lr=1e-2, batch_size=2, seed=0)

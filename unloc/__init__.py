@@ -4,7 +4,6 @@ Modules:
 
 - `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
 - `unloc.attacks`: Try to get back what a model was made to forget: by teaching, rounding, looking inside and asking otherwise
-- `unloc.attribution`: Score every value vector of a model by how much it seems to hold of some facts
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
@@ -23,6 +22,7 @@ Modules:
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
+- `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility

@@ -32,8 +32,6 @@ from .register import METHODS, Method, execute_plugin, load_plugins, source_dige
 
 # %% ../nbs/14_identity.ipynb #a1c04e16
 REGISTERS = { # what a name names: the chapter and the dictionary that hold it
-    'localizer': ('attribution', 'LOCALIZERS'),
-    'own-unit localizer': ('attribution', 'OWN_UNITS'),
     'finder': ('models', 'PROJECTIONS'),
     'architecture': ('models', 'ARCHITECTURES'),
     'template': ('tokens', 'TEMPLATES'),

@@ -30,6 +30,7 @@ from .models import logits_of, mixed_precision, output_projections, over_logits,
 from .objectives import nll
 from .regions import region_size
 from .project import folder_of
+from .register import find
 from .runs import Store, cores, run_id, stages
 from .tokens import batch_tokens, train_tokenizer
 
@@ -270,18 +271,12 @@ def _supervise(m, d)->Cost:
     return m.over(how, m.examples['forget'], d['recipe']['batch_size'], d['recipe']['epochs'], k) + _along(m, d, held) + Cost(disk=m.n_layers * m.d_ff)
 
 # %% ../nbs/17_plan.ipynb #e6fc639a
-_PASSES = { # localizer: kind of pass, and passes over the forget set; of integrated gradients per layer
-    'random': ('score', 1), 'activations': ('score', 1), 'weight_norm': ('score', 1), 'wanda': ('score', 1),
-    'random_weights': ('score', 1), 'random_projections': ('score', 1),
-    'gradient': ('gradients', 1), 'fisher': ('gradients', 1), 'fisher_ratio': ('gradients', 2), 'integrated_gradients': ('gradients', 20),
-    'wagle': ('gradients', 2), 'wagle_weights': ('gradients', 2), 'memflex': ('gradients', 10), 'memflex_projections': ('gradients', 10)}
-
 def _localize(m, d)->Cost:
-    "Tell what scores take; a localizer of the user's counts as one gradient of the forget set, and the plan says so"
-    name, forget = d['localizer'], m.examples['forget']
-    how, times = _PASSES.get(name, _PASSES['gradient']) if 'localizer' in d.get('added', {}) else _PASSES[name]
-    if name == 'integrated_gradients': times *= m.n_layers
-    n = m.n_layers * m.d_ff * (m.d_model if name in ('random_weights', 'wagle_weights') else 1)
+    "Count the passes that a localizer says it takes over the forget set"
+    about, forget = find('localizer', d['localizer']).about, m.examples['forget']
+    how = 'gradients' if about['gradients'] else 'score'
+    times = max(1, about['passes']) * (m.n_layers if about['per_layer'] else 1)
+    n = {'weights': m.n_layers * m.d_ff * m.d_model, 'projections': m.n_layers}.get(about['unit'], m.n_layers * m.d_ff)
     cost = m.over(how, forget, 0, times)
     sums = 4 * m.weights if how == 'gradients' and m.base['device'] == 'cpu' else 0 # beside a GPU they are in the processor's memory
     return Cost(cost.peak + 4 * m.n_layers * m.d_model * m.d_ff * bool(sums), cost.flops, cost.layers, 4 * n)

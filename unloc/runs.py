@@ -24,7 +24,7 @@ from .project import checkout, in_checkout
 from .identity import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training register identity experiment'.split() # the modules a result depends on
+CODE = 'arguments facts tokens models regions register streaming masked checkpoints objectives metrics evaluation training identity experiment'.split() # the modules a result depends on
 ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
@@ -50,7 +50,8 @@ def code_fingerprint(modules:tuple[str, ...]=tuple(CODE))->str: # hexadecimal
         digest.update(repr(_bare(tree)).encode())
     return digest.hexdigest()
 
-def _code(description): return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
+def _code(description): # identity: the pages of the methods that it names belong here
+    return code_fingerprint((*CODE, *ALSO.get(description.get('kind'), ())))
 
 # %% ../nbs/14_runs.ipynb #5e77a006
 def public(description:dict)->dict:
