@@ -8,7 +8,7 @@ that are missing, and gives their results as a frame whose first columns name th
 # %% auto #0
 __all__ = ['Settings', 'Origins', 'Descriptions', 'Grid', 'grid', 'Frames', 'Runs', 'Study']
 
-# %% ../nbs/19_study.ipynb #aa4d8386
+# %% ../nbs/19_study.ipynb #12beba80
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from .cli import ALL, SHARED, _known, overlaid, profiles, project_root
 from .experiment import benchmark
 from .identity import names
 from .regions import Region
+from .statistics import number
 from .tradeoff import at, judged as judged_in_full, measures
 
 # %% ../nbs/19_study.ipynb #3f27f37e
@@ -264,7 +265,7 @@ def _attacked(run, only:str): # pandas.DataFrame
 
 def _region(run)->Region: return Region.load(run.file('region.safetensors'))
 
-# %% ../nbs/19_study.ipynb #f18253b2
+# %% ../nbs/19_study.ipynb #2255df22
 class Runs(Frames):
     "The runs of a grid, measured"
     def tradeoff(
@@ -285,9 +286,25 @@ class Runs(Frames):
             return values
         return self.rows(measure)
 
+    def curves(self): # pandas.DataFrame, one row a checkpoint; MU and FQ NaN where it was not judged in full
+        "Read the trajectories, the place on the axes last"
+        found = self.frame('trajectory.csv')
+        measured = [name for name in found if name not in self.names]
+        return found.reindex(columns=list(dict.fromkeys([*measured, *self.names, 'MU', 'FQ'])))
+
     def attacks(self, only:str=''): # only: one attack; gives a pandas.DataFrame, a row for each run and attack
         "Read what was recovered, and the fields of result.json"
         return self.rows(lambda run: _attacked(run, only))
+
+    def levels(self)->list[dict]: # one entry for all seeds of an arm: how many are at the level, mean FS and RS
+        "Count the attacked runs that reached the level of forgetting"
+        names = [name for name in self.names if name != 'seed']
+        found = []
+        for key, rows in self.frame('result.json').groupby(names, sort=False):
+            count = {'seeds at the level': f'{rows.met.sum()} of {self.points.seed.nunique()}'}
+            means = {'FS': number(rows.reached.mean(), '.2f'), 'RS': number(rows.RS.mean(), '.2f')}
+            found.append(dict(zip(names, key)) | count | means)
+        return found
 
     def recalls(self, target:Callable)->list[float]: # target: of a key -> the Run that has the target region
         "Measure the share of its target region that each run's region holds"
@@ -297,7 +314,7 @@ class Runs(Frames):
         "Measure the size of each run's region"
         return [_region(run).fraction for run in self.done.values()]
 
-# %% ../nbs/19_study.ipynb #4f6b6204
+# %% ../nbs/19_study.ipynb #b90912df
 class Study(Descriptions):
     "A profile, the runs that it describes, and what they gave"
     grid = staticmethod(grid)
@@ -320,6 +337,11 @@ class Study(Descriptions):
     @property
     def standards(self)->dict[str, dict]: # architecture: how its retained model was judged
         return self.results({arch: self.judged(arch) for arch in self.archs})
+
+    @property
+    def retained(self)->dict[str, dict]: # architecture: FS, RS, MU, FQ and more of the retained model
+        nothing = dict.fromkeys(('MU', 'FQ'), float('nan'))
+        return {arch: nothing | found['retained'] for arch, found in self.standards.items()}
 
     def missing(self, *measures:str)->dict: # measures: of RS, MU and FQ; all when empty
         "Say which measures no judgement has, and why"
