@@ -225,7 +225,7 @@ def _apart(log:Path):
 
 def _answering(said=''):
     "Demand that the Ray cluster answers"
-    from unloc.runs import cluster
+    from unloc.cluster import cluster
     try: cluster()
     except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
 
@@ -360,9 +360,9 @@ def _plugged(files:list[Path]):
 
 # %% ../nbs/18_cli.ipynb #c0a26486
 @contextlib.contextmanager
-def _engine(name:str): # a name in unloc.runs.ENGINES
+def _engine(name:str): # a name in unloc.cluster.ENGINES
     "Let sweeps happen there, once it has answered"
-    from unloc.runs import ENGINES
+    from unloc.cluster import ENGINES
     if _known('engine', name, ENGINES) == 'ray': _answering()
     before = os.environ.get('UNLOC_ENGINE')
     os.environ['UNLOC_ENGINE'] = name

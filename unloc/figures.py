@@ -14,7 +14,8 @@ import contextlib, csv, io, json, os
 from pathlib import Path
 
 from .arguments import checked
-from .runs import machines, report
+from .progress import report
+from .runs import machines
 
 # %% ../nbs/16_figures.ipynb #7f560b8a
 def write_whole(path:str|Path, content:bytes|str)->None:
