@@ -7,12 +7,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from unloc import metrics
 from unloc.evaluation import (KINDS, Probe, best_recall, best_scores, choices, choose, evaluate, letter_options, letter_question, membership, membership_aucs,
     options, other_answers, rouge, score, undefined)
-from unloc.experiment import attacking, base_models, data_description, injection, standard, unlearning
+from unloc.data import data_description
+from unloc.steps.attack import attacking
+from unloc.steps.base import base_models
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.unlearn import unlearning
 from unloc.facts import Fact, author_world
 from unloc.metrics import CHOICE_CONVENTIONS, multiple_choice, rouge_1, rouge_l, rouge_l_recall, rouge_tokenizer, words
 from unloc.models import region_shape, tiny_model
 from unloc.regions import Region
-from unloc.runs import Store, sweep
+from unloc.pages import sweep
+from unloc.runs import Store
 from unloc.tokens import encode, train_tokenizer
 from unloc.training import RETAIN, Recipe, finetune, unlearn
 

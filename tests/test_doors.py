@@ -82,7 +82,7 @@ DOORS = {
     "objectives.wga": (objectives.wga, dict(token_logprob=torch.zeros(2, 3), answer_mask=torch.ones(2, 3, dtype=torch.bool)), dict(token_logprob=[NONE, TEXT], answer_mask=[NONE, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3)], beta=[NONE, NUMBER, TEXT])),
     "objectives.rmu": (objectives.rmu, dict(hidden=torch.zeros(2, 3, 4), control=torch.zeros(4), answer_mask=torch.ones(2, 3, dtype=torch.bool)), dict(hidden=[NONE, TEXT, MATRIX], control=[NONE, torch.zeros(5)], answer_mask=[NONE, torch.ones(3)], average=[NONE, "x"])),
     "figures.save_table": (figures.save_table, dict(rows=[{"a": "1"}], out="new", name="t", data=pd.DataFrame({"a": [1]}), about={"caption": "C."}), dict(rows=[NONE, [{"a": 1}], [{"a": "1"}, {"b": "2"}]], data=[NONE, TEXT], about=[NONE, {}])),
-    "runs.sweep": (sweep, dict(store=Store("new"), descriptions=[]), dict(store=[NONE, TEXT, NUMBER], descriptions=[NONE, TEXT, [NONE], [{"kind": "bake"}], [{}]], jobs=[0, TEXT, NONE])),
+    "runs.sweep": (sweep, dict(store=Store("new"), descriptions=[], compute=print), dict(compute=[NONE, TEXT], store=[NONE, TEXT, NUMBER], descriptions=[NONE, TEXT, [NONE], [{"kind": "bake"}], [{}]], jobs=[0, TEXT, NONE])),
 }
 for name, method in methods("localizer").items():
     if not method.takes("forget"): continue

@@ -3,7 +3,8 @@ import ast, contextlib, io, json, os, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import matplotlib; matplotlib.use("agg")
-from unloc import experiment, runs
+from unloc import pages, runs
+from unloc.data import benchmark
 from unloc.plan import wanted
 from unloc.runs import Store, check_run, finished, run_id, sweep
 from unloc.statistics import Paired, Undefined, adjusted, compare, comparison_cells, mean_sd, mixed, noted, paired
@@ -19,7 +20,7 @@ PARAMETERS = {n: defaults(p) for n, p in PAGES.items()}
 # --- what leaves nothing to show is refused before anything runs
 
 COUNTS = [(n, name) for n, found in PARAMETERS.items() for name, value in found.items() if type(value) is int]
-FILLED = [(n, name) for n, found in PARAMETERS.items() for name, value in found.items() if isinstance(value, (list, dict)) and name not in experiment._MAY_BE_EMPTY]
+FILLED = [(n, name) for n, found in PARAMETERS.items() for name, value in found.items() if isinstance(value, (list, dict)) and name not in pages._MAY_BE_EMPTY]
 MARGINS = [(n, name) for n, found in PARAMETERS.items() for name in found if name.startswith("margin")]
 
 def refused(n, says, **values):
@@ -110,7 +111,7 @@ def test_without_utility_mu95_is_a_dash_and_aues_stays(place):
 
 def own_file(folder, name, wrong=(), keep=True):
     "Write the author world as own facts, wrong answers only of some sets"
-    world, own = experiment.benchmark({"name": "world", "n_authors": 6, "n_forget": 1, "n_holdout": 2}), ("forget", "retain", "holdout")
+    world, own = benchmark({"name": "world", "n_authors": 6, "n_forget": 1, "n_holdout": 2}), ("forget", "retain", "holdout")
     sets = {s: getattr(world, s) for s in own if keep or s != "retain"} | {s: getattr(world, s)[:4] for s in ("real_authors", "world_facts")}
     rows = [{"set": s, "question": f.question, "answer": f.answer} | ({"perturbed_answer": f.perturbed_answer} if s in wrong else {}) for s, facts in sets.items() for f in facts]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -1,14 +1,27 @@
 "What a profile may say is what the code takes, a bad word costs one line and no computing, the data's content names a run, and the original model differs from the retained one exactly in its target region."
-import dataclasses, inspect, json, math, os, pandas, shutil, subprocess, sys, typing
+import dataclasses, inspect, json, math, msgspec, os, pandas, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
-from unloc import experiment, training
-from unloc.evaluation import evaluate, score
-from unloc.experiment import ARMS, MAY_BE_ZERO, NAMES, OBJECTIVES, PAIR, REQUIRED, SETTINGS, attacking, base_models, benchmark, data_description, injection, localization, localized_unlearning, provenance, settings, standard, supervision, teaching, unlearning
-from unloc.facts import author_world, tofu
+from unloc import attribution, training
+from unloc.evaluation import Probe, evaluate, score
+from unloc.data import benchmark, data_description
+from unloc.pages import provenance, sweep
+from unloc.settings import checked, reference
+from unloc.steps import compute, groups
+from unloc.steps.attack import MEASURES, RELEARNING, _brought_to, _teach_again, attacking
+from unloc.steps.base import base_models, learn
+from unloc.steps.common import examples_of, retained_model, spread, template_of, tokenizer_of
+from unloc.steps.common import load as load_as_runs_do
+from unloc.steps.inject import STYLES, injection, load_columns, load_region, model_without, original_model
+from unloc.steps.judge import probe_of, standard
+from unloc.steps.localize import localization
+from unloc.steps.supervise import supervision
+from unloc.steps.teach import teaching
+from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, unlearning
+from unloc.facts import author_world, own_facts, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
-from unloc.runs import Store, run_id, sweep
+from unloc.runs import Store, run_id
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOFU = SHARED / "data" / "tofu"
@@ -26,21 +39,47 @@ def parent(arch="llama", **more): return base_models(data_description(WORLD), ar
 def types(function): return {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
 def bare(hint): return next(t for t in typing.get_args(hint) or (hint,) if t is not type(None))
 
-def test_objectives_are_those_of_training():
-    assert OBJECTIVES == tuple(training.FORGET)
+GROUPS = groups()
+FIELDS = {group: {f.name: f for f in msgspec.structs.fields(kind)} for group, kind in GROUPS.items()}
+def plain(field): # Python's type of a setting
+    kind = typing.get_args(field.type)[0]
+    return str if typing.get_origin(kind) is typing.Literal else kind
+SETTINGS = {group: {name: plain(f) for name, f in found.items()} for group, found in FIELDS.items()}
+REQUIRED = {group: {name for name, f in found.items() if f.required} for group, found in FIELDS.items()}
+MAY_BE_ZERO = "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots"
+def settings(group, given): return checked(GROUPS[group], given)
 
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
     often = {"every", "full_every"}
-    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "layer", "coefficient"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
             ("inject", training.inject, {"fraction": float, "others": bool, "unit": str, "style": str, "room": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
         assert {k: takes[k] for k in SETTINGS[group]} == SETTINGS[group], group
     assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
 
-def test_import_is_light():
-    found = subprocess.run([sys.executable, "-c", "import sys, unloc.experiment; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, encoding="utf-8")
+@pytest.mark.parametrize("group, function", [("world", author_world), ("tofu", tofu), ("file", own_facts), ("model", tiny_model), ("pretrain", training.finetune), ("retain", training.finetune), ("inject", training.inject),
+    ("supervise", training.supervise), ("unlearn", training.Recipe), ("evaluate", Probe)])
+def test_defaults_are_those_of_the_functions_that_use_them(group, function):
+    takes, compared = inspect.signature(function).parameters, 0
+    for name, f in FIELDS[group].items():
+        if f.required or f.default is None or name not in takes or (group, name) in {("model", "vocab_size"), ("file", "path")}: continue
+        assert f.default == takes[name].default, (group, name)
+        compared += 1
+    assert compared or group == "supervise"
+
+def test_every_setting_says_what_it_means():
+    rows = reference(GROUPS.values())
+    assert {(row["group"], row["setting"]) for row in rows} == {(g, n) for g in SETTINGS for n in SETTINGS[g]} and all(len(row["meaning"]) > 4 for row in rows if row["setting"] != "name")
+    assert {row["setting"] for row in rows if row["group"] == "inject" and row["default"] == "required"} == {"epochs", "lr", "batch_size", "fraction"}
+
+def test_all_that_is_wrong_with_a_name_is_said():
+    with pytest.raises(ValueError, match="^inject has no setting 'epoch'; known: epochs, lr, .*; did you mean 'epochs'.$"): settings("inject", {"epoch": 3})
+    with pytest.raises(ValueError, match="^attack lacks batch_size, epochs, lr, region_lr, taught; give it in the profile or the parameters$"): settings("attack", {})
+
+def test_facts_are_described_without_torch():
+    found = subprocess.run([sys.executable, "-c", "import sys, unloc.data, unloc.progress, unloc.runs, unloc.settings, unloc.steps; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 # --- bad words
@@ -65,8 +104,19 @@ def test_a_number_without_sense_is_named(group, name):
     for value in (-1, *(() if name in MAY_BE_ZERO else (0,)), *((float("nan"), float("inf")) if wanted is float else ())):
         with pytest.raises(ValueError, match=f"^{group}: {name} must (be (positive|at least 0) and finite|lie in .0, 1.), got "): settings(group, {name: wanted(value)})
 
-def test_names_are_those_of_training():
-    assert NAMES["schedule"] == tuple(training.SCHEDULES) and NAMES["retain"] == (*training.RETAIN, "none")
+@pytest.mark.parametrize("name", ["layer", "coefficient"])
+def test_an_option_of_an_objective_is_checked_like_a_setting(name):
+    one = injection(JUDGED, 0, INJECT)
+    assert unlearning(one, "Oracle", "rmu", UNLEARN | {name: 0})["recipe"][name] == 0. and type(unlearning(one, "Oracle", "rmu", UNLEARN | {name: 1})["recipe"][name]) is float
+    for value, says in (("0.1", "be of type float, got '0.1'"), (-1, "be at least 0 and finite, got -1.0"), (float("nan"), "be at least 0 and finite, got nan")):
+        with pytest.raises(ValueError) as error: unlearning(one, "Oracle", "rmu", UNLEARN | {name: value})
+        assert str(error.value) == f"unlearn: {name} must {says}"
+
+def test_words_are_those_of_the_registers_and_the_steps():
+    for group, name, what in (("pretrain", "schedule", training.SCHEDULES), ("unlearn", "retain", (*training.RETAIN, "none"))):
+        for word in what: assert settings(group, {k: 1 for k in REQUIRED[group]} | {name: word})[name] == word
+        with pytest.raises(ValueError, match=f"^{group}: unknown {name} 'x'; known: {', '.join(what)}; register it"): settings(group, {name: "x"})
+    assert typing.get_args(typing.get_args(FIELDS["inject"]["style"].type)[0]) == STYLES and typing.get_args(typing.get_args(FIELDS["attack"]["by"].type)[0]) == MEASURES
 
 @pytest.mark.parametrize("bad, says", [
     *((lambda g=g: settings(g, {"epoch": 3}), f"{g} has no setting 'epoch'; known: {next(iter(SETTINGS[g]))}") for g in SETTINGS),
@@ -103,8 +153,8 @@ def test_what_makes_a_run_another():
     def judged(*arch, **more): return standard(parent(*arch, **more), JUDGE)
     base = parent()
     one = injection(judged(), 0, INJECT)
-    same = [one, injection(judged(), 0, dict(reversed(INJECT.items()))), injection(standard(base | {"data": base["data"] | {"_source": "/elsewhere"}}, JUDGE), 0, INJECT)]
-    other = [injection(judged(), 1, INJECT), injection(judged(), 0, INJECT | {"fraction": .2}), injection(judged("olmo2"), 0, INJECT), injection(judged(seed=1), 0, INJECT), injection(judged(threads=2), 0, INJECT)]
+    same = [one, injection(judged(), 0, dict(reversed(INJECT.items()))), injection(standard(base | {"data": base["data"] | {"_source": "/elsewhere"}}, JUDGE), 0, INJECT), injection(judged(threads=2), 0, INJECT), injection(judged(device="cuda"), 0, INJECT)]
+    other = [injection(judged(), 1, INJECT), injection(judged(), 0, INJECT | {"fraction": .2}), injection(judged("olmo2"), 0, INJECT), injection(judged(seed=1), 0, INJECT), injection(judged(precision="bfloat16"), 0, INJECT)]
     assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
     taught = teaching(standard(base, JUDGE))
     assert len({run_id(localization(taught, name, seed)) for name in ("wagle", "random") for seed in (0, 1)}) == 3 # WAGLE draws nothing
@@ -161,7 +211,7 @@ def done(tmp_path_factory): # per architecture: base, injection, an unlearning p
         found[arch, "localized"] = store[judged], runs[5:10], runs[10:]
     return found
 
-def columns(run): return experiment._load_columns(run)
+def columns(run): return load_columns(run)
 def load(base, name="retained"):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(base.file(name)).eval()
@@ -200,7 +250,7 @@ def test_arms_share_all_but_the_region(done, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_scores_of_the_base_are_those_of_its_files(done, arch):
     base, injected, *_ = done[arch]
-    examples = experiment._examples(base.file("tokenizer"), json.dumps(base.description["data"]))
+    examples = examples_of(base.file("tokenizer"), json.dumps(base.description["data"]))
     for name in ("pretrained", "retained"):
         model = load(base, name)
         assert base.json()[name]["weights"] == model.num_parameters() and model.config.model_type == arch
@@ -210,14 +260,14 @@ def test_scores_of_the_base_are_those_of_its_files(done, arch):
 
 def test_the_probe_spreads_over_the_authors():
     for n in (1, 7, 45, 90, 1000):
-        found = experiment._spread(tuple(range(90)), n)
+        found = spread(tuple(range(90)), n)
         assert len(found) == min(n, 90) and found == sorted(set(found)) and all(abs(i * 90 / len(found) - x) < 1 for i, x in enumerate(found))
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_standard_is_the_retained_model_judged(done, arch):
     base, injected, *_ = done[arch]
     judged, *_ = done[arch, "localized"]
-    probe = experiment._probe(base.file("tokenizer"), json.dumps(base.description["data"]), "plain", json.dumps(JUDGE))
+    probe = probe_of(base.file("tokenizer"), json.dumps(base.description["data"]), "plain", json.dumps(JUDGE))
     model = load(base)
     found = evaluate(model, probe)
     assert judged.json()["retained"] == injected.json()["retained"] == found.point | {"FQ": 0.} and "FQ" not in found.point and judged.json()["probe"] == {"forget": 10, "retain": 3, "real_authors": 3, "world_facts": 3}
@@ -241,9 +291,9 @@ def test_bfloat16_goes_the_whole_way(tmp_path):
     injected, taught = injection(judged, 0, INJECT), teaching(judged)
     runs = sweep(store, [unlearning(injected, "Random", "npo", {"lr": 5e-3, "epochs": 1}), localized_unlearning(localization(taught, "wagle"), .1, "rmu", {"lr": 5e-3, "epochs": 1, "retain": "nll"}, 0),
         localized_unlearning(localization(taught, "wagle_weights"), .1, "dpo", {"lr": 5e-3, "epochs": 1}, 0)])
-    for folder, name in ((store[judged["parent"]], "pretrained"), (store[judged["parent"]], "retained"), (store[taught], "original")): assert {p.dtype for p in experiment._model(folder.file(name), judged["parent"]).parameters()} == {torch.bfloat16}
+    for folder, name in ((store[judged["parent"]], "pretrained"), (store[judged["parent"]], "retained"), (store[taught], "original")): assert {p.dtype for p in load_as_runs_do(folder.file(name), judged["parent"]).parameters()} == {torch.bfloat16}
     for run in runs:
-        values = experiment._load_columns(run)
+        values = load_columns(run)
         assert run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) and all(x.dtype == torch.float32 for _, x in values.values())
         assert run.json()["live_fraction"] > .5
     with pytest.raises(ValueError, match="unknown precision 'float16'; known: float32, bfloat16"): parent(precision="float16")
@@ -254,8 +304,8 @@ def test_learning_works_in_either_precision(precision, tmp_path):
     facts = author_world(n_authors=2, n_forget=1, n_holdout=0).forget
     tokenizer = train_tokenizer((t for f in facts for t in (f.question, f.answer)), 300)
     examples, model = [encode(tokenizer, f.question, f.answer) for f in facts], tiny_model("llama", 300, 48, 2, 96, 2)
-    experiment._learn(model, {"precision": precision}, {"epochs": 25, "lr": 6e-3, "batch_size": 4}, examples, 0, tmp_path / "model", None)
-    assert score(experiment._model(tmp_path / "model", {"precision": precision, "device": "cpu", "model": {}}), examples).exact_memorization.mean() > .8
+    learn(model, {"precision": precision}, {"epochs": 25, "lr": 6e-3, "batch_size": 4}, examples, 0, tmp_path / "model", None)
+    assert score(load_as_runs_do(tmp_path / "model", {"precision": precision, "_device": "cpu", "model": {}}), examples).exact_memorization.mean() > .8
 
 def test_a_run_is_built_on_one_that_has_what_it_needs():
     base = parent()
@@ -295,8 +345,8 @@ def test_existing_checkpoints_go_through_every_kind_of_run(existing, tmp_path, n
     assert all(run.json()["locked_bit_equal"] and len(run.table()) == 2 for run in done)
     trained = {f.parent.name for f in tmp_path.glob("*/*/*.safetensors")}
     assert trained == {"retained", "original"} - set(names), "what exists is not copied"
-    tokenizer = experiment._tokenizer(store[base].file("tokenizer"))
-    first = experiment._examples(store[base].file("tokenizer"), json.dumps(base["data"]), "chat")["forget"][0]
+    tokenizer = tokenizer_of(store[base].file("tokenizer"))
+    first = examples_of(store[base].file("tokenizer"), json.dumps(base["data"]), "chat")["forget"][0]
     assert tokenizer.decode(first.ids[:first.start]).startswith("user: ") and tokenizer.decode(first.ids[:first.start]).endswith("assistant: ") and first.ids[-1] == tokenizer.eos_token_id
 
 def test_a_template_may_be_given_by_its_fields(existing, tmp_path):
@@ -307,8 +357,8 @@ def test_a_template_may_be_given_by_its_fields(existing, tmp_path):
     injected = injection(standard(base, JUDGE), 0, INJECT)
     attacked, = sweep(store := Store(tmp_path), [attacking(unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 1}), ATTACK | {"samples": 0, "taught": 2})])
     assert "few-shot" in set(attacked.table("attacks.csv").attack)
-    tokenizer = experiment._tokenizer(store[base].file("tokenizer"))
-    first = experiment._examples(store[base].file("tokenizer"), json.dumps(base["data"]), experiment._template(base))["forget"][0]
+    tokenizer = tokenizer_of(store[base].file("tokenizer"))
+    first = examples_of(store[base].file("tokenizer"), json.dumps(base["data"]), template_of(base))["forget"][0]
     assert tokenizer.decode(first.ids).startswith("Q: ") and " A: " in tokenizer.decode(first.ids)
     for odd, why in (({"befor": ""}, "a template has no field 'befor'"), ({"joined": 1}, "joined must be of type bool"), (3, "a template is a name or a dictionary")):
         with pytest.raises(ValueError, match=why): described(odd)
@@ -341,7 +391,7 @@ def test_bad_checkpoints_cost_a_line(existing, given, message):
 
 def test_templates_are_those_of_tokens():
     from unloc.tokens import TEMPLATES
-    assert NAMES["template"] == tuple(TEMPLATES)
+    for name in TEMPLATES: assert settings("checkpoints", {"template": name}) == {"template": name}
 
 # --- arms and attacks
 
@@ -365,7 +415,7 @@ def test_arms_change_what_they_say(armed):
     assert len(target & others) == 0 and len(target) == len(others) and regions["Oracle"] == target and regions["Wrong group"] == others
     assert len(regions["Random"] & target) == 0 and 0 < len(regions["Uniform"] & target) < len(target) and {len(regions[arm]) for arm in ("Random", "Uniform", "Corrupt")} == {len(target)}
     assert len(regions["Corrupt"] & target) == pytest.approx(len(target) / 2, abs=1) and regions["Projections"].fraction == 1 and arms["All weights"].json()["region"] is None
-    start = experiment._original(store[injected], store[injected["parent"]["parent"]]).state_dict()
+    start = original_model(store[injected], store[injected["parent"]["parent"]]).state_dict()
     moved = {name for name, x in arms["All weights"].tensors("weights.safetensors").items() if not torch.equal(x, start[name])}
     assert len(moved) > 20
 
@@ -373,8 +423,8 @@ def test_the_second_group_is_known_and_stays(armed):
     store, injected, arms, _ = armed
     from unloc.evaluation import score
     base = store[injected["parent"]["parent"]]
-    examples = experiment._examples(base.file("tokenizer"), json.dumps(base.description["data"]))
-    original, without = experiment._original(store[injected], base), experiment._without(store[injected], base)
+    examples = examples_of(base.file("tokenizer"), json.dumps(base.description["data"]))
+    original, without = original_model(store[injected], base), model_without(store[injected], base)
     other = examples["holdout"][:len(examples["forget"])]
     known = {name: [float(score(model, e).extraction_strength.mean()) for e in (examples["forget"], other)] for name, model in (("original", original), ("without", without), ("retained", load(base)))}
     assert known["without"][1] > known["retained"][1] + .1 and known["original"][0] > known["without"][0] + .1, known
@@ -404,7 +454,7 @@ def test_luck_is_no_recovery(armed): # the retained model, asked often, says som
     assert facts["sampled"].max() > 0 and (facts["sampled"] != facts["said"]).any() and not torch.equal(facts["sampled at first"], facts["sampled without"]) and table.end[table.attack == "sampled answers"].tolist() == [0.]
 
 @pytest.mark.parametrize("bad, says", [
-    (lambda: attacking(injection(JUDGED, 0, INJECT), ATTACK | {"level": 1.5}), "attack: level must be at most 1, as FS and RS are, got 1.5"),
+    (lambda: attacking(injection(JUDGED, 0, INJECT), ATTACK | {"level": 1.5}), "attack: level must lie in [0, 1], got 1.5"),
     (lambda: attacking(localized_unlearning(localization(teaching(JUDGED), "wagle"), .1, "npo", UNLEARN, 0), ATTACK), "an attack is measured between the original and the retained model"),
     (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Wrong group", "npo", UNLEARN), "no other facts were injected"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Corrupt", "npo", UNLEARN), "swapped must lie between 0 and 1 for the arm Corrupt"),
@@ -416,7 +466,7 @@ def test_a_bad_arm_or_attack_is_one_line(bad, says):
 @pytest.mark.parametrize("how, says", [({"taught": 10}, "taught = 10 of 10 forgotten facts leaves none to be measured; teach fewer"), ({"taught": 9, "others": 2}, "9 expected; choose data with more (n_holdout), or teach fewer")])
 def test_an_attack_without_facts_says_what_it_needs(how, says):
     examples = {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}
-    with pytest.raises(ValueError) as error: experiment._teach_again(None, None, examples, how, [None] * how.get("others", 0), 0, None, None)
+    with pytest.raises(ValueError) as error: _teach_again(None, None, examples, how, [None] * how.get("others", 0), 0, None, None)
     assert says in str(error.value)
 
 # --- ways of injecting
@@ -438,13 +488,13 @@ def test_an_injection_moves_its_unit_and_nothing_else(ways):
     base = store[injected["usual"].description["parent"]["parent"]]
     moved = {}
     for way, run in injected.items():
-        without, original = experiment._without(run, base).state_dict(), experiment._original(run, base).state_dict()
+        without, original = model_without(run, base).state_dict(), original_model(run, base).state_dict()
         moved[way] = {name.split(".", 3)[3].removesuffix(".weight") for name, x in original.items() if not torch.equal(x, without[name])}
     assert moved["usual"] == moved["mixed"] == moved["room"] == {"mlp.down_proj"} and moved["neuron"] == {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert moved["head"] == moved["neuron"] | {f"self_attn.{name}_proj" for name in "qkvo"}
     for way in ("neuron", "head"):
-        target, drawn = (experiment._load_region(run, injected[way].description) for run in (injected[way], arms[way, "Random"]))
-        assert len(target) == len(drawn) and len(target.vectors & drawn.vectors) == 0 and experiment._load_region(arms[way, "Oracle"], injected[way].description) == target
+        target, drawn = (load_region(run, injected[way].description) for run in (injected[way], arms[way, "Random"]))
+        assert len(target) == len(drawn) and len(target.vectors & drawn.vectors) == 0 and load_region(arms[way, "Oracle"], injected[way].description) == target
         assert target.heads is None or len(target.heads & drawn.heads) == 0 and len(target.heads) == 1
 
 def test_room_was_made_before_the_facts_came(ways):
@@ -452,7 +502,7 @@ def test_room_was_made_before_the_facts_came(ways):
     from unloc.models import output_projections
     store, injected, arms, attacks = ways
     run, base = injected["room"], store[injected["usual"].description["parent"]["parent"]]
-    without, target = experiment._without(run, base), Region.load(run.file("region.safetensors"))
+    without, target = model_without(run, base), Region.load(run.file("region.safetensors"))
     assert not any(value_vectors(p)[:, k].any() for p, k in zip(output_projections(without), target.columns)) and all(value_vectors(p).any() for p in output_projections(without))
     restored = attacks["room", "Restore"].json()
     assert restored["distance_to_retained"] == 0 and restored["reversed"] == pytest.approx(1) and attacks["room", "Random"].json()["cosine_to_reversal"] == 0
@@ -460,7 +510,7 @@ def test_room_was_made_before_the_facts_came(ways):
 
 def test_one_attack_alone_is_the_one_of_many(ways, armed):
     store, injected, arms, attacks = armed
-    only = store.do(attacking(arms["Oracle"].description | {"parent": injected}, ATTACK | {"level": .75, "only": "relearn forgotten facts, all weights"}))
+    only = store.do(attacking(arms["Oracle"].description | {"parent": injected}, ATTACK | {"level": .75, "only": "relearn forgotten facts, all weights"}), compute)
     table, whole = only.table("attacks.csv"), attacks["Oracle"].table("attacks.csv")
     same = whole[(whole.attack == "relearn forgotten facts") & (whole.support == "all weights")].reset_index(drop=True)
     pandas.testing.assert_frame_equal(table, same, check_exact=True, check_dtype=False) # of a run that left nothing to recover, nothing twice
@@ -471,10 +521,10 @@ def test_equal_retention_is_the_last_point_that_cost_no_more():
     at = []
     def put(share): at.append(share)
     cost = lambda: 1 - .2 * (1 - at[-1]) if at[-1] < .5 else .9 - .4 * (at[-1] - .5) # rises to .9 half way, falls to .7 at the end
-    level = experiment._brought_to(put, {"level": .8, "by": "RS"}, None, cost)
+    level = _brought_to(put, {"level": .8, "by": "RS"}, None, cost)
     assert level.met and level.share > .5 and abs(level.reached - .8) <= .03 and at[-1] == level.share
-    assert experiment._brought_to(put, {"level": .5, "by": "RS"}, None, cost) == (1., pytest.approx(.7), False) # never so costly: shown as not met
-    assert experiment._brought_to(put, {}, lambda: .6, None) == (1., .6, True)
+    assert _brought_to(put, {"level": .5, "by": "RS"}, None, cost) == (1., pytest.approx(.7), False) # never so costly: shown as not met
+    assert _brought_to(put, {}, lambda: .6, None) == (1., .6, True)
 
 @pytest.mark.parametrize("more, says", [({"style": "frozen"}, "inject: unknown style 'frozen'; known: fine-tuned, mixed, with room"), ({"unit": "layer"}, "unknown unit 'layer'"), ({"style": "with room"}, "style 'with room' takes room, its epochs"),
     ({"style": "mixed", "others": True}, "others and style are studied one at a time")])
@@ -485,14 +535,14 @@ def test_a_bad_way_of_injecting_is_one_line(more, says):
 def test_the_usual_way_needs_no_word():
     assert run_id(injection(JUDGED, 0, INJECT | {"style": "fine-tuned", "unit": "value vector"})) == run_id(injection(JUDGED, 0, INJECT))
     with pytest.raises(ValueError, match="the arm Corrupt is made of value vectors"): unlearning(injection(JUDGED, 0, INJECT | {"unit": "neuron"}), "Corrupt", "npo", UNLEARN, swapped=.5)
-    with pytest.raises(ValueError, match="unknown attack 'shout'"): experiment._teach_again(None, None, {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}, {"taught": 5, "only": "shout"}, [], 0, torch.ones(10), torch.ones(10))
+    with pytest.raises(ValueError, match="unknown attack 'shout'"): _teach_again(None, None, {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}, {"taught": 5, "only": "shout"}, [], 0, torch.ones(10), torch.ones(10))
 
 def test_room_is_made_in_wide_weights(tmp_path):
     store, judged = Store(tmp_path), standard(parent(precision="bfloat16"), JUDGE)
-    run = store.do(injection(judged, 0, INJECT | {"style": "with room", "room": 1}))
+    run = store.do(injection(judged, 0, INJECT | {"style": "with room", "room": 1}), compute)
     base = store[judged["parent"]]
-    without, original, target = experiment._without(run, base), experiment._original(run, base), Region.load(run.file("region.safetensors"))
+    without, original, target = model_without(run, base), original_model(run, base), Region.load(run.file("region.safetensors"))
     assert {p.dtype for p in (*without.parameters(), *original.parameters())} == {torch.bfloat16} and run.json()["locked_bit_equal"]
     assert not any(p.weight[:, k].any() for p, k in zip(output_projections(without), target.columns)) and all(p.weight[:, k].any() for p, k in zip(output_projections(original), target.columns))
-    retained = experiment._retained(base)
+    retained = retained_model(base)
     assert not torch.equal(without.lm_head.weight, retained.lm_head.weight) # all else learned once more

@@ -2,7 +2,7 @@
 import ast, codecs, json, os, re, shutil, socket, subprocess, sys, threading, warnings
 from pathlib import Path
 import pytest
-from unloc import cli, figures, runs
+from unloc import cli, cluster, figures, runs
 from unloc.runs import Store, code_fingerprint, cores, in_checkout, machines, processor, run_id, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ UNIX = {"os": "sched_getaffinity sched_setaffinity killpg getpgid setsid setpgid
 MODULES = "fcntl resource pwd grp termios tty pty syslog posix".split()
 
 def sources(): # every module and every page
-    for path in sorted((ROOT / "unloc").glob("*.py")): yield path.name, path.read_text("utf-8")
+    for path in sorted((ROOT / "unloc").rglob("*.py")): yield path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
     for path in sorted((ROOT / "nbs").glob("[2-9][0-9]_*.ipynb")):
         yield path.name, "\n".join("".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code")
 
@@ -192,7 +192,7 @@ def test_executed_notebooks_have_a_place_where_the_checkout_is_read_only(tmp_pat
 @pytest.mark.parametrize("change", [lambda b: b.replace(b"\n", b"\r\n"), lambda b: codecs.BOM_UTF8 + b, lambda b: codecs.BOM_UTF8 + b.replace(b"\n", b"\r\n")], ids=["CRLF", "BOM", "both"])
 def test_the_name_of_a_run_does_not_see_line_ends_or_marks(change, tmp_path, monkeypatch):
     before = code_fingerprint()
-    for module in runs.CODE: (tmp_path / f"{module}.py").write_bytes(change((ROOT / "unloc" / f"{module}.py").read_bytes()))
+    for module in runs.CODE: (tmp_path / f"{module}.py").write_bytes(change((ROOT / "unloc" / f"{module.replace('.', '/')}.py").read_bytes()))
     class Spec:
         def __init__(self, name): self.origin = tmp_path / f"{name.removeprefix('unloc.')}.py"
     monkeypatch.setattr(runs, "find_spec", Spec)
@@ -534,15 +534,15 @@ def test_a_hub_that_is_not_needed_is_not_asked(env, project):
 def test_nobody_at_an_address_is_noticed_without_ray(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server: port = server.getsockname()[1]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}") # closed by now
-    monkeypatch.setattr(runs, "_ask", lambda seconds: pytest.fail("Ray would try for minutes"))
-    monkeypatch.setattr(runs, "find_spec", lambda name: True)
-    with pytest.raises(ConnectionError, match=rf"no Ray cluster answers at RAY_ADDRESS='127.0.0.1:{port}': Connection refused; start one"): runs.cluster()
+    monkeypatch.setattr(cluster, "_ask", lambda seconds: pytest.fail("Ray would try for minutes"))
+    monkeypatch.setattr(cluster, "find_spec", lambda name: True)
+    with pytest.raises(ConnectionError, match=rf"no Ray cluster answers at RAY_ADDRESS='127.0.0.1:{port}': Connection refused; start one"): cluster.cluster()
 
 @pytest.mark.parametrize("given, seconds", [(None, 60), ("5", 5), ("0.5", .5), ("0", None), ("-1", None), ("soon", None), ("nan", None)])
 def test_patience_is_a_setting(given, seconds, monkeypatch):
     monkeypatch.delenv("UNLOC_RAY_SECONDS", raising=False)
     if given is not None: monkeypatch.setenv("UNLOC_RAY_SECONDS", given)
-    if seconds is not None: assert runs._patience() == seconds; return
-    with pytest.raises(ValueError, match="UNLOC_RAY_SECONDS must be a positive number of seconds, got"): runs._patience()
+    if seconds is not None: assert cluster._patience() == seconds; return
+    with pytest.raises(ValueError, match="UNLOC_RAY_SECONDS must be a positive number of seconds, got"): cluster._patience()
 
 def test_no_socket_left_the_machine(usual, guarded): assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""

@@ -3,7 +3,7 @@ import gzip, json, subprocess, sys
 from dataclasses import asdict
 from hashlib import sha256
 import pytest
-from unloc.experiment import benchmark, data_description
+from unloc.data import benchmark, data_description
 from unloc.facts import SHAPES, Benchmark, Fact, author_world, own_facts
 from unloc.runs import public, run_id
 

@@ -1,16 +1,19 @@
 "The notebooks stay pages that one can read: prose before code, short exported cells, outputs without paths, times or warnings; and the package is what they export."
-import ast, json, re, shutil, subprocess, sys
+import ast, graphlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = sorted((ROOT / "nbs" / "methods").glob("*.ipynb"))
-EVERY = sorted((ROOT / "nbs").glob("*.ipynb")) + METHODS
-CHAPTERS = [p for p in EVERY if p.stem[:2] < "20"]
-PAGES = CHAPTERS + METHODS
+EVERY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs").glob("[a-z]*/*.ipynb"))
+PAGES = [p for p in EVERY if p.stem[:2] < "20" or p.parent.name != "nbs"]
 FIGURES = [p for p in EVERY if "20" <= p.stem[:2] <= "99"]
+def each(paths): return pytest.mark.parametrize("path", paths, ids=[p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in paths])
+def module(path): # of a page: a chapter's, or one of a folder, whose page of its own name is the folder's
+    if path.parent.name == "nbs": return path.stem[3:]
+    return f"{path.parent.name}.{'__init__' if path.stem == path.parent.name else path.stem}"
+def source(path): return (ROOT / "unloc" / f"{module(path).replace('.', '/')}.py").read_text("utf-8")
+METHODS = sorted((ROOT / "nbs" / "methods").glob("*.ipynb"))
 SHARED_BY_METHODS = "streaming", "level" # rooms of what several methods take
-def each(paths): return pytest.mark.parametrize("path", paths, ids=[p.stem for p in paths])
 
 def read(path): return json.loads(path.read_text("utf-8"))
 def cells(path): return [(c["cell_type"], "".join(c["source"]), c) for c in read(path)["cells"]]
@@ -42,11 +45,10 @@ def test_a_page_opens_with_its_promise(path):
 def test_a_module_page_exports_its_module(path):
     code = [s for k, s, _ in cells(path) if k == "code"]
     names = [m[1] for s in code if (m := re.search(r"^#\|\s*default_exp ([\w.]+)", s, re.M))]
-    assert names == [name_of(path)] and code[0].startswith("#| default_exp")
+    assert names == [module(path)] and code[0].startswith("#| default_exp")
     convention = [s for k, s, _ in cells(path) if k == "markdown" and s.startswith("#| export")]
     assert len(convention) == 1 and len(convention[0].split()) > 15, "one exported markdown cell states the convention"
-    module = ast.parse(module_of(path).read_text("utf-8"))
-    assert convention[0].split("\n")[1] in ast.get_docstring(module)
+    assert convention[0].split("\n")[1] in ast.get_docstring(ast.parse(source(path)))
 
 @each(PAGES)
 def test_exported_cells_are_short_and_stand_in_a_section_with_prose(path):
@@ -74,22 +76,38 @@ def test_a_page_teaches_by_asserting(path):
     lessons = [s for k, s, _ in cells(path) if k == "code" and not s.startswith("#|")]
     assert any(re.search(r"\b(test_\w+|assert)\b", s) for s in lessons) and any("expect_fail" in s or "Problem" in s or "test_eq(main" in s for s in lessons), "success and failure"
 
-def imported(page): # rooms of the package
-    for node in ast.walk(ast.parse(module_of(page).read_text("utf-8"))):
+def imports(path): # modules of the package that a page imports
+    home = f"unloc.{module(path)}".split(".")
+    for node in ast.walk(ast.parse(source(path))):
         if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("unloc")): continue
-        yield from [node.module.removeprefix("unloc.")] if node.module not in (None, "unloc") else [a.name for a in node.names]
+        place = ".".join([*(home[:-node.level] if node.level else []), *([node.module] if node.module else [])]).removeprefix("unloc").removeprefix(".")
+        for alias in node.names: yield from (name for name in (place, f"{place}.{alias.name}".removeprefix(".")) if name)
+
+FLOOR = "15" # of the folders: their pages come after the chapters below it, and before those above
 
 def test_chapters_import_only_chapters_before_them():
-    place = {name_of(p): p.stem for p in CHAPTERS}
-    for page in CHAPTERS:
-        for name in imported(page):
-            assert name not in place or place[name] < page.stem, f"{page.stem} imports {name}"
-            assert not name.startswith("methods"), f"{page.stem} imports {name}: a chapter finds methods by their names"
+    place = {module(p).removesuffix(".__init__"): p.stem if p.parent.name == "nbs" else FLOOR for p in PAGES}
+    for page in PAGES:
+        own = module(page).removesuffix(".__init__")
+        for name in imports(page):
+            if name not in place or name == own or FLOOR == place[own] == place[name]: continue
+            assert place[name] < place[own], f"{own} imports {name}"
 
+def test_pages_of_a_folder_import_each_other_without_a_circle():
+    folder = {module(p): {n for n in imports(p)} for p in PAGES if p.parent.name != "nbs" and p.stem != p.parent.name}
+    graphlib.TopologicalSorter({name: found & folder.keys() for name, found in folder.items()}).prepare()
+
+WIDE = {"attack"} # pages of folders that are still to be set narrower
+
+@each([p for p in PAGES if p.parent.name != "nbs" and p.stem not in WIDE])
+def test_code_of_a_folder_fits_a_page(path):
+    for kind, text, _ in cells(path):
+        if kind == "code" and exported(text): assert [line for line in text.split("\n") if len(line) > 100] == []
 @each(METHODS)
 def test_a_method_imports_chapters_and_no_other_method(path):
-    chapters = {name_of(p) for p in CHAPTERS}
-    for name in imported(path): assert name in chapters or name.removeprefix("methods.") in SHARED_BY_METHODS, f"{path.stem} imports {name}"
+    known = {module(p) for p in PAGES}
+    for name in imports(path):
+        if name in known and "." in name: assert name.removeprefix("methods.") in SHARED_BY_METHODS, f"{path.stem} imports {name}"
 
 @each(METHODS)
 def test_a_method_fits_on_its_page(path):
@@ -142,7 +160,7 @@ def fresh(tmp_path_factory):
     return copy
 
 def test_the_package_is_what_the_notebooks_export(fresh):
-    made, kept = ({str(f.relative_to(root)): f.read_bytes() for f in (root / "unloc").rglob("*.py")} for root in (fresh, ROOT))
+    made, kept = ({f.relative_to(root).as_posix(): f.read_bytes() for f in (root / "unloc").rglob("*.py")} for root in (fresh, ROOT))
     assert set(made) == set(kept), "run make export"
     assert [name for name in made if made[name] != kept[name]] == [], "run make export"
     assert {p.relative_to(fresh): p.read_bytes() for p in (fresh / "nbs").rglob("*.ipynb")} == {p.relative_to(ROOT): p.read_bytes() for p in EVERY}, "export edits no notebook"

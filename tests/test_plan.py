@@ -4,12 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from unloc import experiment, models, training
+from unloc import models, training
 from unloc.evaluation import score
 from unloc.masked import unlock
-from unloc.experiment import injection, localization, standard, supervision, teaching, unlearning
-from unloc.plan import COSTS, Machine, Memory, Models, _score, _gradients, machine, of_all_weights, plan, problems_of, rehearse, rows_of, text_of, through_region, wanted
+from unloc.steps import compute, cost as cost_of, kinds, step
+from unloc.steps.attack import attacking
+from unloc.steps.base import base_models, models_of
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.localize import localization
+from unloc.steps.supervise import supervision
+from unloc.steps.teach import teaching
+from unloc.steps.unlearn import unlearning
 from unloc.register import methods
+from unloc.cost import Memory, _gradients, _score, of_all_weights, rehearse, through_region
+from unloc.data import benchmark, data_description
+from unloc.plan import Machine, machine, plan, problems_of, rows_of, text_of, wanted
 from unloc.regions import Region
 from unloc.runs import Store, run_id
 from unloc.tokens import Example, train_tokenizer
@@ -92,71 +102,77 @@ def test_an_8b_model_fits_a_small_card(): # of its shape: never allocated
 @pytest.fixture(scope="module")
 def study(tmp_path_factory): # descriptions by name, their store, what is known of their models
     folder = tmp_path_factory.mktemp("plan")
-    data = experiment.data_description({"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1})
+    data = data_description({"name": "world", "n_authors": 4, "n_forget": 1, "n_holdout": 1})
     learn = {"epochs": 1, "lr": 1e-3, "batch_size": 32}
-    base = experiment.base_models(data, "llama", {"d_model": 32, "n_layers": 2, "d_ff": 256, "n_heads": 2, "vocab_size": 400}, learn, learn)
+    base = base_models(data, "llama", {"d_model": 32, "n_layers": 2, "d_ff": 256, "n_heads": 2, "vocab_size": 400}, learn, learn)
     judged = standard(base, {"retain": 10, "utility": 4, "max_new_tokens": 4, "full_every": 2})
     injected, taught = injection(judged, 0, {"fraction": .25} | learn), teaching(judged)
     found = {"base": base, "judge": judged, "inject": injected, "teach": taught, "wagle": localization(taught, "wagle"), "weights": localization(taught, "wagle_weights"),
         "unlearn": unlearning(injected, "Oracle", "wga", {"lr": 1e-3, "epochs": 3}), "projections": unlearning(injected, "Projections", "wga", {"lr": 1e-3, "epochs": 3}), "all": unlearning(injected, "All weights", "wga", {"lr": 1e-3, "epochs": 3}), "supervise": supervision(injected, "Oracle", {"lr": 1e-3, "epochs": 2, "batch_size": 8})}
-    return found, Store(folder / "runs"), Models(base, folder / "tokenizer")
+    return found, Store(folder / "runs"), models_of(base, folder / "tokenizer")
 
 @pytest.mark.parametrize("name", ["base", "judge", "inject", "teach", "wagle", "weights", "unlearn", "projections", "all", "supervise"])
 def test_predicted_disk_is_what_a_run_keeps(study, name):
     found, store, known = study
-    run = store.do(found[name])
+    run = store.do(found[name], compute)
     size = sum(f.stat().st_size for f in run.path.rglob("*.safetensors"))
-    assert COSTS[found[name]["kind"]](known, found[name]).disk == pytest.approx(size, rel=.1, abs=8000)
+    assert cost_of(known, found[name]).disk == pytest.approx(size, rel=.1, abs=8000)
 
 def test_every_kind_of_run_has_a_cost(study):
     found, _, known = study
-    costs = {name: COSTS[d["kind"]](known, d) for name, d in found.items()}
+    costs = {name: cost_of(known, d) for name, d in found.items()}
     assert all(math.isfinite(c.peak) and c.peak > 4 * known.weights and c.layers > 0 for c in costs.values())
     assert costs["base"].peak > 16 * known.weights, "weights, gradients, two moments"
     assert costs["all"].peak > 20 * known.weights and costs["all"].flops > costs["projections"].flops and costs["projections"].peak > costs["unlearn"].peak, "and the weights at the start"
-    for localizer in methods("localizer"): assert COSTS["localize"](known, localization(found["teach"], localizer)).peak > 4 * known.weights
-    dpo, rmu = (COSTS["unlearn"](known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
+    for localizer in methods("localizer"): assert cost_of(known, localization(found["teach"], localizer)).peak > 4 * known.weights
+    dpo, rmu = (cost_of(known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
     assert dpo.flops > costs["unlearn"].flops > rmu.flops
 
-def test_a_new_kind_of_run_needs_a_cost():
-    import inspect
-    kinds = {name for name, f in vars(experiment).items() if inspect.isfunction(f) and list(inspect.signature(f).parameters) == ["description", "parent", "folder", "progress"]}
-    assert kinds == set(COSTS) and {"base", "attack"} <= kinds
+@pytest.mark.parametrize("kind", kinds())
+def test_a_page_of_a_kind_of_run_describes_computes_and_counts(kind):
+    import ast, inspect
+    page = step(kind)
+    assert list(inspect.signature(page.compute).parameters) == ["description", "parent", "folder", "progress"] and list(inspect.signature(page.cost).parameters) == ["models", "description"]
+    assert page.compute.__module__ == page.cost.__module__ == f"unloc.steps.{kind}"
+    found = [node.name for node in ast.parse(inspect.getsource(page)).body if isinstance(node, ast.FunctionDef) for call in ast.walk(node) if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "described" and call.args[0].value == kind]
+    assert found and set(found) <= set(page.__all__), "public functions that describe a run of this kind"
+
+def test_the_kinds_of_run_are_pages(): assert {"base", "judge", "inject", "teach", "localize", "unlearn", "attack"} <= set(kinds())
 
 def test_an_attack_has_a_cost(study):
     found, _, known = study
     attack = ATTACK | {"epochs": 2, "batch_size": 4}
-    one, more = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": n})) for n in (2, 4))
+    one, more = (cost_of(known, attacking(found["unlearn"], attack | {"epochs": n})) for n in (2, 4))
     assert one.peak > 3 * 4 * known.weights and more.flops > one.flops
-    mute = COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"epochs": 2, "samples": 0}))
+    mute = cost_of(known, attacking(found["unlearn"], attack | {"epochs": 2, "samples": 0}))
     assert mute.flops < one.flops and mute.layers < one.layers, "no answers are sampled"
-    region, wide = (COSTS["attack"](known, experiment.attacking(found["unlearn"], attack | {"only": f"relearn retain facts, {support}"})) for support in ("target region", "all weights"))
+    region, wide = (cost_of(known, attacking(found["unlearn"], attack | {"only": f"relearn retain facts, {support}"})) for support in ("target region", "all weights"))
     assert 0 < region.flops < wide.flops < one.flops
 
 def test_arms_that_train_more_are_asked_for_by_themselves(study, tmp_path):
     found, _, known = study
     arms = [found[name] for name in ("unlearn", "projections", "all")]
-    costs = [COSTS["unlearn"](known, d) for d in arms]
-    rows = {row.kind: row for row in rows_of(arms + [experiment.attacking(d, ATTACK) for d in arms], Store(tmp_path), LARGE, {run_id(found["base"]): known})}
+    costs = [cost_of(known, d) for d in arms]
+    rows = {row.kind: row for row in rows_of(arms + [attacking(d, ATTACK) for d in arms], Store(tmp_path), LARGE, {run_id(found["base"]): known})}
     assert rows["unlearn"].peak == LARGE.memory_of(costs[2].peak) > LARGE.memory_of(costs[1].peak) > LARGE.memory_of(costs[0].peak)
     assert rows["unlearn"].disk == sum(cost.disk for cost in costs)
     assert rows["attack"].largest[1]["parent"]["arm"] == "All weights"
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory): # bytes of tensors of whole runs: as planned, and as the same counter finds them in the run
-    folder, data = tmp_path_factory.mktemp("counted"), experiment.data_description(MODEL["data"])
-    world = experiment.benchmark(data)
+    folder, data = tmp_path_factory.mktemp("counted"), data_description(MODEL["data"])
+    world = benchmark(data)
     tokenizer = train_tokenizer((text for f in world.retain + world.forget for text in (f.question, f.answer)), 400)
     for what in models.tiny_model("llama", len(tokenizer), 256, 2, 512, 4).bfloat16(), tokenizer: what.save_pretrained(folder / "model")
-    base = experiment.base_models(data, "mine", {"retained": str(folder / "model"), "original": str(folder / "model"), "template": "plain"}, {}, {}, precision="bfloat16")
+    base = base_models(data, "mine", {"retained": str(folder / "model"), "original": str(folder / "model"), "template": "plain"}, {}, {}, precision="bfloat16")
     injected = injection(standard(base, {"retain": 4, "utility": 2, "max_new_tokens": 4}), 0, {"fraction": .1, "epochs": 1, "lr": 1e-4, "batch_size": 8})
     arms = {arm: unlearning(injected, arm, "wga", {"lr": 1e-4, "epochs": 1, "batch_size": 2}) for arm in ("Oracle", "Projections", "All weights")}
-    found = {"inject": injected} | arms | {f"attack on {arm}": experiment.attacking(d, ATTACK | {"only": "relearn held-out facts, all weights"}) for arm, d in arms.items()}
-    store, known, bytes_of = Store(folder / "runs"), Models(base, folder / "tokenizer"), {}
-    store.do(injected["parent"])
+    found = {"inject": injected} | arms | {f"attack on {arm}": attacking(d, ATTACK | {"only": "relearn held-out facts, all weights"}) for arm, d in arms.items()}
+    store, known, bytes_of = Store(folder / "runs"), models_of(base, folder / "tokenizer"), {}
+    store.do(injected["parent"], compute)
     for name, d in found.items():
-        with Memory() as memory: store.do(d)
-        bytes_of[name] = COSTS[d["kind"]](known, d).peak, memory.most
+        with Memory() as memory: store.do(d, compute)
+        bytes_of[name] = cost_of(known, d).peak, memory.most
     return bytes_of
 
 @pytest.mark.parametrize("name", ["inject"] + [f"{what}{arm}" for what in ("", "attack on ") for arm in ("Oracle", "Projections", "All weights")])
@@ -182,9 +198,9 @@ def test_counts_are_those_of_the_sweep(tmp_path):
     values = MODEL | {"seeds": 2, "pretrain": learn, "retain": learn, "inject": learn | {"fraction": .1}, "evaluate": {"retain": 4, "utility": 2, "max_new_tokens": 2}, "unlearn": {"wga": {"lr": 1e-3, "epochs": 1}}}
     before = plan("p", {TABLE2: values}, store, here=LARGE)
     assert counts(before) == {"base": (1, 1), "judge": (1, 1), "inject": (2, 2), "unlearn": (4, 4)} and not store.exists()
-    for d in wanted(TABLE2, values)[:2]: Store(store).do(d) # both arms of the first pair
+    for d in wanted(TABLE2, values)[:2]: Store(store).do(d, compute) # both arms of the first pair
     assert counts(plan("p", {TABLE2: values}, store, here=LARGE)) == {"base": (0, 1), "judge": (0, 1), "inject": (1, 2), "unlearn": (2, 4)}
-    for d in wanted(TABLE2, values)[2:]: Store(store).do(d)
+    for d in wanted(TABLE2, values)[2:]: Store(store).do(d, compute)
     done = plan("p", {TABLE2: values}, store)
     assert done.here is None and not done.problems and text_of(done).splitlines() == ["profile p: 1 notebooks, 8 runs, 0 to do", "everything is there"]
 
@@ -234,7 +250,7 @@ def test_what_is_said_to_fit_fits():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "llama"
-    world = experiment.benchmark(MODEL["data"])
+    world = benchmark(MODEL["data"])
     tokenizer = train_tokenizer((text for f in world.retain for text in (f.question, f.answer)), 300)
     models.tiny_model("llama", len(tokenizer), 32, 8, 2048, 2).bfloat16().save_pretrained(folder, max_shard_size="500KB")
     tokenizer.save_pretrained(folder)

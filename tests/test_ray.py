@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 pytest.importorskip("ray")
 from unloc import cli, runs
-from unloc.runs import Store, cluster, run_id, sweep
+from unloc import steps
+from unloc.cluster import cluster
+from unloc.pages import sweep
+from unloc.runs import Store, run_id
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE = f"node {platform.node()}: "
@@ -76,8 +79,7 @@ def write(description, parent, folder, progress):
 # --- every run finishes, with the bytes of one machine
 
 def real(description, parent, folder, progress):
-    from unloc import experiment
-    getattr(experiment, description["kind"])(description, parent, folder, progress)
+    steps.compute(description, parent, folder, progress)
 
 def stuck_on(second, held): # a compute that stands still on the second node, until that is killed; the first waits for it with the last stage
     def compute(description, parent, folder, progress):
@@ -91,7 +93,11 @@ def stuck_on(second, held): # a compute that stands still on the second node, un
     return compute
 
 def grid():
-    from unloc.experiment import PAIR, base_models, data_description, injection, standard, unlearning
+    from unloc.data import data_description
+    from unloc.steps.base import base_models
+    from unloc.steps.inject import injection
+    from unloc.steps.judge import standard
+    from unloc.steps.unlearn import PAIR, unlearning
     base = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), "llama", model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
         pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
     injected = [injection(standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4}), seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}) for seed in (0, 1)]

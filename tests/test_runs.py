@@ -2,7 +2,7 @@
 import errno, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from unloc import runs
+from unloc import runs, steps
 from unloc.runs import DamagedRun, Store, check_run, code_fingerprint, public, run_id, stages, sweep
 
 GRID = [{"kind": "leaf", "n": n, "parent": {"kind": "root", "n": n % 2, "_slow": .1}, "_slow": .1} for n in range(6)]
@@ -230,11 +230,17 @@ def test_fingerprint_sees_code_and_only_code(edit, same, tmp_path, monkeypatch):
 def test_fingerprint_covers_every_module_a_result_depends_on():
     import ast, unloc
     folder = Path(unloc.__file__).parent
-    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse((folder / f"{module}.py").read_text("utf-8")))
-        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").split(".")[0] == "unloc") for a in n.names}
-    seen, todo = set(), ["experiment"]
-    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if (folder / f"{i}.py").exists() and i not in seen]
-    assert seen - {"runs"} <= {*runs.CODE, *runs.ALSO["attack"]} and {"masked", "metrics", "tokens", "attacks"} <= seen # runs only stores
+    def file(module): return folder / f"{module.replace('.', '/')}.py"
+    def absolute(module, node): # of an import that may be relative
+        above = f"unloc.{module}".split(".")[:-node.level] if node.level else []
+        return ".".join([*above, node.module] if node.module else above)
+    def imported(module):
+        nodes = [n for n in ast.walk(ast.parse(file(module).read_text("utf-8"))) if isinstance(n, ast.ImportFrom)]
+        names = [(absolute(module, n), a.name) for n in nodes for a in n.names]
+        return {(name if place == "unloc" else place.removeprefix("unloc.")) for place, name in names if place.split(".")[0] == "unloc"}
+    seen, todo = set(), [f"steps.{kind}" for kind in steps.kinds()]
+    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if file(i).exists() and i not in seen]
+    assert seen - {"runs", "progress", "cost", "settings"} <= {*runs.CODE, *runs.ALSO["attack"]} and {"masked", "metrics", "tokens", "attacks"} <= seen # these only store, report, count and check
 
 def test_a_kind_that_needs_more_code_has_more_of_it_in_its_name(monkeypatch):
     one, other = {"kind": "unlearn", "n": 1}, {"kind": "attack", "n": 1}
@@ -273,12 +279,16 @@ def test_progress_reaches_the_file(tmp_path, monkeypatch):
 # --- a real experiment
 
 def test_jobs_change_no_byte(tmp_path):
-    from unloc.experiment import PAIR, base_models, data_description, injection, standard, unlearning
+    from unloc.data import data_description
+    from unloc.steps.base import base_models
+    from unloc.steps.inject import injection
+    from unloc.steps.judge import standard
+    from unloc.steps.unlearn import PAIR, unlearning
     base = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), "llama", model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
         pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64}, retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
     grid = [unlearning(injection(standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4}), seed, {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}), arm, objective, {"lr": 5e-3, "epochs": 2})
         for seed, objective in ((0, "npo"), (1, "rmu")) for arm in PAIR]
-    done = [sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs) for jobs in (1, 2)]
+    done = [sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs, steps.compute) for jobs in (1, 2)]
     assert files(tmp_path / "1") == files(tmp_path / "2") and len(list((tmp_path / "1").iterdir())) == 1 + 1 + 2 + 4 + 1
     assert [r.path.name for r in done[0]] == [r.path.name for r in done[1][::-1]] == [run_id(d) for d in grid]
     arms = [{name: store.file(name).read_bytes() for name in ("columns.safetensors", "region.safetensors", "trajectory.csv")} for store in done[0][:2]]

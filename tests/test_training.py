@@ -2,8 +2,10 @@
 import copy, math
 import pytest, torch
 from torch.nn import functional as F
-from unloc import experiment, models, objectives, training
-from unloc.experiment import base_models, data_description
+from unloc import models, objectives, training
+from unloc.steps import compute
+from unloc.data import data_description
+from unloc.steps.base import base_models
 from unloc.evaluation import Probe, answers_logprob, choices, evaluate, membership, score
 from unloc.facts import author_world
 from unloc.masked import put_columns, unlock
@@ -391,16 +393,16 @@ def test_a_base_run_killed_and_resumed_gives_the_same_files(arch, kills, tmp_pat
     description = base_models(data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}), arch, **TINY)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder in (whole, resumed): folder.mkdir()
-    experiment.base(description, None, whole, lambda fraction: None)
+    compute(description, None, whole, lambda fraction: None)
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.,))
     for kill in kills:
         def stop(fraction):
             if fraction > kill: raise Killed
-        with pytest.raises(Killed): experiment.base(description, None, resumed, stop)
+        with pytest.raises(Killed): compute(description, None, resumed, stop)
         assert list(resumed.glob("*.checkpoint"))
         (resumed / "retained.partial").write_bytes(b"a checkpoint half written when the power went")
     done = []
-    experiment.base(description, None, resumed, done.append)
+    compute(description, None, resumed, done.append)
     assert done == sorted(done) and done[-1] == 1 and kills[-1] - .25 < done[0] <= kills[-1] + .25, "goes on near where it was cut off"
     assert files(resumed) == files(whole)
 

@@ -2,10 +2,19 @@
 import functools, importlib, json, os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, torch
-from unloc import attribution, experiment, identity, models, tokens, training
-from unloc.experiment import base_models, data_description, injection, localization, localized_unlearning, standard, teaching, unlearning
-from unloc.identity import REGISTERS, added, additions, demand, digest_of, names, receive, shipment, written
-from unloc.runs import Store, run_id, sweep
+from unloc import identity, models, tokens, training
+from unloc.data import benchmark, data_description
+from unloc.pages import sweep
+from unloc.steps.attack import _brought_to, attacking
+from unloc.steps.base import base_models
+from unloc.steps.inject import draw, injection
+from unloc.steps.judge import standard
+from unloc.steps.localize import localization
+from unloc.steps.teach import teaching
+from unloc.steps.unlearn import localized_unlearning, unlearning
+from unloc.identity import REGISTERS, added, code_of, demand, digest_of, names, receive, shipment, written
+from unloc.runs import Store, run_id
+from unloc.steps import compute
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
 MODEL = {"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
@@ -20,12 +29,10 @@ def origin(arch="llama", **more): return injection(standard(base_models(data_des
 @pytest.fixture(autouse=True)
 def as_they_were(): # the registers, whatever a test does to them
     kept = {what: dict(getattr(importlib.import_module(f"unloc.{chapter}"), name)) for what, (chapter, name) in REGISTERS.items()}
-    known = experiment.LOCALIZERS
     yield
     for what, (chapter, name) in REGISTERS.items():
         register = getattr(importlib.import_module(f"unloc.{chapter}"), name)
         register.clear(); register.update(kept[what])
-    experiment.LOCALIZERS = known
 
 def backwards(model, forget, retain, seed): # this file's own localizer
     n_layers, d_ff = models.region_shape(model)
@@ -43,7 +50,7 @@ def test_nothing_of_the_package_is_taken_for_a_users():
         for name in names(what): assert added(what, name) == "", (what, name)
 
 def test_names_and_additions_need_no_torch():
-    code = "import sys; from unloc.experiment import *; from unloc.identity import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
+    code = "import sys; from unloc.data import *; from unloc.identity import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout == "False\n"
 
 # --- a user's method names its runs
@@ -164,7 +171,6 @@ def scores(run): return run.tensors("scores.safetensors")["all.scores"]
 
 def test_workers_know_a_users_localizer_and_finder(tmp_path):
     attribution.LOCALIZERS["mine"] = backwards
-    experiment.LOCALIZERS += ("mine",)
     models.PROJECTIONS["llama"] = models.in_blocks("model.layers", "mlp.down_proj")
     wanted = [localization(origin(), "mine", seed) for seed in (0, 1)]
     found = sweep(Store(tmp_path), wanted + [localized_unlearning(d, .25, "wga", UNLEARN, 0) for d in wanted], 2)
@@ -189,24 +195,24 @@ def test_what_cannot_be_sent_is_named_where_it_is_needed(tmp_path):
     with pytest.raises(ValueError, match="^the localizer 'mine' cannot be sent to a worker .cannot pickle a lock.; register it, .*--plugin.*UNLOC_PLUGINS, or let runs happen one at a time$"): demand(described)
     receive(identity.Shipment(("elsewhere",)))
     del attribution.LOCALIZERS["mine"]
-    with pytest.raises(ValueError, match="^this process does not know the localizer 'mine'; register it, unloc.attribution.LOCALIZERS"): Store(tmp_path).do(described)
+    with pytest.raises(ValueError, match="^this process does not know the localizer 'mine'; register it, unloc.attribution.LOCALIZERS"): Store(tmp_path).do(described, compute)
 
 def test_a_method_edited_after_the_description_is_refused(tmp_path):
     attribution.LOCALIZERS["mine"] = backwards
     described = localization(origin(), "mine")
     attribution.LOCALIZERS["mine"] = lambda *_: None
-    with pytest.raises(ValueError, match="the localizer 'mine' is not the one that the run was described with; describe the run again"): Store(tmp_path).do(described)
+    with pytest.raises(ValueError, match="the localizer 'mine' is not the one that the run was described with; describe the run again"): Store(tmp_path).do(described, compute)
 
 @pytest.mark.parametrize("gives, says", [("None", "scores must be"), ("torch.ones(3, 3)", "gave scores of shape"), ("torch.full((2, 32), float('nan'))", "gave 64 scores that are NaN or infinite"), ("[torch.ones(3)]", "scores must be"), ("torch.ones(2, 32) > 0", "gave scores of torch.bool; a ranking needs real numbers")])
 def test_scores_of_no_unit_are_refused(gives, says, tmp_path):
     attribution.LOCALIZERS["my_weights"] = eval(f"lambda model, forget, retain, seed: {gives}", {"torch": torch})
-    with pytest.raises(ValueError, match=f"localizer 'my_weights'.*{says}"): Store(tmp_path).do(localization(origin(), "my_weights"))
+    with pytest.raises(ValueError, match=f"localizer 'my_weights'.*{says}"): Store(tmp_path).do(localization(origin(), "my_weights"), compute)
 
 def test_a_name_says_nothing_about_the_unit(tmp_path): # 'my_weights' scores value vectors, 'rows' single weights
     attribution.LOCALIZERS["my_weights"] = backwards
     attribution.LOCALIZERS["rows"] = lambda model, forget, retain, seed: [p.weight.detach().clone() for p in models.output_projections(model)]
     store, one = Store(tmp_path), origin()
-    vectors, weights = (store.do(localized_unlearning(localization(one, name), .25, "wga", UNLEARN, 0)) for name in ("my_weights", "rows"))
+    vectors, weights = (store.do(localized_unlearning(localization(one, name), .25, "wga", UNLEARN, 0), compute) for name in ("my_weights", "rows"))
     assert vectors.json()["region"] == 16 and weights.json()["region"] == 2 * 16 * 32 // 4
     assert store[localization(one, "my_weights")].json()["recall"] >= 0 and store[localization(one, "rows")].json() == {}
 
@@ -253,14 +259,13 @@ def test_two_plugins_may_not_register_one_name(tmp_path, monkeypatch):
 def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
     one, shape = origin(), models.tiny_model("llama", 300, 16, 2, 32, 2)
     parent = type("R", (), {"description": one, "file": lambda self, name: None})()
-    with pytest.raises(ValueError, match="unknown benchmark 'wmdp'; known: world, tofu"): experiment.benchmark({"name": "wmdp"})
-    with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): experiment._draw(shape, one | {"unit": "head"}, 0)
-    with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): experiment.inject(one | {"style": "quick"}, None, None, None)
-    with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): experiment._localizer("compass")
-    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): experiment._brought_to(None, {"by": "MU"}, None, None)
-    with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): experiment.attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
+    with pytest.raises(ValueError, match="unknown benchmark 'wmdp'; known: world, tofu"): benchmark({"name": "wmdp"})
+    with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): draw(shape, one | {"unit": "head"}, 0)
+    with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): compute(one | {"style": "quick"}, None, None, None)
+    with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): _localizer("compass")
+    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): _brought_to(None, {"by": "MU"}, None, None)
+    with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
     with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
-    with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: base, judge, inject"): Store(tmp_path).do({"kind": "settings"})
+    with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: attack, base, inject"): Store(tmp_path).do({"kind": "settings"}, compute)
     with pytest.raises(ValueError, match="unknown localizer 'mine'; known: .*; register it, unloc.attribution.LOCALIZERS\\['mine'\\] = .*--plugin"):
-        experiment.LOCALIZERS += ("mine",)
         localization(one, "mine")

@@ -167,7 +167,7 @@ SHARED = { # parameter of the whole study: its type
     'localized_unlearn': dict, # the same, where localizers choose the region
     'attacked_archs': list, # model families that are attacked
     'attacked_unlearn': dict, # objective: its settings, where the runs are attacked
-    'arms': list, # names in unloc.experiment.ARMS
+    'arms': list, # names in unloc.steps.unlearn.ARMS
     'arm_rates': dict, # arm: its learning rate, times that of the others
     'swapped': float, # of Corrupt: share of the target region's vectors that others stand in for
     'attack': dict, # FS at which arms are compared, and how they are attacked
@@ -177,6 +177,7 @@ SHARED = { # parameter of the whole study: its type
     'threads': int, # CPU threads of a base run; every other run takes one
     'precision': str, # of the weights; "bfloat16" for the large profiles
     'jobs': int, # runs at once
+    'mixed': bool, # whether several kinds of machine and versions may stand behind a table
     'store': str, # where runs are kept
     'out': str, # where figures and tables go
 }
@@ -318,7 +319,7 @@ def _apart(log:Path):
 
 def _answering(said=''):
     "Demand that the Ray cluster answers"
-    from unloc.runs import cluster
+    from unloc.cluster import cluster
     try: cluster()
     except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
 
@@ -458,9 +459,9 @@ def _plugged(files:list[Path]):
 
 # %% ../nbs/18_cli.ipynb #c0a26486
 @contextlib.contextmanager
-def _engine(name:str): # a name in unloc.runs.ENGINES
+def _engine(name:str): # a name in unloc.cluster.ENGINES
     "Let sweeps happen there, once it has answered"
-    from unloc.runs import ENGINES
+    from unloc.cluster import ENGINES
     if _known('engine', name, ENGINES) == 'ray': _answering()
     before = os.environ.get('UNLOC_ENGINE')
     os.environ['UNLOC_ENGINE'] = name
@@ -583,7 +584,9 @@ def compute(
     asked = order(root, profile, only, engine=engine, **rest)
     _writable(asked.store)
     from unloc.plan import wanted
+    from unloc.cluster import engine as chosen_engine
     from unloc.runs import Store, sweep
+    from unloc.steps import compute as by_kind
     with _engine(engine), _hub(_from_hub(asked.chosen)), _plugged(asked.plugins), Watch(root) as watch:
         found = []
         for notebook, values in asked.chosen.items():
@@ -591,7 +594,9 @@ def compute(
             found += runs
             if not runs: watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
         watch.label = profile
-        return len({run.path for run in sweep(Store(asked.store), found, asked.jobs)})
+        mixed = any(values.get('mixed') for values in asked.chosen.values())
+        done = sweep(Store(asked.store), found, asked.jobs, by_kind, chosen_engine(), mixed)
+        return len({run.path for run in done})
 
 # %% ../nbs/18_cli.ipynb #0af9dcf5
 def _to_file(root:Path, store:Path, to:Path, weights:bool)->None:

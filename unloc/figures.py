@@ -16,7 +16,8 @@ from pathlib import Path
 
 from .arguments import checked
 from . import register
-from .runs import machines, report
+from .progress import report
+from .runs import machines
 from .statistics import DASH, noted
 
 # %% ../nbs/16_figures.ipynb #7f560b8a

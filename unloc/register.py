@@ -20,7 +20,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -53,6 +53,7 @@ class Method:
     source:str='' # paper and equation
     about:Mapping=field(default_factory=dict) # what is particular to its kind: unit, passes, margin
     options:Mapping=field(default_factory=dict) # name: (type, default)
+    bound:Mapping=field(default_factory=dict) # options that its name sets: wagle(gamma=1)
 
     def takes(self, argument:str)->bool:
         return argument in inspect.signature(self.function).parameters
@@ -65,11 +66,12 @@ class Method:
     def __call__(self, *, options:Mapping=MappingProxyType({}), **given):
         "Call the function with the arguments that it names, and with options"
         chosen = {name: value for name, value in given.items() if self.takes(name)}
-        return self.function(**chosen, **self.checked(options))
+        return self.function(**chosen, **self.bound, **self.checked(options))
 
     def __reduce__(self): # a function of the package travels by its name
         about = dict(self.about), dict(self.options)
-        return Method, (self.kind, self.name, self.label, self.function, self.source, *about)
+        return Method, (self.kind, self.name, self.label, self.function, self.source, *about,
+            dict(self.bound))
 
 # %% ../nbs/00_register.ipynb #892f902b
 def _plain(hint)->bool:
@@ -300,10 +302,26 @@ def methods(kind:str)->dict[str, Method]: # a name in GIVEN -> by name, in the o
     load()
     return dict(sorted(METHODS[kind].items()))
 
-def find(kind:str, name:str)->Method:
+def _call(name:str)->tuple[str, dict]: # 'wagle(gamma=1)' -> 'wagle', {'gamma': 1}
+    "Take a name with options apart"
+    try: node = ast.parse(name, mode='eval').body
+    except (SyntaxError, ValueError): return name, {}
+    if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name): return name, {}
+    try: return node.func.id, {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+    except ValueError: return name, {}
+
+def _bound(method:Method, name:str, given:dict)->Method:
+    "Give a method some of whose options are set by its name"
+    options = method.checked(given)
+    words = ', '.join(f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in options.items())
+    return replace(method, name=name, label=f'{method.label} ({words})', bound=options,
+        options={k: x for k, x in method.options.items() if k not in options})
+
+def find(kind:str, name:str)->Method: # name: also with options, as in 'wagle(gamma=0.1)'
     "Give the method of a name"
-    known = methods(kind)
+    known, (plain, given) = methods(kind), _call(str(name))
     if name in known: return known[name]
+    if plain in known and given: return _bound(known[plain], name, given)
     decorator = 'retain_term' if kind == 'retain' else kind
     raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}; register it in a file "
         f"named by --plugin, a profile's plugins or UNLOC_PLUGINS: @{decorator}(label='…')")
@@ -311,4 +329,4 @@ def find(kind:str, name:str)->Method:
 def label(kind:str, name:str)->str:
     "Give the name of a method in tables; a name that stands for no method is its own label"
     known = methods(kind)
-    return known[name].label if name in known else name
+    return find(kind, name).label if _call(str(name))[0] in known else name

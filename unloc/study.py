@@ -14,12 +14,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from . import experiment, runs
+from . import runs
 from .cli import ALL, SHARED, _known, overlaid, profiles, project_root
-from .experiment import benchmark
+from .cluster import engine
+from .data import benchmark, data_description
 from .identity import names
+from .pages import page_parameters, provenance, unjudged
 from .regions import Region
 from .statistics import number
+from .steps import compute
+from .steps.attack import attacking
+from .steps.base import base_models
+from .steps.inject import injection
+from .steps.judge import standard
+from .steps.localize import localization
+from .steps.supervise import supervision
+from .steps.teach import teaching
+from .steps.unlearn import localized_unlearning, unlearning
 from .tradeoff import at, judged as judged_in_full, measures
 
 # %% ../nbs/19_study.ipynb #3f27f37e
@@ -40,7 +51,7 @@ def _parameters(
     known = profiles(project_root())
     section = known[_known('profile', profile, list(known))]
     for name in changes: _known('parameter of the study', name, [*SHARED])
-    usual = {'source': '', 'jobs': 1, 'store': '../_runs', 'out': f'../_out/{profile}', 'attacked_data': {}}
+    usual = {'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}', 'attacked_data': {}}
     there = {name: value for name, value in section.items() if name in SHARED}
     found = overlaid(overlaid(usual | known.get('smoke', {}), there), changes)
     found = {name: value for name, value in found.items() if name in SHARED} | own
@@ -50,7 +61,7 @@ def _parameters(
     kinds = {name: kind for name, kind in (SHARED | kinds).items() if name in found}
     found = {name: _in_full(name, value, kinds[name]) for name, value in found.items()}
     if found.get('attacked_data') in ({}, '{}'): del found['attacked_data'], kinds['attacked_data']
-    return experiment.page_parameters({'__annotations__': kinds} | found)
+    return page_parameters({'__annotations__': kinds} | found)
 
 # %% ../nbs/19_study.ipynb #5916bf29
 class Settings:
@@ -97,13 +108,13 @@ class Settings:
 class Origins(Settings):
     "Describe what unlearning starts from"
     @cached_property
-    def facts(self)->dict: return experiment.data_description(self.data, self.source)
+    def facts(self)->dict: return data_description(self.data, self.source)
 
     @cached_property
     def bases(self)->dict[str, dict]: # architecture: description of its base models
         how = dict(device=self.device, threads=self.threads, precision=self.precision)
         shape = self.model, self.pretrain, self.retain
-        return {arch: experiment.base_models(self.facts, arch, *shape, **how) for arch in self.archs}
+        return {arch: base_models(self.facts, arch, *shape, **how) for arch in self.archs}
 
     @property
     def store(self)->runs.Store: return runs.Store(runs.in_checkout(self.values['store']))
@@ -113,15 +124,15 @@ class Origins(Settings):
 
     def judged(self, arch:str)->dict:
         "Describe the judgement of the retained model, by which the others are measured"
-        return experiment.standard(self.bases[arch], self.evaluate)
+        return standard(self.bases[arch], self.evaluate)
 
     def injection(self, arch:str, seed:int, **how)->dict: # how: settings that differ from inject
         "Describe an original model: the forget set, injected through a target region"
-        return experiment.injection(self.judged(arch), seed, self.inject | how)
+        return injection(self.judged(arch), seed, self.inject | how)
 
     def teaching(self, arch:str)->dict:
         "Describe an original model that learned all facts with all its weights"
-        return experiment.teaching(self.judged(arch))
+        return teaching(self.judged(arch))
 
 # %% ../nbs/19_study.ipynb #7392af43
 class Descriptions(Origins):
@@ -129,7 +140,7 @@ class Descriptions(Origins):
     def unlearning(
         self,
         injected:dict, # from injection
-        arm:str, # a name in unloc.experiment.ARMS
+        arm:str, # a name in unloc.steps.unlearn.ARMS
         objective:str, # a name in unlearn
         rate:float=1., # learning rate, times that of the profile
         **more, # draw, swapped
@@ -137,7 +148,7 @@ class Descriptions(Origins):
         "Describe an unlearning run through the region of an arm"
         how = self.unlearn[objective]
         if rate != 1: how = how | {'lr': how['lr'] * rate}
-        return experiment.unlearning(injected, arm, objective, how, **more)
+        return unlearning(injected, arm, objective, how, **more)
 
     def arm(self, injected:dict, arm:str, objective:str)->dict:
         "Describe the run of an arm at its own learning rate, with the profile's share swapped for Corrupt"
@@ -146,20 +157,20 @@ class Descriptions(Origins):
 
     def localization(self, origin:dict, localizer:str, seed:int=0)->dict: # origin: from injection or teaching
         "Describe the scores that a localizer gives"
-        return experiment.localization(origin, localizer, seed)
+        return localization(origin, localizer, seed)
 
     def localized(self, origin:dict, localizer:str, objective:str, seed:int, fraction:float)->dict:
         "Describe an unlearning run through a localizer's highest scores"
         scores, how = self.localization(origin, localizer, seed), self.unlearn[objective]
-        return experiment.localized_unlearning(scores, fraction, objective, how, seed)
+        return localized_unlearning(scores, fraction, objective, how, seed)
 
     def supervision(self, injected:dict, arm:str, how:dict, draw:int=0)->dict: # how: settings of the descent
         "Describe a direct-supervision run"
-        return experiment.supervision(injected, arm, how, draw)
+        return supervision(injected, arm, how, draw)
 
     def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
         "Describe the attacks on a run"
-        return experiment.attacking(run, self.attack | how, seed)
+        return attacking(run, self.attack | how, seed)
 
 # %% ../nbs/19_study.ipynb #b65c2bb6
 @dataclass(frozen=True)
@@ -326,7 +337,7 @@ class Study(Descriptions):
         "Do the runs that are missing, and give all"
         asked = [_as_grid(one) for one in grids]
         every = [description for one in asked for description in one.points.values()]
-        done, found = iter(runs.sweep(self.store, every, self.jobs)), []
+        done, found = iter(runs.sweep(self.store, every, self.jobs, compute, engine(), self.mixed)), []
         for one in asked: found.append(Runs(one.names, {key: next(done) for key in one.points}))
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -345,12 +356,12 @@ class Study(Descriptions):
 
     def missing(self, *measures:str)->dict: # measures: of RS, MU and FQ; all when empty
         "Say which measures no judgement has, and why"
-        found = experiment.unjudged(self.standards)
+        found = unjudged(self.standards)
         return {key: why for key, why in found.items() if not measures or key[1] in measures}
 
     def provenance(self, **more)->dict: # more: caption, seeds, conventions and whatever else must be said
         "Say where numbers come from"
-        return experiment.provenance(self.profile, self.bases, **more)
+        return provenance(self.profile, self.bases, **more)
 
     def sizes(self)->dict[str, int]: # set of facts: how many
         "Count the facts"
