@@ -805,6 +805,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'unloc.tradeoff._defined': ('tradeoff.html#_defined', 'unloc/tradeoff.py'),
                                 'unloc.tradeoff._fs_axis': ('tradeoff.html#_fs_axis', 'unloc/tradeoff.py'),
                                 'unloc.tradeoff._raw': ('tradeoff.html#_raw', 'unloc/tradeoff.py'),
+                                'unloc.tradeoff._reasons': ('tradeoff.html#_reasons', 'unloc/tradeoff.py'),
                                 'unloc.tradeoff._step': ('tradeoff.html#_step', 'unloc/tradeoff.py'),
                                 'unloc.tradeoff._strengths': ('tradeoff.html#_strengths', 'unloc/tradeoff.py'),
                                 'unloc.tradeoff._trapezoid': ('tradeoff.html#_trapezoid', 'unloc/tradeoff.py'),
