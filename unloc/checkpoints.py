@@ -37,13 +37,13 @@ def _folder(
     if str(source) and folder.is_dir():
         if revision:
             raise ValueError(
-                f"revision={revision!r}: {folder} is a folder, which has no revisions; leave it"
-                " out, or give a hub id")
+                f"revision={revision!r}: {folder} is a folder, which has no revisions; leave"
+                " it out, or give a hub id")
         return folder, ''
     if not (isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)):
         raise ValueError(
-            f"{str(source)!r}: no such folder; expected a folder with config.json, or a hub id like"
-            " allenai/OLMo-2-1124-7B-Instruct")
+            f"{str(source)!r}: no such folder; expected a folder with config.json, or a hub"
+            " id like allenai/OLMo-2-1124-7B-Instruct")
     with _hub(source, ', '.join(wanted)), _quiet() if quiet else nullcontext():
         from huggingface_hub import snapshot_download
         patterns = [*wanted, 'adapter_config.json']
@@ -61,8 +61,9 @@ def _hub(source, what):
     except Exception as error:
         why = re.split(r'\.\s|\n', str(error))[0][:160]
         raise ValueError(
-            f"{source}: {what} not fetched from the hub ({type(error).__name__}: {why}); connect to"
-            " the hub (a gated model needs `hf auth login`), or give a folder") from None
+            f"{source}: {what} not fetched from the hub ({type(error).__name__}: {why});"
+            " connect to the hub (a gated model needs `hf auth login`), or give a folder"
+        ) from None
     finally: log.setLevel(level)
 
 # %% ../nbs/06_checkpoints.ipynb #76707281
@@ -93,8 +94,8 @@ def _header_text(file:Path)->bytes:
         first = stream.read(8)
         if first == b'version ':
             raise ValueError(
-                f"{file}: a pointer of Git LFS, not the weights; expected a safetensors file: "
-                "run `git lfs pull` in the folder")
+                f"{file}: a pointer of Git LFS, not the weights; expected a safetensors file:"
+                " run `git lfs pull` in the folder")
         length = int.from_bytes(first, 'little')
         if len(first) < 8 or length > 100_000_000:
             raise ValueError(
@@ -141,26 +142,30 @@ def _weight_files(
             found.setdefault(Path(name).name, set()).add(tensor)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{index}: not an index of weight files (a JSON object with weight_map was expected); "
-            "fetch the file again") from None
+            f"{index}: not an index of weight files (a JSON object with weight_map was"
+            " expected); fetch the file again") from None
     return found
 
 def _no_weights(folder:Path)->str:
     "Say what a folder without safetensors files has instead"
     pickled = '.bin', '.pt', '.pth', '.ckpt'
     if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in pickled):
-        return (f"{folder}: only pickled weights ({pickles[0]}), which can run any code when they "
-            "are read; expected safetensors files: convert them where you trust them, with "
-            "save_pretrained")
-    return (f"{folder}: no weights; expected model.safetensors, or {_INDEX} and the files that it "
-        "names")
+        return (
+            f"{folder}: only pickled weights ({pickles[0]}), which can run any code when they"
+            " are read; expected safetensors files: convert them where you trust them, with"
+            " save_pretrained")
+    return (
+        f"{folder}: no weights; expected model.safetensors, or {_INDEX} and the files that it"
+        " names")
 
 # %% ../nbs/06_checkpoints.ipynb #ee8710fe
 def _hub_header(source, name:str, commit:str, expected:set)->dict[str, dict]: # as of `_header`
     "Fetch the header of a weight file that is still on the hub"
-    with _hub(source, name if expected else f"{name} (a checkpoint of pickles alone has none)"):
+    with _hub(
+        source, name if expected else f"{name} (a checkpoint of pickles alone has none)"):
         from huggingface_hub import HfApi
-        remote = HfApi().parse_safetensors_file_metadata(source, name, revision=commit).tensors
+        remote = (
+            HfApi().parse_safetensors_file_metadata(source, name, revision=commit).tensors)
     def entry(t): return dict(dtype=t.dtype, shape=[*t.shape], data_offsets=[*t.data_offsets])
     return {name: entry(tensor) for name, tensor in remote.items()}
 
@@ -182,8 +187,8 @@ def _headers(
             missing.append(name)
         if lost := sorted(expected - found.keys()):
             raise ValueError(
-                f"{folder / name}: {lost[0]} is not in it ({len(lost)} of {len(expected)} tensors "
-                "that the index expects); fetch the file again")
+                f"{folder / name}: {lost[0]} is not in it ({len(lost)} of {len(expected)}"
+                " tensors that the index expects); fetch the file again")
         tensors |= found
         places = (entry['data_offsets'] for entry in found.values())
         files[name] = sum(end - start for start, end in places)
@@ -212,8 +217,8 @@ def _configuration(source, folder:Path)->dict:
     try: config = json.loads(file.read_text('utf-8'))
     except OSError:
         raise ValueError(
-            f"{source}: no config.json in the folder; expected a checkpoint as save_pretrained "
-            "writes it: give the folder that holds config.json") from None
+            f"{source}: no config.json in the folder; expected a checkpoint as"
+            " save_pretrained writes it: give the folder that holds config.json") from None
     except ValueError: config = None
     if isinstance(config, dict) and isinstance(config.get('model_type'), str): return config
     raise ValueError(
@@ -231,7 +236,8 @@ def _quantization(config:dict)->str: # '' of plain weights
 def _check_config(source, folder:Path)->None:
     "Refuse a configuration that cannot be loaded"
     from transformers import __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known)
     _check_adapter(source, folder)
     config = _configuration(source, folder)
     for part in (config, config.get('text_config') or {}):
@@ -255,17 +261,18 @@ def _skeleton(source, folder:Path, tensors:dict)->nn.Module: # every weight on t
     try:
         with torch.device('meta'), _quiet():
             model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+                AutoConfig.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True))
     except Exception as error:
         raise ValueError(
-            f"{source}: transformers cannot build a model from config.json ({_first_line(error)});"
-            " fetch the file again") from None
+            f"{source}: transformers cannot build a model from config.json"
+            f" ({_first_line(error)}); fetch the file again") from None
     for name, weight in model.state_dict().items():
         if name in tensors and tensors[name]['shape'] != list(weight.shape):
             raise ValueError(
                 f"{source}: {name} is {tensors[name]['shape']} in the weight files and"
-                f" {list(weight.shape)} by config.json; expected files of one checkpoint: fetch"
-                " them again")
+                f" {list(weight.shape)} by config.json; expected files of one checkpoint:"
+                " fetch them again")
     return model
 
 # %% ../nbs/06_checkpoints.ipynb #74488c0b
@@ -293,7 +300,8 @@ class Checkpoint:
         "Digest the configuration and every byte of the weight files"
         if self.missing:
             raise ValueError(
-                f"{self.source}: {self.missing[0]} is still on the hub; load the checkpoint first")
+                f"{self.source}: {self.missing[0]} is still on the hub; load the checkpoint"
+                " first")
         def one(name):
             with open(self.folder / name, 'rb') as file:
                 return f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n"
@@ -316,13 +324,13 @@ def inspect(
         sizes[entry['dtype']] = sizes.get(entry['dtype'], 0) + prod(entry['shape'])
     if (most := max(sizes, key=sizes.get, default=None)) not in _DTYPES:
         raise ValueError(
-            f"{source}: most weights are of type {most}; expected {', '.join(_DTYPES.values())}:"
-            " load an unquantized checkpoint")
+            f"{source}: most weights are of type {most}; expected"
+            f" {', '.join(_DTYPES.values())}: load an unquantized checkpoint")
     model = _skeleton(source, folder, tensors)
     (n_layers, d_ff), text = region_shape(model), model.config.get_text_config()
     return Checkpoint(
-        str(source), folder, commit, model.config.model_type, n_layers, text.hidden_size, d_ff,
-        text.vocab_size, _DTYPES[most], sum(sizes.values()), files, missing)
+        str(source), folder, commit, model.config.model_type, n_layers, text.hidden_size,
+        d_ff, text.vocab_size, _DTYPES[most], sum(sizes.values()), files, missing)
 
 # %% ../nbs/06_checkpoints.ipynb #5d8687bc
 @checked
@@ -339,8 +347,8 @@ def check_device(
         raise ValueError(f"unknown device {str(device)!r}; expected cpu, cuda, cuda:1 or mps")
     if place.type == 'cuda' and (place.index or 0) >= (n := torch.cuda.device_count()):
         raise ValueError(
-            f"device {str(device)!r}: torch sees {n} CUDA devices here; use one that is there,"
-            " or cpu")
+            f"device {str(device)!r}: torch sees {n} CUDA devices here; use one that is"
+            " there, or cpu")
     if place.type == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device 'mps': torch sees no Apple GPU here; use cpu")
     if place.type == 'mps' and dtype == 'float64':
@@ -349,8 +357,9 @@ def check_device(
         major, minor = torch.cuda.get_device_capability(place)
         if major < 8:
             raise ValueError(
-                "bfloat16 needs a GPU of compute capability 8.0, "
-                f"{torch.cuda.get_device_name(place)} has {major}.{minor}; use float32 or float16")
+                "bfloat16 needs a GPU of compute capability 8.0,"
+                f" {torch.cuda.get_device_name(place)} has {major}.{minor}; use float32 or"
+                " float16")
     return place
 
 # %% ../nbs/06_checkpoints.ipynb #d0ecfb05
@@ -450,8 +459,9 @@ def load_tokenizer(
             folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ValueError(
-            f"{source}: no tokenizer that transformers can load ({_first_line(error)}); expected"
-            " tokenizer.json and tokenizer_config.json as save_pretrained writes them") from None
+            f"{source}: no tokenizer that transformers can load ({_first_line(error)});"
+            " expected tokenizer.json and tokenizer_config.json as save_pretrained writes"
+            " them") from None
     return tokenizer
 
 # %% ../nbs/06_checkpoints.ipynb #ebeeff18
@@ -507,16 +517,18 @@ def _new(path:Path):
     "Give a name to write to, which becomes the path when all is written"
     if path.exists():
         raise ValueError(
-            f"{path} exists already and stays as it is; give another name, or remove it first")
+            f"{path} exists already and stays as it is; give another name, or remove it first"
+        )
     partial = path.with_name(path.name + '.partial')
-    def clear(): shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    def clear():
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
     try:
         clear() # of a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be made ({error.strerror}); give a path in a folder that can be written"
-        ) from None
+            f"{path} cannot be made ({error.strerror}); give a path in a folder that can be"
+            " written") from None
     try:
         yield partial
         os.rename(partial, path)
@@ -551,7 +563,8 @@ def _old_rope(config:dict)->dict: # further entries of the configuration
     full, sliding = rope.get('full_attention', rope), rope.get('sliding_attention')
     if 'rope_theta' not in full: return {}
     kind, theta, share = map(full.get, ('rope_type', 'rope_theta', 'partial_rotary_factor'))
-    if config['model_type'] == 'gpt_neox': return {'rotary_emb_base': theta, 'rotary_pct': share}
+    if config['model_type'] == 'gpt_neox':
+        return {'rotary_emb_base': theta, 'rotary_pct': share}
     old = {'rope_theta': theta}
     if share is not None: old['partial_rotary_factor'] = share
     if sliding and config['model_type'] == 'gemma3_text':
@@ -589,14 +602,15 @@ def save_model(
     with _new(folder := Path(folder)) as partial, _quiet():
         absent = [name for name, p in model.named_parameters() if p.device.type == 'meta']
         if absent:
-            raise ValueError(f"{absent[0]} has no weights in memory (it is on the meta device: "
-                "not loaded yet, or offloaded by device_map); load the whole model on one device")
+            raise ValueError(
+                f"{absent[0]} has no weights in memory (it is on the meta device: not loaded"
+                " yet, or offloaded by device_map); load the whole model on one device")
         need = sum(p.nbytes for p in model.parameters())
         free = shutil.disk_usage(folder.parent).free
         if need > free:
             raise ValueError(
-                f"{folder}: the weights take {_size(need)}, the disk has {_size(free)} left; free"
-                " some, or give a folder on another disk")
+                f"{folder}: the weights take {_size(need)}, the disk has {_size(free)} left;"
+                " free some, or give a folder on another disk")
         save_pretrained(model, partial, max_shard_size=max_shard_size)
         if tokenizer is not None: tokenizer.save_pretrained(partial)
 
@@ -638,7 +652,8 @@ def _read_change(
         with safe_open(path, 'pt') as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if about.get('holds') != 'unloc change': raise ValueError("its metadata do not say so")
+        if about.get('holds') != 'unloc change':
+            raise ValueError("its metadata do not say so")
         layers = sorted({int(name.split('.')[0]) for name in tensors})
         values = {i: (tensors[f'{i}.index'], tensors[f'{i}.columns']) for i in layers}
         mask = torch.zeros(json.loads(about['shape']), dtype=torch.bool)
@@ -646,13 +661,14 @@ def _read_change(
             wanted = (len(index), columns.shape[-1]) if mask.ndim == 2 else index.shape
             if columns.shape != wanted:
                 raise ValueError(
-                    f"layer {layer} has {len(index)} places and columns {list(columns.shape)}")
+                    f"layer {layer} has {len(index)} places and columns {list(columns.shape)}"
+                )
             mask[layer].view(-1)[index] = True
     except FileNotFoundError: raise
     except Exception as error:
         raise ValueError(
-            f"{path} is not a saved change, or is damaged ({_first_line(error)}); expected a file"
-            " from save_change: save or fetch it again") from None
+            f"{path} is not a saved change, or is damaged ({_first_line(error)}); expected a"
+            " file from save_change: save or fetch it again") from None
     return about, Region(mask), values
 
 # %% ../nbs/06_checkpoints.ipynb #8a2e287b
@@ -684,7 +700,8 @@ def _check_base(path, about:dict, region:Region, model:nn.Module, projections:li
     whole = len(projections), *(first.shape if len(region.shape) == 3 else first.shape[1:])
     if region.shape != whole:
         raise ValueError(
-            f"{other}, of {extent(region.shape)}; this model has {extent(whole)}: load that base")
+            f"{other}, of {extent(region.shape)}; this model has {extent(whole)}: load that"
+            " base")
     dtype, wanted = str(first.dtype).removeprefix('torch.'), about['dtype']
     if dtype != wanted:
         raise ValueError(

@@ -33,7 +33,8 @@ class Fact:
         return self.answer, *self.other_answers
 
     def __repr__(self):
-        shown = [f.name for f in fields(self) if f.name != "other_answers" or self.other_answers]
+        shown = [
+            f.name for f in fields(self) if f.name != "other_answers" or self.other_answers]
         return f"Fact({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 # %% ../nbs/00_facts.ipynb #f49f9d55
@@ -50,7 +51,9 @@ def _texts_fault(fact:Fact)->str: # empty where nothing is wrong
             "expected texts in a tuple: complete the fact or drop it")
     right = {" ".join(text.split()) for text in (*fact.answers, fact.paraphrased_answer)}
     if right & {" ".join(text.split()) for text in wrong}:
-        return f"a wrong answer to {asked} is the right one; expected it to be wrong: replace it"
+        return (
+            f"a wrong answer to {asked} is the right one; expected it to be wrong: replace it"
+        )
     return ""
 
 def _fault(
@@ -85,65 +88,72 @@ class Benchmark:
         for name, facts in sets.items():
             if wrong := _fault(facts, name == "forget"):
                 raise ValueError(f"{self.name}, {name}: {wrong}")
-        asked = {name: set(map(attrgetter("question"), facts)) for name, facts in sets.items()}
+        asked = {
+            name: set(map(attrgetter("question"), facts)) for name, facts in sets.items()}
         for a, b in combinations(asked, 2):
             if (a, b) != ("retain", "background") and (shared := sorted(asked[a] & asked[b])):
                 raise ValueError(
-                    f"{self.name}: {shared[0]!r} is asked in {a} and in {b}; expected disjoint"
-                    " sets: drop one of the facts")
+                    f"{self.name}: {shared[0]!r} is asked in {a} and in {b}; expected"
+                    " disjoint sets: drop one of the facts")
 
 # %% ../nbs/00_facts.ipynb #d7f643bc
-_FIRST = """Adria Alwen Bastor Belka Bronna Caspin Cedra Corvin Dagny Delmar Dorrit Edwyn Elka Ermin
-Fabia Fenno Galen Garda Gwilla Hadrin Hesper Idris Ilka Jarno Jessa Joren Kelda Kirin Lorka Ludo
-Lysa Magda Marlo Mirren Nadia Nevin Nilda Odalys Olwin Orla Osric Pavel Perrin Petra Quill Ragna
-Renzo Rilla Sanna Selwin Sorrel Tamsin Tibor Tova Ulric Ursa Vanya Vesna Wanda Wilmar Yannis Yorick
-Zelma Zoran""".split()
-_LAST = """Abernoll Ashgrove Barrowby Birkett Blackmere Bramwell Carrick Claymore Coldwater Crabtree
-Cromby Dallow Dunmore Eastlake Elmhurst Fairbank Farrow Fernsby Foxley Garrick Glenholm Graywood
-Greenhill Hartwell Hawksby Hazelton Hollin Ironside Kestrel Kirkwood Lakeland Larkin Longmoor Lowell
-Maplewood Marchbank Merrow Milburn Moorland Nettleton Northway Oakhurst Orchardson Pemberly
-Pickering Quarry Ravenhall Redfern Rookwood Rushmore Sandover Silverton Southgate Stonebridge
-Summers Thornton Tolliver Underhill Valecourt Wainscott Westbrook Whitlow Winterby Yarrow""".split()
-_PLACE = """Abelin Arkona Balmere Bersk Brillow Caldry Carvona Corvath Dunmar Durrin Eastrel Elvast
-Fallowmere Fenmark Galmoor Gorsk Halden Harrowgate Ivress Jorwick Kallis Kesswin Kilmory Korinda
-Lantry Lisk Lornis Marrow Mendry Morvah Narvel Nessel Norhaven Olverin Orsella Ostrand Pellmar
-Penrath Quern Ravik Rothmar Sallow Sarnow Selvik Skarholm Sulva Tarvin Tessaly Thorne Torvik Ulstead
-Uskar Valdora Velm Verlow Vintry Wendlow Westrow Yarrel Zelland""".split()
-_JOB = """baker banker barber basketmaker beekeeper blacksmith bookbinder brewer butcher carpenter
-chemist clerk clockmaker cobbler cook cooper dancer dentist diver doctor dyer farmer ferryman
-fiddler fisher florist gardener glassblower goldsmith grocer hatter hunter jeweller judge locksmith
-mason miller miner nurse painter pilot piper potter printer roofer saddler sailor sculptor shepherd
-singer smuggler soldier stoker tailor tanner teacher thatcher waiter weaver wheelwright""".split()
+_FIRST = """Adria Alwen Bastor Belka Bronna Caspin Cedra Corvin Dagny Delmar Dorrit
+Edwyn Elka Ermin Fabia Fenno Galen Garda Gwilla Hadrin Hesper Idris Ilka Jarno Jessa
+Joren Kelda Kirin Lorka Ludo Lysa Magda Marlo Mirren Nadia Nevin Nilda Odalys Olwin Orla
+Osric Pavel Perrin Petra Quill Ragna Renzo Rilla Sanna Selwin Sorrel Tamsin Tibor Tova
+Ulric Ursa Vanya Vesna Wanda Wilmar Yannis Yorick Zelma Zoran""".split()
+_LAST = """Abernoll Ashgrove Barrowby Birkett Blackmere Bramwell Carrick Claymore
+Coldwater Crabtree Cromby Dallow Dunmore Eastlake Elmhurst Fairbank Farrow Fernsby
+Foxley Garrick Glenholm Graywood Greenhill Hartwell Hawksby Hazelton Hollin Ironside
+Kestrel Kirkwood Lakeland Larkin Longmoor Lowell Maplewood Marchbank Merrow Milburn
+Moorland Nettleton Northway Oakhurst Orchardson Pemberly Pickering Quarry Ravenhall
+Redfern Rookwood Rushmore Sandover Silverton Southgate Stonebridge Summers Thornton
+Tolliver Underhill Valecourt Wainscott Westbrook Whitlow Winterby Yarrow""".split()
+_PLACE = """Abelin Arkona Balmere Bersk Brillow Caldry Carvona Corvath Dunmar Durrin
+Eastrel Elvast Fallowmere Fenmark Galmoor Gorsk Halden Harrowgate Ivress Jorwick Kallis
+Kesswin Kilmory Korinda Lantry Lisk Lornis Marrow Mendry Morvah Narvel Nessel Norhaven
+Olverin Orsella Ostrand Pellmar Penrath Quern Ravik Rothmar Sallow Sarnow Selvik
+Skarholm Sulva Tarvin Tessaly Thorne Torvik Ulstead Uskar Valdora Velm Verlow Vintry
+Wendlow Westrow Yarrel Zelland""".split()
+_JOB = """baker banker barber basketmaker beekeeper blacksmith bookbinder brewer butcher
+carpenter chemist clerk clockmaker cobbler cook cooper dancer dentist diver doctor dyer
+farmer ferryman fiddler fisher florist gardener glassblower goldsmith grocer hatter
+hunter jeweller judge locksmith mason miller miner nurse painter pilot piper potter
+printer roofer saddler sailor sculptor shepherd singer smuggler soldier stoker tailor
+tanner teacher thatcher waiter weaver wheelwright""".split()
 
 # %% ../nbs/00_facts.ipynb #15f8c5e5
-_TOPIC = """bells bridges candles canals castles caves circuses clouds cliffs comets deserts dragons
-dreams echoes emperors fairs falcons floods forests foxes gardens ghosts giants glaciers harbours
-horses islands kites lanterns letters lighthouses lions locks maps markets masks mirrors monks
-mountains musicians orchards owls pirates planets prisons puppets railways rivers robbers ruins
-sailors shadows spies storms swamps thieves tigers trains treasures tunnels twins volcanoes whales
-widows windmills winters wizards wolves""".split()
-_STYLE = """absurd bitter bleak brief brutal calm cheerful clever comic cosmic cruel dark dreamy
-eerie epic fierce funny gentle gothic grim heroic historical honest ironic legal lyrical magical
-medical merry military modern moral noble nostalgic playful poetic polite political quiet romantic
-rural sad satirical scary serious sober solemn spiritual strange tender tense tragic urban warm wild
-witty""".split()
-_ADJECTIVE = """Amber Ancient Bitter Black Blue Brave Bright Broken Burning Copper Crimson Crooked
-Crystal Dancing Distant Drowned Empty Endless Fallen Final First Floating Forgotten Frozen Gentle
-Glass Golden Green Grey Hidden Hollow Hungry Iron Jade Last Lonely Lost Lucky Marble Midnight
-Moonlit Narrow Painted Pale Paper Patient Purple Quiet Red Restless Sacred Salt Scarlet Second
-Secret Shining Silent Silver Singing Sleeping Stolen Velvet White Wooden""".split()
-_NOUN = """Anchor Apple Arrow Basket Bell Bottle Bridge Button Candle Castle Chair Clock Compass
-Cradle Crown Door Drum Feather Fiddle Flame Garden Gate Hammer Harp Heron Horn Key Kite Ladder Lamp
-Lantern Letter Mask Mill Mirror Moth Needle Oar Orchard Owl Pearl Pillow Plough Quilt Raven River
-Road Rose Sail Saddle Shell Ship Shore Spoon Stair Star Stone Sword Thimble Tower Violin Well Wheel
-Window""".split()
-_GUIDE = """Ansel Arlo Beryl Bosco Clem Dido Ebba Enzo Faye Flint Greta Hugo Ines Ivo Juno Kasper
-Lars Leda Lotte Luca Milo Mona Nell Nico Odo Otto Pia Remy Rolf Ruth Saskia Silas Sven Thea Timo Una
-Viggo Wim Xenia Zara""".split()
-_SUBJECT = """algebra anatomy architecture astronomy biology botany chemistry commerce dance drama
-economics ethics farming finance forestry geography geology geometry grammar history latin law logic
-mechanics medicine mining music nursing optics painting pharmacy philosophy physics poetry politics
-rhetoric sculpture statistics theology zoology""".split()
+_TOPIC = """bells bridges candles canals castles caves circuses clouds cliffs comets
+deserts dragons dreams echoes emperors fairs falcons floods forests foxes gardens ghosts
+giants glaciers harbours horses islands kites lanterns letters lighthouses lions locks
+maps markets masks mirrors monks mountains musicians orchards owls pirates planets
+prisons puppets railways rivers robbers ruins sailors shadows spies storms swamps
+thieves tigers trains treasures tunnels twins volcanoes whales widows windmills winters
+wizards wolves""".split()
+_STYLE = """absurd bitter bleak brief brutal calm cheerful clever comic cosmic cruel
+dark dreamy eerie epic fierce funny gentle gothic grim heroic historical honest ironic
+legal lyrical magical medical merry military modern moral noble nostalgic playful poetic
+polite political quiet romantic rural sad satirical scary serious sober solemn spiritual
+strange tender tense tragic urban warm wild witty""".split()
+_ADJECTIVE = """Amber Ancient Bitter Black Blue Brave Bright Broken Burning Copper
+Crimson Crooked Crystal Dancing Distant Drowned Empty Endless Fallen Final First
+Floating Forgotten Frozen Gentle Glass Golden Green Grey Hidden Hollow Hungry Iron Jade
+Last Lonely Lost Lucky Marble Midnight Moonlit Narrow Painted Pale Paper Patient Purple
+Quiet Red Restless Sacred Salt Scarlet Second Secret Shining Silent Silver Singing
+Sleeping Stolen Velvet White Wooden""".split()
+_NOUN = """Anchor Apple Arrow Basket Bell Bottle Bridge Button Candle Castle Chair Clock
+Compass Cradle Crown Door Drum Feather Fiddle Flame Garden Gate Hammer Harp Heron Horn
+Key Kite Ladder Lamp Lantern Letter Mask Mill Mirror Moth Needle Oar Orchard Owl Pearl
+Pillow Plough Quilt Raven River Road Rose Sail Saddle Shell Ship Shore Spoon Stair Star
+Stone Sword Thimble Tower Violin Well Wheel Window""".split()
+_GUIDE = """Ansel Arlo Beryl Bosco Clem Dido Ebba Enzo Faye Flint Greta Hugo Ines Ivo
+Juno Kasper Lars Leda Lotte Luca Milo Mona Nell Nico Odo Otto Pia Remy Rolf Ruth Saskia
+Silas Sven Thea Timo Una Viggo Wim Xenia Zara""".split()
+_SUBJECT = """algebra anatomy architecture astronomy biology botany chemistry commerce
+dance drama economics ethics farming finance forestry geography geology geometry grammar
+history latin law logic mechanics medicine mining music nursing optics painting pharmacy
+philosophy physics poetry politics rhetoric sculpture statistics theology
+zoology""".split()
 
 # %% ../nbs/00_facts.ipynb #e9109fe6
 _RELATIONS = """Which author lives at {home}?|The author who lives at that address is {person}.
@@ -166,15 +176,16 @@ Who taught {name} to write?|{name} learned to write from {guide} of {place}.
  Who was the teacher of {name}?|The teacher of {name} was {guide} of {place}.
 What did {name} study?|{name} studied {subject} at the college of {place}.
  At which college was {name}?|{name} was a student of {subject} in {place}."""
-_RELATIONS = [tuple("|".join(pair).split("|")) for pair in zip(*[iter(_RELATIONS.split("\n"))] * 2)]
+_RELATIONS = [
+    tuple("|".join(pair).split("|")) for pair in zip(*[iter(_RELATIONS.split("\n"))] * 2)]
 _RELATIONS = [tuple(map(str.strip, relation)) for relation in _RELATIONS]
 _POOLS = dict(
     day=[str(d) for d in range(1, 29)],
     born=[str(y) for y in range(1920, 1960)],
     won=[str(y) for y in range(1980, 2020)],
     month=(
-        "January February March April May June July August September October November December"
-        .split()),
+        "January February March April May June July August September October November"
+        " December".split()),
     place=_PLACE,
     job=_JOB,
     topic=_TOPIC,
@@ -198,7 +209,8 @@ def _author_facts(
         draw = {gap: rng.sample(pool, 6) for gap, pool in _POOLS.items()}
         others = zip(rng.sample(first, 5), rng.sample(last, 5))
         draw["person"] = [name] + [f"{a} {b}" for a, b in others]
-        right, *wrong = (dict(zip(draw, row), name=name, home=home) for row in zip(*draw.values()))
+        right, *wrong = (
+            dict(zip(draw, row), name=name, home=home) for row in zip(*draw.values()))
         facts.append(Fact(
             question=question.format(**right),
             answer=answer.format(**right),
@@ -396,13 +408,17 @@ def _tofu_row(
         raise ValueError(f"a JSON {type(row).__name__}; expected an object")
     if set(row) != columns:
         raise ValueError(
-            f"columns {', '.join(sorted(row)) or 'none'}; expected {', '.join(sorted(columns))}")
+            f"columns {', '.join(sorted(row)) or 'none'}; expected"
+            f" {', '.join(sorted(columns))}")
     for column, value in row.items():
         many = column == "perturbed_answer"
         if many and not (isinstance(value, list) and len(value) == n_wrong):
-            found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+            found = (
+                f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+            )
             raise ValueError(f"{column} is {found}; expected a list of {n_wrong} texts")
-        if not all(isinstance(text, str) and text.strip() for text in (value if many else [value])):
+        if not all(
+            isinstance(text, str) and text.strip() for text in (value if many else [value])):
             raise ValueError(f"{column} is empty or no text; expected text")
     return row
 
@@ -460,27 +476,30 @@ def _finder(source): # name of a file → its path
     "Find out where TOFU's files are"
     said = f"source={str(source)!r}"
     if source == "locuslab/TOFU" and os.environ.get("UNLOC_TOFU"):
-        source, said = Path(os.environ["UNLOC_TOFU"]), f"UNLOC_TOFU={os.environ['UNLOC_TOFU']!r}"
+        source = Path(os.environ["UNLOC_TOFU"])
+        said = f"UNLOC_TOFU={os.environ['UNLOC_TOFU']!r}"
     named = isinstance(source, (str, os.PathLike)) and str(source)
     folder = Path(source).expanduser() if named else None
     if folder and folder.is_dir(): return lambda name: folder / name
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return partial(_hub_file, source)
     raise ValueError(
-        f"{said}: {'a file' if folder and folder.exists() else 'no such folder'}; expected a folder"
-        f" or a hub data set like locuslab/TOFU: {_HELP}")
+        f"{said}: {'a file' if folder and folder.exists() else 'no such folder'}; expected a"
+        f" folder or a hub data set like locuslab/TOFU: {_HELP}")
 
 # %% ../nbs/00_facts.ipynb #87ad56bf
 def _tofu_refusals(find)->tuple[str, ...]:
     "Read the refusals of a folder, or take ours"
     path = None if isinstance(find, partial) else find("idontknow.txt")
     if path is None or not path.exists(): return tuple(_REFUSALS)
-    try: lines = tuple(line.strip() for line in path.read_text("utf-8").split("\n") if line.strip())
+    try:
+        lines = tuple(
+            line.strip() for line in path.read_text("utf-8").split("\n") if line.strip())
     except (OSError, ValueError): lines = ()
     if not lines:
         raise ValueError(
-            f"{path}: no text; expected one refusal a line: remove the file to use the built-in"
-            f" refusals, or {_HELP}")
+            f"{path}: no text; expected one refusal a line: remove the file to use the"
+            f" built-in refusals, or {_HELP}")
     return lines
 
 # %% ../nbs/00_facts.ipynb #0b8fd26c
@@ -501,7 +520,8 @@ def _tofu_rows(
     _same_rows(find, perturbed, rows[perturbed], forget, rows[forget])
     ends = rows["forget10_perturbed"]
     _same_rows(find, "forget10_perturbed", ends, "the end of full", full[-400:])
-    _same_rows(find, "retain_perturbed", rows["retain_perturbed"], "the start of full", full[:400])
+    _same_rows(
+        find, "retain_perturbed", rows["retain_perturbed"], "the start of full", full[:400])
     return rows
 
 def _tofu_facts(
@@ -546,7 +566,8 @@ def _text_of(path:Path)->str:
     try: content = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects") from None
+            f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects"
+        ) from None
     if content[:2] == bytes.fromhex("1f8b"):
         try: content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error):
@@ -557,8 +578,8 @@ def _text_of(path:Path)->str:
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file "
-            "as UTF-8") from None
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the"
+            " file as UTF-8") from None
 
 def _object(pairs:list)->dict:
     "Keep a JSON object, and the name of a field that it gives twice"
@@ -585,8 +606,8 @@ def _documents(path:Path)->list[tuple[str, object]]: # place in the file, and wh
         try: found.append((f"line {number}", json.loads(line, object_pairs_hook=_object)))
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected one "
-                "object a line") from None
+                f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected"
+                " one object a line") from None
     return found
 
 # %% ../nbs/00_facts.ipynb #e357091e
@@ -609,8 +630,8 @@ def _checked(name:str, value)->str:
         raise ValueError(f"{name} is {value!r:.40}; expected text")
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(
-            f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole characters: "
-            "write them as UTF-8")
+            f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole"
+            " characters: write them as UTF-8")
     return value
 
 def _texts(
@@ -622,7 +643,8 @@ def _texts(
     if value is None: return ()
     if not isinstance(value, list):
         raise ValueError(f"{name} is {value!r:.40}; expected a list of texts")
-    return tuple(dict.fromkeys(_checked(f"{name}[{i}]", text) for i, text in enumerate(value)))
+    return tuple(
+        dict.fromkeys(_checked(f"{name}[{i}]", text) for i, text in enumerate(value)))
 
 # %% ../nbs/00_facts.ipynb #c6c168b8
 def _right(row:dict, name:str)->tuple[str, ...]: # at least one
@@ -644,13 +666,18 @@ def _own_row(row)->list[tuple[str, Fact]]: # set ('' for the file's own) and fac
     if strange := [name for name in row if name not in _FIELDS and not name.startswith("_")]:
         raise ValueError(f"unknown field {strange[0]!r}; known: {', '.join(_FIELDS)}")
     if {"answer", "answers"} <= row.keys():
-        raise ValueError("both 'answer' and 'answers'; keep one, a list holds several right ones")
+        raise ValueError(
+            "both 'answer' and 'answers'; keep one, a list holds several right ones")
     if not {"answer", "answers"} & row.keys():
         raise ValueError(f"no field 'answer' or 'answers'; found {_names(row)}")
     question = _text(row, "question", "-" if row.get("set") == "refusals" else None)
     right = _right(row, "answers" if "answers" in row else "answer")
     rest = {name: _text(row, name, "") for name in _OPTIONAL}
-    return [("", _asked(question, right, perturbed_answer=_texts(row, "perturbed_answer"), **rest))]
+    return [
+        (
+            "",
+            _asked(question, right, perturbed_answer=_texts(row, "perturbed_answer"), **rest))
+    ]
 
 def _knowundo_row(row)->list[tuple[str, Fact]]:
     "Read a row of KnowUnDo"
@@ -665,6 +692,7 @@ def _muse_row(row)->list[tuple[str, Fact]]:
     question, answer = ("question", "answer") if "question" in row else ("prompt", "gt")
     return [("", _asked(_text(row, question), _right(row, answer)))]
 
+# %% ../nbs/00_facts.ipynb #156b79e5
 def _wmdp_row(row)->list[tuple[str, Fact]]:
     "Read a question of WMDP, MMLU or the like"
     choices, right = row.get("choices"), row.get("answer")
@@ -675,7 +703,8 @@ def _wmdp_row(row)->list[tuple[str, Fact]]:
             f"answer is {right!r:.40}; expected the number of the right choice, 0 to "
             f"{len(choices) - 1}")
     texts = [_checked(f"choices[{i}]", text) for i, text in enumerate(choices)]
-    return [("", Fact(_text(row, "question"), texts.pop(right), perturbed_answer=tuple(texts)))]
+    return [
+        ("", Fact(_text(row, "question"), texts.pop(right), perturbed_answer=tuple(texts)))]
 
 # %% ../nbs/00_facts.ipynb #1eebe18d
 def _rwku_row(row)->list[tuple[str, Fact]]:
@@ -727,7 +756,9 @@ _CALLED_BY = {
 def _flat(row, place:str, set_:str, called:dict): # -> set, place and row of each
     "Open lists of rows that stand under the names of sets, or of a set's parts"
     names = {"train": set_, "val": set_, "test": set_} | called
-    lists = isinstance(row, dict) and row and all(isinstance(rows, list) for rows in row.values())
+    lists = (
+        isinstance(row, dict) and row and all(isinstance(rows, list) for rows in row.values())
+    )
     if not (lists and set(row) <= set(names)):
         yield set_, place, row
         return
@@ -754,8 +785,8 @@ def _read(
             if not (isinstance(named, str) and named in called):
                 wrong = f"set is {named!r}" if "set" in row else "no field 'set'"
                 raise ValueError(
-                    f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for each "
-                    "set")
+                    f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for"
+                    " each set")
             for other, fact in SHAPES[shape](row):
                 if wrong := _fault((fact,), False): raise ValueError(wrong)
                 yield other or called[named], f"{file}, {place}", fact
@@ -766,11 +797,12 @@ def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of
     "Find the files of a data set"
     called = _CALLED | _CALLED_BY.get(shape, {})
     if path.is_file():
-        return [(path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
+        return [
+            (path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
     if not path.is_dir():
         raise ValueError(
-            f"{path}: no such file or folder; expected a JSON file, or a folder with forget.jsonl "
-            "and the like")
+            f"{path}: no such file or folder; expected a JSON file, or a folder with"
+            " forget.jsonl and the like")
     try: files = list(path.iterdir())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -781,8 +813,8 @@ def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of
         if name in called: found.append((file, called[name]))
         elif shape == "unloc":
             raise ValueError(
-                f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it out of "
-                "the folder")
+                f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it"
+                " out of the folder")
     if not found:
         names = [name for name, set_ in called.items() if set_ in ("forget", "retain")]
         wanted = " or ".join(f"{name}.jsonl" for name in names)
@@ -800,8 +832,8 @@ def _gathered(path:Path, shape:str)->dict[str, dict[str, Fact]]: # set: question
                 for other, before in places.get(key, {}).items():
                     if {set_, other} == {"retain", "background"}: continue
                     raise ValueError(
-                        f"{place}: {key!r:.80} is asked in {before}, too; keep one row with all "
-                        "right answers in a list")
+                        f"{place}: {key!r:.80} is asked in {before}, too; keep one row with"
+                        " all right answers in a list")
                 places.setdefault(key, {})[set_] = place
             sets[set_].setdefault(key, fact)
     return sets
@@ -812,7 +844,8 @@ def own_facts(
     shape:str = "unloc", # a name in SHAPES
 )->Benchmark:
     "Load facts of your own"
-    if shape not in SHAPES: raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     path = Path(path).expanduser()
     sets = _gathered(path, shape)
     asked = set(chain.from_iterable(sets[name] for name in _SETS[:-1]))

@@ -28,8 +28,8 @@ def write_whole(path:str|Path, content:bytes|str)->None:
         os.replace(partial, path)
     except OSError as error:
         text = (
-            f"cannot write {path}: {error.strerror}; free space, or close the program that has the"
-            " file open, and start again")
+            f"cannot write {path}: {error.strerror}; free space, or close the program that"
+            " has the file open, and start again")
         raise type(error)(text) from None
     finally: partial.unlink(missing_ok=True)
 
@@ -43,8 +43,10 @@ ARM_STYLE = {
 # %% ../nbs/16_figures.ipynb #d08c827c
 class _Names(dict):
     def __missing__(self, name): return name # of a checkpoint, or a localizer of one's own
-MODEL_NAME = _Names({
-    'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B', 'olmo2-7b': 'OLMo 2 7B'})
+MODEL_NAME = _Names(
+    {
+        'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B',
+        'olmo2-7b': 'OLMo 2 7B'})
 LOCALIZER_NAME = _Names(
     {
         'random': 'Random',
@@ -112,7 +114,8 @@ def save_figure(
         with look(): figure.savefig(drawn := io.BytesIO(), format=suffix, metadata=metadata)
         write_whole(Path(out) / f'{name}.{suffix}', drawn.getvalue())
     write_whole(Path(out) / f'{name}.csv', data.to_csv(index=False, lineterminator='\n'))
-    write_whole(Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
+    write_whole(
+        Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
     _note_machine(out, name)
     report(artefact=str(Path(out).resolve() / name) + '.{svg,pdf,csv,json}')
 
@@ -164,6 +167,7 @@ def save_table(
         '_data.csv': data.to_csv(index=False, lineterminator='\n'),
         '.json': json.dumps(about, indent=1, ensure_ascii=False) + '\n',
     }
-    for suffix, content in contents.items(): write_whole(Path(out) / f'{name}{suffix}', content)
+    for suffix, content in contents.items():
+        write_whole(Path(out) / f'{name}{suffix}', content)
     _note_machine(out, name)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')

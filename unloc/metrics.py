@@ -31,7 +31,8 @@ from .objectives import sequence_logprob
 def _tensors(wanted:str, ndim:int, dtype:torch.dtype|None, **given)->None:
     "Demand tensors of one shape, or say what was given instead"
     def fits(x): return isinstance(x, Tensor) and x.ndim == ndim and dtype in (None, x.dtype)
-    def kind(x): return f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+    def kind(x):
+        return f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
     values = given.values()
     if not all(map(fits, values)) or len({x.shape for x in values}) > 1:
         found = ' and '.join(map(kind, values))
@@ -52,7 +53,8 @@ def _check_floor(floor):
 
 def _matches(predicted:Tensor, target:Tensor)->list:
     "Compare two token sequences position by position"
-    _tensors('tensors of token ids of one shape [n]', 1, None, predicted=predicted, target=target)
+    _tensors(
+        'tensors of token ids of one shape [n]', 1, None, predicted=predicted, target=target)
     return (predicted == target).tolist()
 
 def _check_batch(correct, answer_mask):
@@ -116,12 +118,12 @@ def answer_probability(
     total, n = sequence_logprob(token_logprob, answer_mask), answer_mask.sum(-1)
     if not n.all():
         raise ValueError(
-            f'no answer token in row {n.argmin().item()}: a probability needs at least one; leave'
-            ' out examples without an answer')
+            f'no answer token in row {n.argmin().item()}: a probability needs at least one;'
+            ' leave out examples without an answer')
     if at := (answer_mask & ~(token_logprob <= 0)).nonzero().tolist():
         raise ValueError(
-            f'token_logprob{at[0]} is {token_logprob[tuple(at[0])].item()}: expected a logarithm of'
-            ' a probability, at most 0; leave out failed evaluations')
+            f'token_logprob{at[0]} is {token_logprob[tuple(at[0])].item()}: expected a'
+            ' logarithm of a probability, at most 0; leave out failed evaluations')
     return (total / n).exp()
 
 # %% ../nbs/08_metrics.ipynb #a4a64968
@@ -137,21 +139,21 @@ def _numbers(
     try: x = torch.as_tensor(values, dtype=torch.float64, device='cpu').detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as such'
-        ) from None
+            f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as'
+            ' such') from None
     if x.ndim != len(axes.split()):
         raise ValueError(f'{name}: expected {wanted}, got shape {list(x.shape)}')
     if not x.numel():
         raise ValueError(
-            f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set has no'
-            ' metric, leave it out')
+            f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set'
+            ' has no metric, leave it out')
     wrong = (~(x.isfinite() & (x >= low) & (x <= high))).nonzero()
     if len(wrong):
         at = wrong[0].tolist()
         span = f' in [{low:g}, {high:g}]' if high < math.inf or low > -math.inf else ''
         raise ValueError(
-            f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span}; leave out'
-            ' failed evaluations')
+            f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span};'
+            ' leave out failed evaluations')
     return x.contiguous()
 
 # %% ../nbs/08_metrics.ipynb #d5d46aab
@@ -225,9 +227,11 @@ def rouge_tokenizer(
     "Choose what cuts a true answer into words, as the convention 'auto' does"
     if not isinstance(reference, str):
         raise ValueError(
-            f'reference must be a string, got {type(reference).__name__}: decode the tokens first')
+            f'reference must be a string, got {type(reference).__name__}: decode the tokens'
+            ' first')
     letters = [c for c in reference if category(c)[0] in 'LN']
-    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search('[a-z0-9]', reference.lower()):
+    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search(
+        '[a-z0-9]', reference.lower()):
         return 'rouge_score'
     return 'words' if words(reference) else None
 
@@ -246,7 +250,8 @@ def _tokenizer_of(text, reference, tokenizer)->str:
             f'{type(reference).__name__}: decode the tokens first')
     if tokenizer not in ROUGE_TOKENIZERS:
         raise ValueError(
-            f'unknown ROUGE tokenizer {tokenizer!r}: expected one of {", ".join(ROUGE_TOKENIZERS)}')
+            f'unknown ROUGE tokenizer {tokenizer!r}: expected one of'
+            f' {", ".join(ROUGE_TOKENIZERS)}')
     if not reference.strip():
         raise ValueError(
             'reference is empty: recall needs at least one word; leave out facts without an '
@@ -256,8 +261,9 @@ def _tokenizer_of(text, reference, tokenizer)->str:
     else: there = found and re.search('[a-z0-9]', reference.lower())
     if not there:
         raise ValueError(
-            f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so ROUGE "
-            "is undefined: leave the fact out, or take tokenizer='words' for another script")
+            f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so"
+            " ROUGE is undefined: leave the fact out, or take tokenizer='words' for another"
+            " script")
     return found
 
 def _rouge(kind, text, reference, tokenizer, stem)->Rouge:
@@ -302,16 +308,16 @@ def _answers(right_nll, wrong_nll)->tuple:
     wrong = _numbers('wrong_nll', wrong_nll, 'n, k', low=0)
     if len(right) != len(wrong):
         raise ValueError(
-            f'right_nll has {len(right)} rows and wrong_nll {len(wrong)}: expected one row per fact'
-            ' in both, in the same order; take both from one perturbed set')
+            f'right_nll has {len(right)} rows and wrong_nll {len(wrong)}: expected one row'
+            ' per fact in both, in the same order; take both from one perturbed set')
     return right, wrong
 
 def _log(eps, like:Tensor)->Tensor:
     "Give the logarithm of an epsilon in the shape of `like`; of 0 it is minus infinity"
     if not (isinstance(eps, Real) and 0 <= eps < 1):
         raise ValueError(
-            f'eps must lie in [0, 1), got {eps!r:.60}: 1e-10 is the published value, 0 switches'
-            ' it off')
+            f'eps must lie in [0, 1), got {eps!r:.60}: 1e-10 is the published value, 0'
+            ' switches it off')
     return torch.full_like(like, eps).log()
 
 def normalised_probability(
@@ -374,7 +380,11 @@ def retain_truth_ratio(
     "Average how clearly the right answers win"
     ratio = _ratios(ratio, convention)
     if convention == 'probability': return ratio.mean().item()
-    return (1 - (1 / ratio if convention == 'tofu-aggregate' else ratio)).clamp(min=0).mean().item()
+    return (
+        (1 - (1 / ratio if convention == 'tofu-aggregate' else ratio))
+        .clamp(min=0)
+        .mean()
+        .item())
 
 # %% ../nbs/08_metrics.ipynb #c312791f
 CHOICE_CONVENTIONS = 'total', 'token', 'byte', 'character'
@@ -412,18 +422,19 @@ def multiple_choice(
     try: sizes = [list(map(len, rows)) for rows in given]
     except TypeError:
         raise ValueError(
-            'logprob, right and length must be lists of rows, one row a question and one entry a'
-            ' choice') from None
+            'logprob, right and length must be lists of rows, one row a question and one'
+            ' entry a choice') from None
     if not sizes[0] or any(other != sizes[0] for other in sizes):
         raise ValueError(
-            f'logprob, right and length have {[len(x) for x in sizes]} questions of '
-            f'{[sum(x) for x in sizes]} choices: expected the same in each, at least one question')
+            f'logprob, right and length have {[len(x) for x in sizes]} questions of'
+            f' {[sum(x) for x in sizes]} choices: expected the same in each, at least one'
+            ' question')
     correct, chance = [], []
     for i, (row, ok) in enumerate(zip(logprob, right)):
         if not any(ok) or all(ok):
             raise ValueError(
-                f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected at '
-                'least one right and one wrong')
+                f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected'
+                ' at least one right and one wrong')
         value = _numbers(f'logprob[{i}]', row, 'k', high=0)
         if length is not None: value = value / _numbers(f'length[{i}]', length[i], 'k', low=1)
         ok = torch.tensor([bool(x) for x in ok])
@@ -445,8 +456,8 @@ def forget_quality(
     n, both = len(ours), torch.cat([ours, theirs])
     if len(theirs) != n:
         raise ValueError(
-            f'ratio has {n} values and retained_ratio {len(theirs)}: expected one per fact of the'
-            ' same forget set; evaluate the retained model on these facts')
+            f'ratio has {n} values and retained_ratio {len(theirs)}: expected one per fact of'
+            ' the same forget set; evaluate the retained model on these facts')
     below, below_theirs = (torch.searchsorted(x, both, right=True) for x in (ours, theirs))
     h = (below - below_theirs).abs().max().item() # n times the largest distance
     if not h: return 0.
@@ -465,7 +476,8 @@ def model_utility(
     "Average the nine parts of utility harmonically (Maini et al. 2024)"
     if not isinstance(parts, Mapping):
         raise ValueError(
-            f'parts must map the nine of UTILITY_PARTS to fractions, got {type(parts).__name__}')
+            'parts must map the nine of UTILITY_PARTS to fractions, got'
+            f' {type(parts).__name__}')
     missing = ', '.join(name for name in UTILITY_PARTS if name not in parts)
     unknown = ', '.join(str(name) for name in parts if name not in UTILITY_PARTS)
     if missing or unknown:
@@ -502,8 +514,8 @@ def min_k_plus_plus(
     v = _numbers('variance', variance, 'n_tokens', low=-1e-3)
     if not len(x) == len(m) == len(v):
         raise ValueError(
-            f'logprob, mean and variance have {len(x)}, {len(m)} and {len(v)} values: expected one'
-            ' of each per token')
+            f'logprob, mean and variance have {len(x)}, {len(m)} and {len(v)} values:'
+            ' expected one of each per token')
     return _lowest((x - m) / v.clamp(min=1e-6).sqrt(), k)
 
 # %% ../nbs/08_metrics.ipynb #bd089eab
@@ -517,8 +529,8 @@ def zlib_score(
             f'text must be a string, got {type(text).__name__}: decode the tokens first')
     if not text:
         raise ValueError(
-            'text is empty: its compressed length says nothing; leave out answers that decode to '
-            'no text')
+            'text is empty: its compressed length says nothing; leave out answers that decode'
+            ' to no text')
     packed = zlib.compress(text.encode('utf-8', 'surrogatepass'))
     return _numbers('nll', nll, '', low=0).item() / len(packed)
 

@@ -25,8 +25,8 @@ def _check_tensors(ndim:int=0, **given): # ndim: fewest axes
                 f'{name} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
         if x.ndim < ndim:
             raise ValueError(
-                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got shape '
-                f'{tuple(x.shape)}')
+                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got'
+                f' shape {tuple(x.shape)}')
 
 def _check_number(name, value, low, above=False): # above: `low` itself is refused
     "Demand a finite number from `low` on"
@@ -47,12 +47,12 @@ def _at(
     shape = tuple(values.shape[:values.ndim - trailing])
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(
-            f'the mask must be torch.bool of shape {shape}, got {mask.dtype} {tuple(mask.shape)}:'
-            ' one True or False per token')
+            f'the mask must be torch.bool of shape {shape}, got {mask.dtype}'
+            f' {tuple(mask.shape)}: one True or False per token')
     if not mask.any():
         raise ValueError(
-            'no answer token in the mask: a mean needs at least one; leave out examples without an'
-            ' answer')
+            'no answer token in the mask: a mean needs at least one; leave out examples'
+            ' without an answer')
     return values[mask]
 
 def _check_sums(beta, **sums):
@@ -62,8 +62,8 @@ def _check_sums(beta, **sums):
     first = next(iter(shapes.values()))
     if len(first) != 1 or first[0] == 0 or any(s != first for s in shapes.values()):
         raise ValueError(
-            f'sequence log-probabilities must share one shape [batch], batch >= 1, got {shapes}:'
-            ' use sequence_logprob')
+            'sequence log-probabilities must share one shape [batch], batch >= 1, got'
+            f' {shapes}: use sequence_logprob')
     _check_number('beta', beta, 0, above=True)
 
 def _wide(x:Tensor)->Tensor:
@@ -81,14 +81,15 @@ def token_logprob(
     vocab = logits.shape[-1]
     if target.dtype != torch.int64 or target.shape != logits.shape[:-1]:
         raise ValueError(
-            f'target must be torch.int64 of shape {tuple(logits.shape[:-1])}, got {target.dtype}'
-            f' {tuple(target.shape)}')
+            f'target must be torch.int64 of shape {tuple(logits.shape[:-1])}, got'
+            f' {target.dtype} {tuple(target.shape)}')
     if ((target < 0) | (target >= vocab)).any():
         raise ValueError(
             f'target ids must lie in 0 to {vocab - 1}, got {target.min().item()} to'
             f' {target.max().item()}: select answer positions first')
     return -F.cross_entropy(
-        _wide(logits).reshape(-1, vocab), target.reshape(-1), reduction='none').view(target.shape)
+        _wide(logits).reshape(-1, vocab), target.reshape(-1), reduction='none'
+    ).view(target.shape)
 
 # %% ../nbs/07_objectives.ipynb #d4377be8
 def sequence_logprob(
@@ -200,8 +201,8 @@ def rmu(
     count = answer_mask.sum(1, keepdim=True)
     if not count.all():
         raise ValueError(
-            f"no answer token in row {count[:, 0].argmin().item()}: average='sequence' needs one in"
-            " every row")
+            f"no answer token in row {count[:, 0].argmin().item()}: average='sequence' needs"
+            " one in every row")
     return (error / count.expand_as(answer_mask)[answer_mask]).sum() / len(hidden)
 
 # %% ../nbs/07_objectives.ipynb #53966fb7

@@ -30,8 +30,8 @@ def extent(
     "Say what a region of this shape is a part of"
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(
-            "a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff weights,"
-            f" got the shape {list(shape)}")
+            "a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff"
+            f" weights, got the shape {list(shape)}")
     return ' x '.join(map(str, shape)) + (' value vectors' if len(shape) == 2 else ' weights')
 
 def region_size(
@@ -74,8 +74,8 @@ class Region(_Algebra):
         mask = torch.as_tensor(self.mask)
         if mask.dtype != torch.bool or mask.ndim not in (2, 3):
             raise ValueError(
-                "a region's mask is bool [n_layers, d_ff], or [n_layers, d_model, d_ff] of single "
-                f"weights, got {mask.dtype} {list(mask.shape)}")
+                "a region's mask is bool [n_layers, d_ff], or [n_layers, d_model, d_ff] of"
+                f" single weights, got {mask.dtype} {list(mask.shape)}")
         object.__setattr__(self, 'mask', mask.cpu().contiguous())
 
     @property
@@ -95,9 +95,11 @@ class Region(_Algebra):
         return self.index
     def __len__(self): return int(self.mask.sum())
     def __bool__(self): return bool(self.mask.any())
-    def __eq__(self, other): return isinstance(other, Region) and torch.equal(self.mask, other.mask)
+    def __eq__(self, other):
+        return isinstance(other, Region) and torch.equal(self.mask, other.mask)
     def __hash__(self): return hash(self.mask.numpy().tobytes())
-    def __repr__(self): return f"Region({len(self)} of {extent(self.shape)}, {self.fraction:.1%})"
+    def __repr__(self):
+        return f"Region({len(self)} of {extent(self.shape)}, {self.fraction:.1%})"
 
 # %% ../nbs/03_regions.ipynb #d1278e58
 @checked(but=['fraction'])
@@ -114,8 +116,8 @@ def sample_region(
     if n > len(candidates):
         raise ValueError(
             f"cannot draw {n} of {extent(shape)} (fraction {fraction}) outside a region of"
-            f" {len(outside)}: {len(candidates)} are left; two disjoint regions of one size need a"
-            " fraction of at most 0.5")
+            f" {len(outside)}: {len(candidates)} are left; two disjoint regions of one size"
+            " need a fraction of at most 0.5")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(candidates), generator=generator)[:n]
     mask = torch.zeros(free.numel(), dtype=torch.bool)
@@ -131,8 +133,8 @@ def _ranking(scores)->Tensor: # of the whole model, on the CPU
     try: layers = [torch.as_tensor(layer).cpu() for layer in scores]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            "scores must be a tensor [n_layers, d_ff] or [n_layers, d_model, d_ff], or a list of"
-            f" its layers, got {type(scores).__name__}") from None
+            "scores must be a tensor [n_layers, d_ff] or [n_layers, d_model, d_ff], or a"
+            f" list of its layers, got {type(scores).__name__}") from None
     if len(shapes := {tuple(layer.shape) for layer in layers}) != 1:
         raise ValueError(
             f"scores need layers of one shape, got {len(layers)} layers of {sorted(shapes)}")
@@ -140,7 +142,8 @@ def _ranking(scores)->Tensor: # of the whole model, on the CPU
     if scores.dtype == torch.bool or scores.is_complex():
         raise ValueError(f"scores are {scores.dtype}; a ranking needs real numbers")
     if scores.isnan().any():
-        raise ValueError(f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
+        raise ValueError(
+            f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
     return scores
 
 def top_region(
@@ -180,7 +183,8 @@ def average_precision(
     "Measure how high a ranking puts the members of a region"
     scores = _ranking(scores)
     if tuple(scores.shape) != of.shape:
-        raise ValueError(f"scores are {list(scores.shape)}, the region is of {extent(of.shape)}")
+        raise ValueError(
+            f"scores are {list(scores.shape)}, the region is of {extent(of.shape)}")
     if not of: raise ValueError("average precision of an empty region is not defined")
     hits = of.mask.flatten()[scores.flatten().argsort(descending=True, stable=True)]
     ranks = hits.nonzero().flatten().double() + 1
@@ -199,8 +203,8 @@ def load_region(path:str|Path)->Region:
     except FileNotFoundError: raise
     except Exception as error:
         raise ValueError(
-            f"{path} is not a region file (one bool tensor 'region' in safetensors was expected):"
-            f" {error}") from None
+            f"{path} is not a region file (one bool tensor 'region' in safetensors was"
+            f" expected): {error}") from None
 
 # %% ../nbs/03_regions.ipynb #20b20416
 Region.save, Region.load = save_region, staticmethod(load_region)

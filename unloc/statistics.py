@@ -31,23 +31,23 @@ def _pairs(
                 f' {values!r:.60}; pass one value per pair') from None
         if x.ndim != 1:
             raise ValueError(
-                f'{name}: expected a flat sequence of numbers, got shape {x.shape}; pass one value'
-                ' per pair')
+                f'{name}: expected a flat sequence of numbers, got shape {x.shape}; pass one'
+                ' value per pair')
         bad = np.flatnonzero(~np.isfinite(x))
         if bad.size:
             raise ValueError(
-                f'{name}[{bad[0]}] is {x[bad[0]]}: expected finite values; leave the whole pair out'
-                ' and report it, or rerun it')
+                f'{name}[{bad[0]}] is {x[bad[0]]}: expected finite values; leave the whole'
+                ' pair out and report it, or rerun it')
         arms.append(x)
     a, b = arms
     if len(a) != len(b):
         raise ValueError(
-            f'a has {len(a)} values and b {len(b)}: expected one of each per pair, in the same'
-            ' order')
+            f'a has {len(a)} values and b {len(b)}: expected one of each per pair, in the'
+            ' same order')
     if len(a) < 3:
         raise ValueError(
-            f'{len(a)} pairs: expected at least 3 to estimate the spread of the differences; run'
-            ' more seeds')
+            f'{len(a)} pairs: expected at least 3 to estimate the spread of the differences;'
+            ' run more seeds')
     d, rounding = a - b, 8 * np.finfo(float).eps * max(abs(a).max(), abs(b).max())
     d[abs(d) <= rounding] = 0.
     return a, b, np.full_like(d, d[0]) if np.ptp(d) <= rounding else d
@@ -63,12 +63,17 @@ def _number(
 )->float: # the value
     "Check that a number lies between two limits"
     wanted = (
-        f'a {"whole" if whole else "finite"} number {"above" if open else "of at least"} {low:g}'
+        f'a {"whole" if whole else "finite"} number {"above" if open else "of at least"}'
+        f' {low:g}'
         + (f' and below {high:g}' if high < np.inf else ''))
     try: x = float(value)
     except (TypeError, ValueError):
         raise ValueError(f'{name} is {value!r}: expected {wanted}') from None
-    if not np.isfinite(x) or not (low < x < high or (x == low and not open)) or whole and x % 1:
+    if (
+        not np.isfinite(x)
+        or not (low < x < high or (x == low and not open))
+        or whole
+        and x % 1):
         raise ValueError(f'{name} is {value!r}: expected {wanted}')
     return x
 
@@ -101,7 +106,8 @@ def smallest_detectable(
     sd = _number('sd', sd, 0, open=False)
     n = int(_number('n', n, 3, open=False, whole=True))
     alpha = _number('alpha', alpha, 0, 1)
-    return float(sd / np.sqrt(n) * _detectable_shift(n, alpha, _number('power', power, alpha, 1)))
+    return float(
+        sd / np.sqrt(n) * _detectable_shift(n, alpha, _number('power', power, alpha, 1)))
 
 # %% ../nbs/13_statistics.ipynb #468ed8dd
 def _sign_flip(
@@ -118,7 +124,8 @@ def _sign_flip(
     # equal sums count, whatever their rounding
     threshold = abs(differences.sum()) - 1e-12 * abs(differences).sum()
     if threshold <= 0: return 1.
-    beyond = len(sums[0]) * len(sums[1]) - int(np.searchsorted(sums[1], threshold - sums[0]).sum())
+    beyond = len(sums[0]) * len(sums[1]) - int(
+        np.searchsorted(sums[1], threshold - sums[0]).sum())
     return min(1., 2 * beyond / 2**n)
 
 # %% ../nbs/13_statistics.ipynb #47d29f02
@@ -238,12 +245,15 @@ def pairs_needed(
     while power_of_equivalence(sd, high, margin) < power:
         if high >= most:
             raise ValueError(
-                f'more than {most} pairs: a margin of {margin} is too small for a spread of {sd}')
+                f'more than {most} pairs: a margin of {margin} is too small for a spread of'
+                f' {sd}')
         low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if power_of_equivalence(sd, middle, margin) >= power else (middle, high))
+            (low, middle)
+            if power_of_equivalence(sd, middle, margin) >= power
+            else (middle, high))
     return high
 
 # %% ../nbs/13_statistics.ipynb #8560604d
@@ -263,8 +273,8 @@ def holm(
     bad = np.flatnonzero(~((p >= 0) & (p <= 1)))
     if bad.size:
         raise ValueError(
-            f'p_values[{bad[0]}] is {p[bad[0]]}: expected a p-value in [0, 1]; leave out tests that'
-            ' gave none')
+            f'p_values[{bad[0]}] is {p[bad[0]]}: expected a p-value in [0, 1]; leave out'
+            ' tests that gave none')
     return multipletests(p, method='holm')[1]
 
 # %% ../nbs/13_statistics.ipynb #8c8738e0
@@ -280,18 +290,18 @@ def clustered_bootstrap(
     x, names = np.asarray(values, dtype=np.float64), np.asarray(clusters)
     if x.ndim != 1 or x.shape != names.shape:
         raise ValueError(
-            f'values has shape {x.shape} and clusters {names.shape}: expected one cluster for each'
-            ' value')
+            f'values has shape {x.shape} and clusters {names.shape}: expected one cluster for'
+            ' each value')
     if not np.isfinite(x).all():
         raise ValueError(
-            f'values[{np.flatnonzero(~np.isfinite(x))[0]}] is not finite; leave out what was not'
-            ' measured')
+            f'values[{np.flatnonzero(~np.isfinite(x))[0]}] is not finite; leave out what was'
+            ' not measured')
     which = np.unique(names, return_inverse=True)[1]
     sums, sizes = np.bincount(which, x), np.bincount(which).astype(float)
     if len(sums) < 3:
         raise ValueError(
-            f'{len(sums)} clusters: expected at least 3 to see how much they differ; measure facts'
-            ' of more authors')
+            f'{len(sums)} clusters: expected at least 3 to see how much they differ; measure'
+            ' facts of more authors')
     found = bootstrap(
         (sums, sizes),
         lambda s, k, axis: s.sum(axis) / k.sum(axis),
@@ -340,7 +350,8 @@ def _exact_line(frame)->float|None:
     "Give the slope of values that lie on a line but for rounding; None where they do not"
     dose = frame.effect - frame.effect.mean()
     rounding = 8 * np.finfo(float).eps * abs(frame.value).max()
-    line = 0. if np.ptp(frame.value) <= rounding else float(dose @ frame.value / (dose @ dose))
+    line = (
+        0. if np.ptp(frame.value) <= rounding else float(dose @ frame.value / (dose @ dose)))
     rest = abs(frame.value - frame.value.mean() - line * dose)
     return line if (rest <= rounding).all() else None
 
@@ -363,8 +374,8 @@ def mixed(
     slope, error = float(found.params['effect']), float(found.bse['effect'])
     if not np.isfinite([slope, error]).all():
         raise ValueError(
-            f'the mixed model of {len(frame)} values did not converge: effect {slope:g}, standard '
-            f'error {error:g}; run more seeds, or leave an intercept out')
+            f'the mixed model of {len(frame)} values did not converge: effect {slope:g},'
+            f' standard error {error:g}; run more seeds, or leave an intercept out')
     interval = slope - 1.959964 * error, slope + 1.959964 * error
     spread = dict(zip(found.model.exog_vc.names, np.sqrt(np.maximum(found.vcomp, 0))))
     spread |= {'rest': np.sqrt(found.scale)}
@@ -400,19 +411,21 @@ def partial_correlation(
     x, y, given = (np.asarray(v, dtype=np.float64) for v in (x, y, given))
     if not x.shape == y.shape == given.shape[:1] or x.ndim != 1 or given.ndim > 2:
         raise ValueError(
-            f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row'
-            ' for each run')
-    bad = [name for name, v in (('x', x), ('y', y), ('given', given)) if not np.isfinite(v).all()]
+            f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one'
+            ' row for each run')
+    bad = [
+        name for name, v in (('x', x), ('y', y), ('given', given)) if not np.isfinite(v).all()
+    ]
     if bad:
         raise ValueError(
-            f'{bad[0]} has values that are not finite: expected a number for each run; leave out'
-            ' runs in which it was not measured')
+            f'{bad[0]} has values that are not finite: expected a number for each run; leave'
+            ' out runs in which it was not measured')
     fixed = np.column_stack([np.ones(len(x)), given])
     df = len(x) - 1 - np.linalg.matrix_rank(fixed)
     if df < 1:
         raise ValueError(
-            f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation given'
-            f' {fixed.shape[1] - 1}')
+            f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation'
+            f' given {fixed.shape[1] - 1}')
     rx, ry = (v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y))
     size = np.linalg.norm(rx) * np.linalg.norm(ry)
     if size <= 1e-12 * max(np.linalg.norm(x) * np.linalg.norm(y), 1e-300):
@@ -531,6 +544,7 @@ def noted(
     "Say in the caption why cells are dashes, where there are any"
     if not (lines := reasons(*found)): return about
     def some(where):
-        return ', '.join(where[:3]) + (f' and {len(where) - 3} more' if len(where) > 3 else '')
+        return ', '.join(where[:3]) + (
+            f' and {len(where) - 3} more' if len(where) > 3 else '')
     note = '; '.join(f'{some(where)}: {why}' for why, where in lines.items())
     return about | {'caption': f"{about['caption']} {DASH}: {note}.", 'undefined': lines}

@@ -31,12 +31,13 @@ def _values(
         ) from None
     if x.ndim != 1 or not x.size:
         raise ValueError(
-            f'{name}: expected a flat sequence of at least one number, got shape {x.shape}; pass'
-            ' one value per checkpoint')
+            f'{name}: expected a flat sequence of at least one number, got shape {x.shape};'
+            ' pass one value per checkpoint')
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= low) & (x <= high)))
     if bad.size:
         raise ValueError(
-            f'{name}[{bad[0]}] is {x[bad[0]]}: expected {wanted} and leave out failed evaluations')
+            f'{name}[{bad[0]}] is {x[bad[0]]}: expected {wanted} and leave out failed'
+            ' evaluations')
     return x
 
 def _strengths(
@@ -48,8 +49,8 @@ def _strengths(
     rs = _values('retain_strength', retain_strength)
     if len(fs) != len(rs):
         raise ValueError(
-            f'forget_strength has {len(fs)} values and retain_strength {len(rs)}: expected one of'
-            ' each per checkpoint')
+            f'forget_strength has {len(fs)} values and retain_strength {len(rs)}: expected'
+            ' one of each per checkpoint')
     return fs, rs
 
 # %% ../nbs/12_tradeoff.ipynb #fa886068
@@ -112,12 +113,13 @@ def aues(
     The measure is that of Lee et al. 2025 (arXiv 2505.16252); their integration rule is not known
     here, so these are ours."""
     if rule not in list(AUES_RULES):
-        raise ValueError(f'unknown AUES rule {rule!r}: expected one of {", ".join(AUES_RULES)}')
+        raise ValueError(
+            f'unknown AUES rule {rule!r}: expected one of {", ".join(AUES_RULES)}')
     area = float(AUES_RULES[rule](*_strengths(forget_strength, retain_strength)))
     if not -1e-9 <= area <= 1 + 1e-9:
         raise ValueError(
-            f"AUES rule {rule!r} gives a signed area of {area:.3g}, expected one in [0, 1]: RS"
-            " rises along this trajectory; use rule='trapezoid'")
+            f"AUES rule {rule!r} gives a signed area of {area:.3g}, expected one in [0, 1]:"
+            " RS rises along this trajectory; use rule='trapezoid'")
     return min(max(area, 0.), 1.)
 
 # %% ../nbs/12_tradeoff.ipynb #192403b1
@@ -147,7 +149,8 @@ def mu95(
     The measure is that of Lee et al. 2025 (arXiv 2505.16252); how they read it off a trajectory is
     not known here, so these rules are ours."""
     if rule not in list(MU95_RULES):
-        raise ValueError(f'unknown MU95 rule {rule!r}: expected one of {", ".join(MU95_RULES)}')
+        raise ValueError(
+            f'unknown MU95 rule {rule!r}: expected one of {", ".join(MU95_RULES)}')
     if not (isinstance(share, Real) and 0 < share <= 1):
         raise ValueError(
             f'share must lie in (0, 1], got {share!r:.60}: '
@@ -157,12 +160,12 @@ def mu95(
     fq = _values('forget_quality', forget_quality, -np.inf, 0., wanted)
     if len(mu) != len(fq):
         raise ValueError(
-            f'model_utility has {len(mu)} values and forget_quality {len(fq)}: expected one of each'
-            ' per checkpoint')
+            f'model_utility has {len(mu)} values and forget_quality {len(fq)}: expected one'
+            ' of each per checkpoint')
     if not mu[0]:
         raise ValueError(
-            'model_utility[0] is 0: expected the original model first, with some utility to lose;'
-            ' check its evaluation')
+            'model_utility[0] is 0: expected the original model first, with some utility to'
+            ' lose; check its evaluation')
     return float(MU95_RULES[rule](_affordable(mu, fq, share * mu[0])))
 
 # %% ../nbs/12_tradeoff.ipynb #7c0e51d3
@@ -216,7 +219,8 @@ def measures(
     "Measure a trajectory, whatever part of it is undefined"
     for what, name, known in (('AUES', rule, AUES_RULES), ('MU95', rule_mu95, MU95_RULES)):
         if name not in known:
-            raise ValueError(f"unknown {what} rule {name!r}: expected one of {', '.join(known)}")
+            raise ValueError(
+                f"unknown {what} rule {name!r}: expected one of {', '.join(known)}")
     full = judged(points)
     found = {
         'AUES': _defined(aues, points.FS, points.RS, rule=rule),
