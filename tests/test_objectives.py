@@ -1,8 +1,10 @@
-"Every objective equals the published code's value on a toy language model to nine digits, has the gradient it claims, and refuses input that would broadcast or divide by zero."
+"""Every objective equals the published code's value on a toy language model to nine digits, has the
+gradient it claims, and refuses input that would broadcast or divide by zero."""
 import json, os
 from pathlib import Path
 import pytest, torch
-from unloc.objectives import dpo, ga, grad_diff, kl, nll, npo, rmu, rmu_control, sequence_logprob, token_logprob, wga
+from unloc.objectives import (
+    dpo, ga, grad_diff, kl, nll, npo, rmu, rmu_control, sequence_logprob, token_logprob, wga)
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 golden_only = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -28,7 +30,8 @@ class Toy:
     def logits(self, ids, phase=0.):
         x, j = ids.double()[..., None], torch.arange(self.case["V"], dtype=torch.float64)
         t = torch.arange(ids.shape[1], dtype=torch.float64)[None, :, None]
-        return 2 * torch.sin(.37 * x + .91 * j + .13 * x * j + phase) + .3 * torch.cos(.5 * t + .7 * j)
+        return 2 * torch.sin(.37 * x + .91 * j + .13 * x * j + phase) + .3 * torch.cos(
+            .5 * t + .7 * j)
 
     def logprob(self, name, phase=0.):
         "token_logprob [batch, seq] with NaN at position 0, and the answer mask"
@@ -53,9 +56,13 @@ def toy(): return Toy()
 
 
 def broadcast(hidden, control, mask):
-    "The published reduction: sums [batch] over counts [batch, 1], rebuilt from our value of each row alone"
+    """The published reduction: sums [batch] over counts [batch, 1], rebuilt from our value of each
+    row alone"""
     count = mask.sum(1)
-    rows = [rmu(hidden[i:i+1], control if control.ndim == 1 else control[i:i+1], mask[i:i+1]) for i in range(len(mask))]
+    rows = [
+        rmu(
+            hidden[i:i+1], control if control.ndim == 1 else control[i:i+1], mask[i:i+1])
+        for i in range(len(mask))]
     return ((torch.stack(rows) * count) / count[:, None]).mean()
 
 
@@ -66,10 +73,15 @@ GOLDEN = {
     "GradDiff_gamma1_alpha1": lambda t: grad_diff(*t.logprob("forget"), *t.logprob("retain")),
     "WGA_beta1.0": lambda t: wga(*t.logprob("forget"), beta=1.),
     "NPO_beta0.1": lambda t: npo(t.sums("forget"), t.sums("forget", .5), beta=.1),
-    "DPO_beta0.1": lambda t: dpo(t.sums("alternate"), t.sums("forget"), t.sums("alternate", .5), t.sums("forget", .5), beta=.1),
-    "RMU_activation_loss_per_sequence_mean": lambda t: rmu(t.states()[0], t.states(.4)[0], t.states()[1]),
-    "RMU_activation_loss_token_mean": lambda t: rmu(t.states()[0], t.states(.4)[0], t.states()[1], average="token"),
-    "RMU_activation_loss_asis_broadcast": lambda t: broadcast(t.states()[0], t.states(.4)[0], t.states()[1]),
+    "DPO_beta0.1": lambda t: dpo(
+        t.sums("alternate"), t.sums("forget"), t.sums("alternate", .5), t.sums("forget", .5),
+        beta=.1),
+    "RMU_activation_loss_per_sequence_mean": lambda t: rmu(
+        t.states()[0], t.states(.4)[0], t.states()[1]),
+    "RMU_activation_loss_token_mean": lambda t: rmu(
+        t.states()[0], t.states(.4)[0], t.states()[1], average="token"),
+    "RMU_activation_loss_asis_broadcast": lambda t: broadcast(
+        t.states()[0], t.states(.4)[0], t.states()[1]),
     "RMU_forget_to_control_asis": lambda t: broadcast(t.states()[0], t.control(), t.states()[1]),
 }
 
@@ -99,7 +111,9 @@ def test_golden_kl(toy, positions, name):
     where = torch.ones_like(mask) if positions == "all" else predicts
     current, reference = toy.logits(ids), toy.logits(ids, .5)
     assert close(kl(current, reference, where), toy.values[name])
-    assert close(kl(current[where], reference[where], torch.ones(int(where.sum()), dtype=torch.bool)), toy.values[name])
+    assert close(
+        kl(current[where], reference[where], torch.ones(int(where.sum()), dtype=torch.bool)),
+        toy.values[name])
     assert not close(kl(reference, current, where), toy.values[name])
 
 
@@ -108,15 +122,22 @@ def test_golden_kl(toy, positions, name):
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]]).bool()
 
 
-def draw(*shape, seed=0): return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 GRADIENTS = {
-    "token_logprob": (lambda x: token_logprob(x, torch.tensor([[0, 4, 2], [1, 3, 3]])), [(2, 3, 5)]),
+    "token_logprob": (
+        lambda x: token_logprob(x, torch.tensor([[0, 4, 2], [1, 3, 3]])),
+        [(2, 3, 5)],
+    ),
     "sequence_logprob": (lambda x: sequence_logprob(x, MASK), [(2, 4)]),
     "nll": (lambda x: nll(x, MASK), [(2, 4)]),
     "ga": (lambda x: ga(x, MASK), [(2, 4)]),
-    "grad_diff": (lambda x, y: grad_diff(x, MASK, y, ~MASK, gamma=.3, alpha=2.), [(2, 4), (2, 4)]),
+    "grad_diff": (
+        lambda x, y: grad_diff(x, MASK, y, ~MASK, gamma=.3, alpha=2.),
+        [(2, 4), (2, 4)],
+    ),
     "npo": (lambda x, y: npo(x, y, beta=.7), [(3,), (3,)]),
     "dpo": (lambda *x: dpo(*x, beta=.7), [(3,)] * 4),
     "rmu_vector": (lambda x, c: rmu(x, c, MASK), [(2, 4, 3), (3,)]),
@@ -128,7 +149,8 @@ GRADIENTS = {
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient(name):
     f, shapes = GRADIENTS[name]
-    assert torch.autograd.gradcheck(f, [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)])
+    assert torch.autograd.gradcheck(
+        f, [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)])
 
 
 @pytest.mark.parametrize("beta", [0., .5, 1., 5.])
@@ -137,8 +159,10 @@ def test_wga_weight_is_a_constant(beta):
     x = lp.clone().requires_grad_()
     wga(x, MASK, beta).backward()
     torch.testing.assert_close(x.grad, MASK * (beta * lp).exp() / MASK.sum(), rtol=1e-12, atol=0)
-    if beta: # a weight that lets the gradient through has another gradient: finite differences see it
-        assert not torch.autograd.gradcheck(lambda x: wga(x, MASK, beta), [x], raise_exception=False)
+    # a weight that lets the gradient through has another gradient: finite differences see it
+    if beta:
+        assert not torch.autograd.gradcheck(
+            lambda x: wga(x, MASK, beta), [x], raise_exception=False)
 
 
 @pytest.mark.parametrize("drop", [-40., 0., 1., 40., 400.])
@@ -146,8 +170,10 @@ def test_wga_weight_is_a_constant(beta):
 def test_npo_and_dpo_pull(drop, beta):
     reference = torch.tensor([-50., -7.], dtype=torch.float64)
     x = (reference - drop).requires_grad_()
-    want = 2 / (1 + torch.tensor(beta * drop, dtype=torch.float64).exp()) / 2 # the weight, averaged over two sequences
-    torch.testing.assert_close(torch.autograd.grad(npo(x, reference, beta), x)[0], want.expand(2), rtol=1e-9, atol=1e-30)
+    # the weight, averaged over two sequences
+    want = 2 / (1 + torch.tensor(beta * drop, dtype=torch.float64).exp()) / 2
+    torch.testing.assert_close(
+        torch.autograd.grad(npo(x, reference, beta), x)[0], want.expand(2), rtol=1e-9, atol=1e-30)
     chosen = reference.clone().requires_grad_()
     up, down = torch.autograd.grad(dpo(chosen, x, reference, reference, beta), (chosen, x))
     torch.testing.assert_close(down, want.expand(2), rtol=1e-9, atol=1e-30)
@@ -160,7 +186,10 @@ def test_npo_and_dpo_pull(drop, beta):
 def test_nothing_outside_the_mask_is_read(junk):
     lp, hidden, logits = -draw(2, 4).abs(), draw(2, 4, 3), draw(2, 4, 5)
     cases = [(f, lp) for f in (nll, ga, wga, lambda x, m: sequence_logprob(x, m).sum())]
-    cases += [(lambda h, m, a=a, c=c: rmu(h, c, m, average=a), hidden) for a in ("sequence", "token") for c in (draw(3), hidden.flip(0))]
+    cases += [
+        (lambda h, m, a=a, c=c: rmu(h, c, m, average=a), hidden)
+        for a in ("sequence", "token")
+        for c in (draw(3), hidden.flip(0))]
     cases += [(lambda x, m: kl(x, logits.flip(0), m), logits)]
     for f, clean in cases:
         dirty = clean.clone()
@@ -173,11 +202,18 @@ def test_nothing_outside_the_mask_is_read(junk):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_lifted(dtype):
-    logits, other, target = draw(2, 4, 50).mul(5).to(dtype), draw(2, 4, 50, seed=1).mul(5).to(dtype), torch.arange(8).view(2, 4)
-    for f in (lambda x, y: token_logprob(x, target), lambda x, y: kl(x, y, MASK), lambda x, y: rmu(x, y, MASK), lambda x, y: rmu(x, y[0, 0], MASK)):
+    logits = draw(2, 4, 50).mul(5).to(dtype)
+    other = draw(2, 4, 50, seed=1).mul(5).to(dtype)
+    target = torch.arange(8).view(2, 4)
+    for f in (
+        lambda x, y: token_logprob(x, target),
+        lambda x, y: kl(x, y, MASK),
+        lambda x, y: rmu(x, y, MASK),
+        lambda x, y: rmu(x, y[0, 0], MASK)):
         got = f(logits, other)
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), f(logits.double(), other.double()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got.double(), f(logits.double(), other.double()), rtol=1e-5, atol=1e-5)
     assert token_logprob(logits.double(), target).dtype == torch.float64
 
 
@@ -192,7 +228,9 @@ def test_averages_agree_when_answers_are_equally_long(length):
     hidden, control = draw(3, 5, 4), draw(4, seed=1)
     mask = torch.zeros(3, 5, dtype=torch.bool)
     for i in range(3): mask[i, i:i + length] = True
-    a, b, c = rmu(hidden, control, mask), rmu(hidden, control, mask, average="token"), broadcast(hidden, control, mask)
+    a = rmu(hidden, control, mask)
+    b = rmu(hidden, control, mask, average="token")
+    c = broadcast(hidden, control, mask)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     torch.testing.assert_close(a, c, rtol=1e-12, atol=0)
     assert a > 0
@@ -200,9 +238,12 @@ def test_averages_agree_when_answers_are_equally_long(length):
 
 def test_control_leaves_the_global_generator_alone():
     torch.manual_seed(3); want = torch.rand(4)
-    torch.manual_seed(3); control = rmu_control(7, torch.Generator().manual_seed(0), coefficient=20.)
+    torch.manual_seed(3)
+    control = rmu_control(7, torch.Generator().manual_seed(0), coefficient=20.)
     assert torch.equal(torch.rand(4), want)
-    assert control.norm().item() == pytest.approx(20, rel=1e-6) and (control >= 0).all() and control.dtype == torch.float32
+    assert control.norm().item() == pytest.approx(20, rel=1e-6)
+    assert (control >= 0).all()
+    assert control.dtype == torch.float32
 
 
 def test_long_answers_stay_finite():
@@ -217,22 +258,47 @@ def test_long_answers_stay_finite():
 LP, S, H = torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 4, 3)
 NONE, ONE_ROW = torch.zeros_like(MASK), MASK & torch.tensor([[True], [False]])
 BAD = [
-    (lambda: nll(LP, NONE), "no answer token"), (lambda: ga(LP, NONE), "no answer token"), (lambda: wga(LP, NONE), "no answer token"),
-    (lambda: grad_diff(LP, MASK, LP, NONE), "no answer token"), (lambda: kl(H, H, NONE), "no answer token"),
-    (lambda: rmu(H, H, NONE), "no answer token"), (lambda: rmu(H, H, ONE_ROW), "no answer token in row 1"),
-    (lambda: nll(LP, MASK.long()), "torch.bool"), (lambda: nll(LP, MASK[:1]), r"shape \(2, 4\)"), (lambda: sequence_logprob(LP, MASK[:, :3]), r"shape \(2, 4\)"),
-    (lambda: rmu(H, H[:1], MASK), r"control \[d\]"), (lambda: rmu(H[0], H[0], MASK[0]), r"\[batch, seq, d\]"), (lambda: rmu(H, H, MASK, average="mean"), "'sequence' or 'token'"),
-    (lambda: rmu_control(0, torch.Generator()), "at least 1"), (lambda: kl(H, H[:1], MASK), "one shape"),
-    (lambda: npo(S, S[:, None]), "one shape"), (lambda: npo(LP, LP), "one shape"), (lambda: npo(S[:0], S[:0]), "batch >= 1"), (lambda: dpo(S, S, S, S[:1]), "one shape"),
-    (lambda: npo(S, S, beta=0), "beta must be positive"), (lambda: dpo(S, S, S, S, beta=float("nan")), "beta must be positive"), (lambda: wga(LP, MASK, beta=-1.), "beta must be at least 0"),
-    (lambda: token_logprob(H, torch.full((2, 4), -100)), "0 to 2, got -100"), (lambda: token_logprob(H, torch.full((2, 4), 3)), "0 to 2, got 3"),
-    (lambda: token_logprob(H, torch.zeros(2, 3, dtype=torch.int64)), r"shape \(2, 4\)"), (lambda: token_logprob(H, LP), "torch.int64"),
-    (lambda: nll(LP.tolist(), MASK), "values must be a torch.Tensor, got list"), (lambda: ga(LP.numpy(), MASK), "values must be a torch.Tensor, got ndarray"),
-    (lambda: wga(LP, MASK.tolist()), "mask must be a torch.Tensor"), (lambda: sequence_logprob(None, MASK), "token_logprob must be a torch.Tensor, got NoneType"),
-    (lambda: token_logprob(torch.tensor(1.), torch.tensor(0)), r"at least 1 axis, got shape \(\)"), (lambda: token_logprob(H, [[0] * 4] * 2), "target must be a torch.Tensor"),
-    (lambda: npo([0.], S), "logprob must be a torch.Tensor"), (lambda: kl(H, H.tolist(), MASK), "reference_logits must be a torch.Tensor"), (lambda: rmu(H, [0.] * 3, MASK), "control must be"),
-    (lambda: npo(S, S, beta=None), "beta must be positive, got None"), (lambda: dpo(S, S, S, S, beta="0.1"), "beta must be positive, got '0.1'"), (lambda: wga(LP, MASK, beta=float("inf")), "beta must be"),
-    (lambda: rmu_control(2.5, torch.Generator()), "whole number, got 2.5"), (lambda: rmu_control(2, 0), "generator must be"), (lambda: rmu_control(2, torch.Generator(), float("nan")), "coefficient must be"),
+    (lambda: nll(LP, NONE), "no answer token"),
+    (lambda: ga(LP, NONE), "no answer token"),
+    (lambda: wga(LP, NONE), "no answer token"),
+    (lambda: grad_diff(LP, MASK, LP, NONE), "no answer token"),
+    (lambda: kl(H, H, NONE), "no answer token"),
+    (lambda: rmu(H, H, NONE), "no answer token"),
+    (lambda: rmu(H, H, ONE_ROW), "no answer token in row 1"),
+    (lambda: nll(LP, MASK.long()), "torch.bool"),
+    (lambda: nll(LP, MASK[:1]), r"shape \(2, 4\)"),
+    (lambda: sequence_logprob(LP, MASK[:, :3]), r"shape \(2, 4\)"),
+    (lambda: rmu(H, H[:1], MASK), r"control \[d\]"),
+    (lambda: rmu(H[0], H[0], MASK[0]), r"\[batch, seq, d\]"),
+    (lambda: rmu(H, H, MASK, average="mean"), "'sequence' or 'token'"),
+    (lambda: rmu_control(0, torch.Generator()), "at least 1"),
+    (lambda: kl(H, H[:1], MASK), "one shape"),
+    (lambda: npo(S, S[:, None]), "one shape"),
+    (lambda: npo(LP, LP), "one shape"),
+    (lambda: npo(S[:0], S[:0]), "batch >= 1"),
+    (lambda: dpo(S, S, S, S[:1]), "one shape"),
+    (lambda: npo(S, S, beta=0), "beta must be positive"),
+    (lambda: dpo(S, S, S, S, beta=float("nan")), "beta must be positive"),
+    (lambda: wga(LP, MASK, beta=-1.), "beta must be at least 0"),
+    (lambda: token_logprob(H, torch.full((2, 4), -100)), "0 to 2, got -100"),
+    (lambda: token_logprob(H, torch.full((2, 4), 3)), "0 to 2, got 3"),
+    (lambda: token_logprob(H, torch.zeros(2, 3, dtype=torch.int64)), r"shape \(2, 4\)"),
+    (lambda: token_logprob(H, LP), "torch.int64"),
+    (lambda: nll(LP.tolist(), MASK), "values must be a torch.Tensor, got list"),
+    (lambda: ga(LP.numpy(), MASK), "values must be a torch.Tensor, got ndarray"),
+    (lambda: wga(LP, MASK.tolist()), "mask must be a torch.Tensor"),
+    (lambda: sequence_logprob(None, MASK), "token_logprob must be a torch.Tensor, got NoneType"),
+    (lambda: token_logprob(torch.tensor(1.), torch.tensor(0)), r"at least 1 axis, got shape \(\)"),
+    (lambda: token_logprob(H, [[0] * 4] * 2), "target must be a torch.Tensor"),
+    (lambda: npo([0.], S), "logprob must be a torch.Tensor"),
+    (lambda: kl(H, H.tolist(), MASK), "reference_logits must be a torch.Tensor"),
+    (lambda: rmu(H, [0.] * 3, MASK), "control must be"),
+    (lambda: npo(S, S, beta=None), "beta must be positive, got None"),
+    (lambda: dpo(S, S, S, S, beta="0.1"), "beta must be positive, got '0.1'"),
+    (lambda: wga(LP, MASK, beta=float("inf")), "beta must be"),
+    (lambda: rmu_control(2.5, torch.Generator()), "whole number, got 2.5"),
+    (lambda: rmu_control(2, 0), "generator must be"),
+    (lambda: rmu_control(2, torch.Generator(), float("nan")), "coefficient must be"),
 ]
 
 
@@ -245,5 +311,6 @@ def test_bad_input_is_one_clear_line(call, message):
 def test_a_row_without_answer_adds_nothing():
     "Token means weigh tokens, so only an empty batch is an error; sums of an empty answer are 0"
     lp = -draw(2, 4).abs()
-    assert torch.equal(nll(lp, ONE_ROW), nll(lp[:1], MASK[:1])) and sequence_logprob(lp, ONE_ROW)[1] == 0
+    assert torch.equal(nll(lp, ONE_ROW), nll(lp[:1], MASK[:1]))
+    assert sequence_logprob(lp, ONE_ROW)[1] == 0
     assert torch.equal(rmu(H + 1, H, ONE_ROW, average="token"), torch.tensor(1.))

@@ -45,7 +45,10 @@ _KINDS = { # annotation: what is accepted for it, and what it is called
     dict: (lambda value: isinstance(value, Mapping), 'a dictionary'),
     Mapping: (lambda value: isinstance(value, Mapping), 'a dictionary'),
     Sequence: (_sequence, 'a list'),
-    Iterable: (lambda value: not isinstance(value, str) and hasattr(value, '__iter__'), 'a list'),
+    Iterable: (
+        lambda value: not isinstance(value, str) and hasattr(value, '__iter__'),
+        'a list',
+    ),
     Callable: (callable, 'a function'),
 }
 
@@ -57,7 +60,10 @@ def _parts(hint)->list: # the kinds that an annotation allows, each as (test, na
     kind = get_origin(hint) or hint
     if kind in _KINDS:
         fits, name = _KINDS[kind]
-        of = [x.__name__ for x in get_args(hint) if isinstance(x, type)] if name == 'a list' else []
+        of = (
+            [x.__name__ for x in get_args(hint) if isinstance(x, type)]
+            if name == 'a list'
+            else [])
         return [(fits, f"{name} of {of[0]}" if of and of[0][:1].isupper() else name)]
     if isinstance(kind, type) and kind is not object:
         article = 'an' if kind.__name__[0] in 'AEIOU' else 'a'

@@ -26,19 +26,31 @@ from .models import check_model, output_projections, region_shape, value_vectors
 from .regions import Region, extent
 
 # %% ../nbs/06_checkpoints.ipynb #6d94e7f5
-def _folder(source, revision, wanted, quiet=True)->tuple[Path, str]: # the folder, and the commit of a hub id
+def _folder(
+    source, # a folder, or a hub id
+    revision, # of a hub id, or None
+    wanted:list[str], # files of a hub id
+    quiet:bool=True,
+)->tuple[Path, str]: # the folder, and the commit of a hub id
     "Find a checkpoint's folder; of a hub id, fetch the wanted files into the hub's cache"
     folder = Path(os.path.expanduser(source))
     if str(source) and folder.is_dir():
-        if revision: raise ValueError(f"revision={revision!r}: {folder} is a folder, which has no revisions; leave it out, or give a hub id")
+        if revision:
+            raise ValueError(
+                f"revision={revision!r}: {folder} is a folder, which has no revisions; leave"
+                " it out, or give a hub id")
         return folder, ''
-    if not (isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)): raise ValueError(
-        f"{str(source)!r}: no such folder; expected a folder with config.json, or a hub id like allenai/OLMo-2-1124-7B-Instruct")
+    if not (isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)):
+        raise ValueError(
+            f"{str(source)!r}: no such folder; expected a folder with config.json, or a hub"
+            " id like allenai/OLMo-2-1124-7B-Instruct")
     with _hub(source, ', '.join(wanted)), _quiet() if quiet else nullcontext():
         from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*wanted, 'adapter_config.json']))
-    return folder, folder.name
+        patterns = [*wanted, 'adapter_config.json']
+        folder = snapshot_download(source, revision=revision, allow_patterns=patterns)
+    return Path(folder), Path(folder).name
 
+# %% ../nbs/06_checkpoints.ipynb #814a890d
 @contextmanager
 def _hub(source, what):
     "Say in one line what could not be had from the hub"
@@ -48,11 +60,15 @@ def _hub(source, what):
     try: yield
     except Exception as error:
         why = re.split(r'\.\s|\n', str(error))[0][:160]
-        raise ValueError(f"{source}: {what} not fetched from the hub ({type(error).__name__}: {why}); connect to the hub (a gated model needs `hf auth login`), or give a folder") from None
+        raise ValueError(
+            f"{source}: {what} not fetched from the hub ({type(error).__name__}: {why});"
+            " connect to the hub (a gated model needs `hf auth login`), or give a folder"
+        ) from None
     finally: log.setLevel(level)
 
 # %% ../nbs/06_checkpoints.ipynb #76707281
-def _first_line(error:Exception)->str: return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_line(error:Exception)->str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 @contextmanager
 def _quiet():
@@ -67,98 +83,196 @@ def _quiet():
         if bars: logging.enable_progress_bar()
 
 # %% ../nbs/06_checkpoints.ipynb #af50fa50
-_INDEX, _DTYPES = 'model.safetensors.index.json', {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+_INDEX = 'model.safetensors.index.json'
+_DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 
-def _header(file:Path)->dict[str, dict]: # tensor: its dtype, shape and data_offsets
-    "Read the header of a safetensors file, and see that the file is as long as it says"
-    size, again = file.stat().st_size, "fetch the file again"
+_AGAIN = "fetch the file again"
+
+def _header_text(file:Path)->bytes:
+    "Read the header of a safetensors file, which stands behind its length in eight bytes"
     with open(file, 'rb') as stream:
         first = stream.read(8)
-        if first == b'version ': raise ValueError(f"{file}: a pointer of Git LFS, not the weights; expected a safetensors file: run `git lfs pull` in the folder")
+        if first == b'version ':
+            raise ValueError(
+                f"{file}: a pointer of Git LFS, not the weights; expected a safetensors file:"
+                " run `git lfs pull` in the folder")
         length = int.from_bytes(first, 'little')
-        if len(first) < 8 or length > 100_000_000: raise ValueError(f"{file}: not a safetensors file (no header of plausible length); {again}")
+        if len(first) < 8 or length > 100_000_000:
+            raise ValueError(
+                f"{file}: not a safetensors file (no header of plausible length); {_AGAIN}")
         text = stream.read(length)
-    if len(text) < length: raise ValueError(f"{file}: cut short, {size} bytes, within the header of {length}; {again}")
+    if len(text) < length:
+        size = file.stat().st_size
+        raise ValueError(
+            f"{file}: cut short, {size} bytes, within the header of {length}; {_AGAIN}")
+    return text
+
+# %% ../nbs/06_checkpoints.ipynb #0f381f09
+def _header(file:Path)->dict[str, dict]: # tensor: its dtype, shape and data_offsets
+    "Read the header of a safetensors file, and see that the file is as long as it says"
+    size, text = file.stat().st_size, _header_text(file)
     try:
-        tensors = {name: entry for name, entry in json.loads(text).items() if name != '__metadata__'}
-        whole = 8 + length + max((entry['data_offsets'][1] for entry in tensors.values()), default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError): raise ValueError(f"{file}: not a safetensors file (its header does not list tensors); {again}") from None
-    if size != whole: raise ValueError(f"{file}: {'cut short' if size < whole else 'too long'}, {size} bytes, {whole} expected from its header; {again}")
+        tensors = json.loads(text)
+        tensors = {name: entry for name, entry in tensors.items() if name != '__metadata__'}
+        ends = (entry['data_offsets'][1] for entry in tensors.values())
+        whole = 8 + len(text) + max(ends, default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(
+            f"{file}: not a safetensors file (its header does not list tensors); {_AGAIN}"
+        ) from None
+    if size != whole:
+        wrong = 'cut short' if size < whole else 'too long'
+        raise ValueError(
+            f"{file}: {wrong}, {size} bytes, {whole} expected from its header; {_AGAIN}")
     return tensors
 
 # %% ../nbs/06_checkpoints.ipynb #49776a37
-def _weight_files(folder:Path, commit:str)->dict[str, set[str]]: # file: tensors that the index expects in it
+def _weight_files(
+    folder:Path,
+    commit:str, # of a hub id, '' of a folder
+)->dict[str, set[str]]: # file: tensors that the index expects in it
     "Name the weight files of a checkpoint"
-    if (folder / 'model.safetensors').exists() or not (folder / _INDEX).exists() and commit: return {'model.safetensors': set()}
-    if not (folder / _INDEX).exists():
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
-        if pickles: raise ValueError(f"{folder}: only pickled weights ({pickles[0]}), which can run any code when they are read; expected safetensors files: convert them where you trust them, with save_pretrained")
-        raise ValueError(f"{folder}: no weights; expected model.safetensors, or {_INDEX} and the files that it names")
+    index = folder / _INDEX
+    if (folder / 'model.safetensors').exists() or not index.exists() and commit:
+        return {'model.safetensors': set()}
+    if not index.exists(): raise ValueError(_no_weights(folder))
     try:
         found = {}
-        for tensor, name in json.loads((folder / _INDEX).read_text('utf-8'))['weight_map'].items(): found.setdefault(Path(name).name, set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{folder / _INDEX}: not an index of weight files (a JSON object with weight_map was expected); fetch the file again") from None
+        for tensor, name in json.loads(index.read_text('utf-8'))['weight_map'].items():
+            found.setdefault(Path(name).name, set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{index}: not an index of weight files (a JSON object with weight_map was"
+            " expected); fetch the file again") from None
     return found
 
-def _headers(source, folder:Path, commit:str)->tuple[dict, dict, tuple]: # tensor: header entry; file: bytes of its weights; files still on the hub
+def _no_weights(folder:Path)->str:
+    "Say what a folder without safetensors files has instead"
+    pickled = '.bin', '.pt', '.pth', '.ckpt'
+    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in pickled):
+        return (
+            f"{folder}: only pickled weights ({pickles[0]}), which can run any code when they"
+            " are read; expected safetensors files: convert them where you trust them, with"
+            " save_pretrained")
+    return (
+        f"{folder}: no weights; expected model.safetensors, or {_INDEX} and the files that it"
+        " names")
+
+# %% ../nbs/06_checkpoints.ipynb #ee8710fe
+def _hub_header(source, name:str, commit:str, expected:set)->dict[str, dict]: # as of `_header`
+    "Fetch the header of a weight file that is still on the hub"
+    with _hub(
+        source, name if expected else f"{name} (a checkpoint of pickles alone has none)"):
+        from huggingface_hub import HfApi
+        remote = (
+            HfApi().parse_safetensors_file_metadata(source, name, revision=commit).tensors)
+    def entry(t): return dict(dtype=t.dtype, shape=[*t.shape], data_offsets=[*t.data_offsets])
+    return {name: entry(tensor) for name, tensor in remote.items()}
+
+def _headers(
+    source, # a folder, or a hub id
+    folder:Path,
+    commit:str, # of a hub id, '' of a folder
+)->tuple[dict, dict, tuple]: # tensor: header entry; file: bytes of weights; files still on the hub
     "Read the headers of all weight files"
     tensors, files, missing = {}, {}, []
     for name, expected in sorted(_weight_files(folder, commit).items()):
         if (folder / name).exists(): found = _header(folder / name)
-        elif not commit: raise ValueError(f"{folder}: {name} is missing, with {len(expected)} tensors that the index expects in it; copy or fetch the file")
+        elif not commit:
+            raise ValueError(
+                f"{folder}: {name} is missing, with {len(expected)} tensors that the index "
+                "expects in it; copy or fetch the file")
         else:
-            with _hub(source, name if expected else f"{name} (a checkpoint of pickles alone has none)"):
-                from huggingface_hub import HfApi
-                remote = HfApi().parse_safetensors_file_metadata(source, name, revision=commit).tensors
-            found = {tensor: {'dtype': t.dtype, 'shape': list(t.shape), 'data_offsets': list(t.data_offsets)} for tensor, t in remote.items()}
+            found = _hub_header(source, name, commit, expected)
             missing.append(name)
-        if lost := sorted(expected - found.keys()): raise ValueError(f"{folder / name}: {lost[0]} is not in it ({len(lost)} of {len(expected)} tensors that the index expects); fetch the file again")
+        if lost := sorted(expected - found.keys()):
+            raise ValueError(
+                f"{folder / name}: {lost[0]} is not in it ({len(lost)} of {len(expected)}"
+                " tensors that the index expects); fetch the file again")
         tensors |= found
-        files[name] = sum(entry['data_offsets'][1] - entry['data_offsets'][0] for entry in found.values())
+        places = (entry['data_offsets'] for entry in found.values())
+        files[name] = sum(end - start for start, end in places)
     return tensors, files, tuple(missing)
 
 # %% ../nbs/06_checkpoints.ipynb #0701c93e
 def _check_adapter(source, folder:Path)->None:
-    "Refuse a folder with an adapter, which transformers would put into the model where peft is installed"
+    "Refuse a folder with an adapter, which transformers would load where peft is installed"
     file = folder / 'adapter_config.json'
     if not file.exists(): return
     try: about = json.loads(file.read_text('utf-8'))
     except ValueError: about = {}
     about = about if isinstance(about, dict) else {}
-    raise ValueError(f"{source}: an adapter ({about.get('peft_type') or 'of unknown kind'}, of "
-        f"{about.get('base_model_name_or_path') or 'a base model that it does not name'}), not a whole "
-        "model; merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
-        ".merge_and_unload().save_pretrained(another folder); if its weights are merged already, "
-        "remove adapter_config.json")
+    kind = about.get('peft_type') or 'of unknown kind'
+    base = about.get('base_model_name_or_path') or 'a base model that it does not name'
+    raise ValueError(
+        f"{source}: an adapter ({kind}, of {base}), not a whole model; merge it first: "
+        "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+        ".save_pretrained(another folder); if its weights are merged already, remove "
+        "adapter_config.json")
 
+# %% ../nbs/06_checkpoints.ipynb #4d912f08
+def _configuration(source, folder:Path)->dict:
+    "Read the configuration of a checkpoint"
+    file = folder / 'config.json'
+    try: config = json.loads(file.read_text('utf-8'))
+    except OSError:
+        raise ValueError(
+            f"{source}: no config.json in the folder; expected a checkpoint as"
+            " save_pretrained writes it: give the folder that holds config.json") from None
+    except ValueError: config = None
+    if isinstance(config, dict) and isinstance(config.get('model_type'), str): return config
+    raise ValueError(
+        f"{file}: no configuration of a model (a JSON object with model_type was expected); "
+        "fetch the file again")
+
+def _quantization(config:dict)->str: # '' of plain weights
+    "Say how the weights of a configuration are quantized"
+    if not (how := config.get('quantization_config')): return ''
+    loaded = 4 if how.get('load_in_4bit') else 8 if how.get('load_in_8bit') else None
+    bits = how.get('bits') or loaded
+    return how.get('quant_method', 'unknown method') + (f', {bits}-bit' if bits else '')
+
+# %% ../nbs/06_checkpoints.ipynb #1bd37664
 def _check_config(source, folder:Path)->None:
     "Refuse a configuration that cannot be loaded"
     from transformers import __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known)
     _check_adapter(source, folder)
-    file = folder / 'config.json'
-    try: config = json.loads(file.read_text('utf-8'))
-    except OSError: raise ValueError(f"{source}: no config.json in the folder; expected a checkpoint as save_pretrained writes it: give the folder that holds config.json") from None
-    except ValueError: config = None
-    if not isinstance(config, dict) or not isinstance(config.get('model_type'), str): raise ValueError(f"{file}: no configuration of a model (a JSON object with model_type was expected); fetch the file again")
+    config = _configuration(source, folder)
     for part in (config, config.get('text_config') or {}):
-        if how := part.get('quantization_config'):
-            bits = how.get('bits') or (4 if how.get('load_in_4bit') else 8 if how.get('load_in_8bit') else None)
-            raise ValueError(f"{source}: quantized weights ({how.get('quant_method', 'unknown method')}{f', {bits}-bit' if bits else ''}); expected 16 or 32 bit floats: load the checkpoint that it was quantized from")
-    if (kind := config['model_type']) not in known:
-        if config.get('auto_map'): raise ValueError(f"{source}: {kind!r} needs code that the checkpoint brings along, which is never run; expected an architecture of transformers: use a checkpoint of that kind")
-        raise ValueError(f"{source}: transformers {__version__} has no causal language model {kind!r}; use another checkpoint, or a newer transformers")
+        if how := _quantization(part):
+            raise ValueError(
+                f"{source}: quantized weights ({how}); expected 16 or 32 bit floats: "
+                "load the checkpoint that it was quantized from")
+    if (kind := config['model_type']) in known: return
+    if config.get('auto_map'):
+        raise ValueError(
+            f"{source}: {kind!r} needs code that the checkpoint brings along, which is never "
+            "run; expected an architecture of transformers: use a checkpoint of that kind")
+    raise ValueError(
+        f"{source}: transformers {__version__} has no causal language model {kind!r}; "
+        "use another checkpoint, or a newer transformers")
 
 # %% ../nbs/06_checkpoints.ipynb #acdb7d63
 def _skeleton(source, folder:Path, tensors:dict)->nn.Module: # every weight on the meta device
     "Build the model of a configuration without memory, and compare shapes with the files"
     from transformers import AutoConfig, AutoModelForCausalLM
     try:
-        with torch.device('meta'), _quiet(): model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except Exception as error: raise ValueError(f"{source}: transformers cannot build a model from config.json ({_first_line(error)}); fetch the file again") from None
+        with torch.device('meta'), _quiet():
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True))
+    except Exception as error:
+        raise ValueError(
+            f"{source}: transformers cannot build a model from config.json"
+            f" ({_first_line(error)}); fetch the file again") from None
     for name, weight in model.state_dict().items():
-        if name in tensors and tensors[name]['shape'] != list(weight.shape): raise ValueError(
-            f"{source}: {name} is {tensors[name]['shape']} in the weight files and {list(weight.shape)} by config.json; expected files of one checkpoint: fetch them again")
+        if name in tensors and tensors[name]['shape'] != list(weight.shape):
+            raise ValueError(
+                f"{source}: {name} is {tensors[name]['shape']} in the weight files and"
+                f" {list(weight.shape)} by config.json; expected files of one checkpoint:"
+                " fetch them again")
     return model
 
 # %% ../nbs/06_checkpoints.ipynb #74488c0b
@@ -180,13 +294,20 @@ class Checkpoint:
 
     @property
     def weights_bytes(self)->int: return sum(self.files.values()) # in the files
-    def bytes_in(self, dtype:str)->int: return self.n_weights * getattr(torch, dtype).itemsize # in memory
+    def bytes_in(self, dtype:str)->int: # in memory
+        return self.n_weights * getattr(torch, dtype).itemsize
     def digest(self)->str: # hexadecimal SHA-256
         "Digest the configuration and every byte of the weight files"
-        if self.missing: raise ValueError(f"{self.source}: {self.missing[0]} is still on the hub; load the checkpoint first")
+        if self.missing:
+            raise ValueError(
+                f"{self.source}: {self.missing[0]} is still on the hub; load the checkpoint"
+                " first")
         def one(name):
-            with open(self.folder / name, 'rb') as file: return f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n"
-        with ThreadPoolExecutor() as pool: return hashlib.sha256(''.join(pool.map(one, ['config.json', *self.files])).encode()).hexdigest()
+            with open(self.folder / name, 'rb') as file:
+                return f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n"
+        with ThreadPoolExecutor() as pool:
+            lines = ''.join(pool.map(one, ['config.json', *self.files]))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 # %% ../nbs/06_checkpoints.ipynb #2c7f5a82
 @checked
@@ -194,16 +315,22 @@ def inspect(
     source:str|Path, # a folder, or a hub id
     revision:str|None=None, # branch, tag or commit of a hub id
 )->Checkpoint:
-    "Say what a checkpoint holds and needs, from its configuration and the headers of its weight files"
+    "Say what a checkpoint holds and needs, without reading its weights"
     folder, commit = _folder(source, revision, ['config.json', _INDEX])
     _check_config(source, folder)
     tensors, files, missing = _headers(source, folder, commit)
     sizes = {}
-    for entry in tensors.values(): sizes[entry['dtype']] = sizes.get(entry['dtype'], 0) + prod(entry['shape'])
-    if (most := max(sizes, key=sizes.get, default=None)) not in _DTYPES: raise ValueError(f"{source}: most weights are of type {most}; expected {', '.join(_DTYPES.values())}: load an unquantized checkpoint")
+    for entry in tensors.values():
+        sizes[entry['dtype']] = sizes.get(entry['dtype'], 0) + prod(entry['shape'])
+    if (most := max(sizes, key=sizes.get, default=None)) not in _DTYPES:
+        raise ValueError(
+            f"{source}: most weights are of type {most}; expected"
+            f" {', '.join(_DTYPES.values())}: load an unquantized checkpoint")
     model = _skeleton(source, folder, tensors)
     (n_layers, d_ff), text = region_shape(model), model.config.get_text_config()
-    return Checkpoint(str(source), folder, commit, model.config.model_type, n_layers, text.hidden_size, d_ff, text.vocab_size, _DTYPES[most], sum(sizes.values()), files, missing)
+    return Checkpoint(
+        str(source), folder, commit, model.config.model_type, n_layers, text.hidden_size,
+        d_ff, text.vocab_size, _DTYPES[most], sum(sizes.values()), files, missing)
 
 # %% ../nbs/06_checkpoints.ipynb #5d8687bc
 @checked
@@ -212,67 +339,109 @@ def check_device(
     device:str|torch.device,
 )->torch.device:
     "Refuse a device or a dtype that this machine lacks"
-    if dtype not in _DTYPES.values(): raise ValueError(f"unknown dtype {dtype!r}; expected {', '.join(_DTYPES.values())}")
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"unknown dtype {dtype!r}; expected {', '.join(_DTYPES.values())}")
     try: place = torch.device(device)
     except RuntimeError: place = None
-    if place is None or place.type not in ('cpu', 'cuda', 'mps'): raise ValueError(f"unknown device {str(device)!r}; expected cpu, cuda, cuda:1 or mps")
-    if place.type == 'cuda' and (place.index or 0) >= (n := torch.cuda.device_count()): raise ValueError(f"device {str(device)!r}: torch sees {n} CUDA devices here; use one that is there, or cpu")
-    if place.type == 'mps' and not torch.backends.mps.is_available(): raise ValueError("device 'mps': torch sees no Apple GPU here; use cpu")
-    if place.type == 'mps' and dtype == 'float64': raise ValueError("float64 does not exist on mps; use float32, or cpu")
-    if place.type == 'cuda' and dtype == 'bfloat16' and (able := torch.cuda.get_device_capability(place)) < (8, 0): raise ValueError(
-        f"bfloat16 needs a GPU of compute capability 8.0, {torch.cuda.get_device_name(place)} has {able[0]}.{able[1]}; use float32 or float16")
+    if place is None or place.type not in ('cpu', 'cuda', 'mps'):
+        raise ValueError(f"unknown device {str(device)!r}; expected cpu, cuda, cuda:1 or mps")
+    if place.type == 'cuda' and (place.index or 0) >= (n := torch.cuda.device_count()):
+        raise ValueError(
+            f"device {str(device)!r}: torch sees {n} CUDA devices here; use one that is"
+            " there, or cpu")
+    if place.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps': torch sees no Apple GPU here; use cpu")
+    if place.type == 'mps' and dtype == 'float64':
+        raise ValueError("float64 does not exist on mps; use float32, or cpu")
+    if place.type == 'cuda' and dtype == 'bfloat16':
+        major, minor = torch.cuda.get_device_capability(place)
+        if major < 8:
+            raise ValueError(
+                "bfloat16 needs a GPU of compute capability 8.0,"
+                f" {torch.cuda.get_device_name(place)} has {major}.{minor}; use float32 or"
+                " float16")
     return place
 
+# %% ../nbs/06_checkpoints.ipynb #d0ecfb05
 def free_memory(device:str|torch.device)->int: # bytes
     "Say how much memory a device has left for this process"
     import psutil
     place = torch.device(device)
     if place.type == 'cpu': return psutil.virtual_memory().available
-    if place.type == 'mps': return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) # what torch has set aside is ours
+    if place.type == 'mps':
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    ours = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    return torch.cuda.mem_get_info(place)[0] + ours
 
 # %% ../nbs/06_checkpoints.ipynb #c1ccf0a4
 def _fits(found:Checkpoint, dtype:str, place:torch.device):
-    "Refuse weights that do not fit the device, or the processor's memory where they change their dtype on the way"
+    "Refuse weights that do not fit: the device, and the processor where they change their dtype"
     need = found.bytes_in(dtype)
+    half = f", or load it in bfloat16 ({_size(found.bytes_in('bfloat16'))})"
+    smaller = half if getattr(torch, dtype).itemsize > 2 else ""
     for where in {str(place)} | ({'cpu'} if dtype != found.dtype else set()):
         if need > (free := free_memory(where)):
-            smaller = f", or load it in bfloat16 ({_size(found.bytes_in('bfloat16'))})" if getattr(torch, dtype).itemsize > 2 else ""
-            raise ValueError(f"{found.source}: the weights take {_size(need)} in {dtype}, {where} has {_size(free)} free; free memory, take another device{smaller}")
+            raise ValueError(
+                f"{found.source}: the weights take {_size(need)} in {dtype}, {where} has "
+                f"{_size(free)} free; free memory, take another device{smaller}")
 
-def _size(n:int)->str: return f"{n / 2**30:.3g} GiB" if n >= 2**30 else f"{n / 2**20:.3g} MiB" # n: bytes
+def _size(n:int)->str: # n: bytes
+    return f"{n / 2**30:.3g} GiB" if n >= 2**30 else f"{n / 2**20:.3g} MiB"
 
 # %% ../nbs/06_checkpoints.ipynb #d732ab6c
+def _read_whole(source, folder:Path, **how)->nn.Module:
+    "Load a folder by transformers; no weight may be missing"
+    from transformers import AutoModelForCausalLM
+    how |= dict(use_safetensors=True, trust_remote_code=False, local_files_only=True)
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, **how)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{source}: transformers cannot load it ({_first_line(error)}); "
+                "expected a checkpoint as save_pretrained writes it") from None
+    if lost := sorted(report['missing_keys']):
+        raise ValueError(
+            f"{source}: no weights for {lost[0]} ({len(lost)} in all) in its files; "
+            "expected a whole checkpoint: fetch it again")
+    return model
+
+# %% ../nbs/06_checkpoints.ipynb #254d2c56
 @checked(but=['dtype', 'device', 'attention'])
 def load_model(
     source:str|Path, # a folder, or a hub id
     dtype:str='bfloat16',
     device:str|torch.device='cpu',
     revision:str|None=None, # branch, tag or commit of a hub id
-    attention:str|None=None, # 'sdpa', 'eager' or 'flash'; None: sdpa where the architecture allows it
+    attention:str|None=None, # 'sdpa', 'eager' or 'flash'; None: sdpa where it can be had
     gradient_checkpointing:bool=False, # as by `recompute`
 )->nn.Module: # a transformers causal language model in evaluation mode
     "Load a model, once everything but its weights is known to be right"
-    from transformers import AutoModelForCausalLM
     place = check_device(dtype, device)
     how, found = _attention(attention, dtype, place), inspect(source, revision)
     _fits(found, dtype, place)
-    folder, _ = _folder(source, found.commit or revision, ['config.json', 'generation_config.json', _INDEX, *found.files], quiet=not found.missing)
+    wanted = ['config.json', 'generation_config.json', _INDEX, *found.files]
+    folder, _ = _folder(source, found.commit or revision, wanted, quiet=not found.missing)
     if found.missing: inspect(folder) # what has just arrived
-    with _quiet():
-        try: model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True, **how)
-        except (RuntimeError, ValueError, OSError) as error: raise ValueError(f"{source}: transformers cannot load it ({_first_line(error)}); expected a checkpoint as save_pretrained writes it") from None
-    if lost := sorted(report['missing_keys']): raise ValueError(f"{source}: no weights for {lost[0]} ({len(lost)} in all) in its files; expected a whole checkpoint: fetch it again")
+    model = _read_whole(source, folder, dtype=getattr(torch, dtype), **how)
     if gradient_checkpointing: recompute(model)
     return model.to(place).eval()
 
 # %% ../nbs/06_checkpoints.ipynb #0ce72ae0
 def _attention(name, dtype:str, place:torch.device)->dict: # for from_pretrained
     "Refuse an attention that cannot be had"
-    if name not in (None, 'sdpa', 'eager', 'flash'): raise ValueError(f"unknown attention {name!r}; expected sdpa, eager or flash")
+    if name not in (None, 'sdpa', 'eager', 'flash'):
+        raise ValueError(f"unknown attention {name!r}; expected sdpa, eager or flash")
     if name != 'flash': return {'attn_implementation': name} if name else {}
     from transformers.utils import is_flash_attn_2_available
-    lacks = 'a CUDA device' if place.type != 'cuda' else 'float16 or bfloat16' if dtype not in ('float16', 'bfloat16') else 'the package flash-attn' if not is_flash_attn_2_available() else None
+    lacks = (
+        'a CUDA device'
+        if place.type != 'cuda'
+        else (
+            'float16 or bfloat16'
+            if dtype not in ('float16', 'bfloat16')
+            else 'the package flash-attn' if not is_flash_attn_2_available() else None))
     if lacks: raise ValueError(f"flash attention needs {lacks}; use attention='sdpa'")
     return {'attn_implementation': 'flash_attention_2'}
 
@@ -285,8 +454,14 @@ def load_tokenizer(
     "Load the tokenizer of a checkpoint"
     from transformers import AutoTokenizer
     folder, _ = _folder(source, revision, ['*.json', '*.jinja', '*.model', '*.txt'])
-    try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error: raise ValueError(f"{source}: no tokenizer that transformers can load ({_first_line(error)}); expected tokenizer.json and tokenizer_config.json as save_pretrained writes them") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{source}: no tokenizer that transformers can load ({_first_line(error)});"
+            " expected tokenizer.json and tokenizer_config.json as save_pretrained writes"
+            " them") from None
     return tokenizer
 
 # %% ../nbs/06_checkpoints.ipynb #ebeeff18
@@ -307,20 +482,23 @@ def recompute(
     from transformers.modeling_layers import GradientCheckpointingLayer
     for block in model.modules():
         if not isinstance(block, GradientCheckpointingLayer): continue
-        ours = isinstance(before := vars(block).get('forward'), _Recomputed) # a device hook has a forward of its own
+        # a device hook has a forward of its own
+        ours = isinstance(before := vars(block).get('forward'), _Recomputed)
         if on and not ours: block.forward = _Recomputed(block, before)
         if not on and ours and before.before is None: del block.forward
         elif not on and ours: block.forward = before.before
 
+# %% ../nbs/06_checkpoints.ipynb #11c14737
 class _Recomputed:
-    "The forward pass of a block, which runs once more in the backward pass, in the modes of the first"
+    "The forward pass of a block, which runs again in the backward pass, in the same modes"
     def __init__(self, block, before): # before: what stood in the block itself, or None
         self.block, self.plain, self.before = block, block.forward, before
 
     def __call__(self, *args, **more):
         from torch.utils.checkpoint import checkpoint
         if not torch.is_grad_enabled(): return self.plain(*args, **more)
-        more |= {name: None for name in ('past_key_values', 'use_cache') if name in more} # a cache would get every token twice
+        # a cache would get every token twice
+        more |= {name: None for name in ('past_key_values', 'use_cache') if name in more}
         modes = [(m, m.training) for m in self.block.modules()]
         return checkpoint(self.plain, *args, use_reentrant=False,
                           context_fn=lambda: (nullcontext(), _in_modes(modes)), **more)
@@ -329,19 +507,28 @@ class _Recomputed:
 def _settled(model):
     "Refuse a model whose region is still unlocked"
     check_model(model)
-    if is_unlocked(model): raise ValueError("the model is unlocked, its last step is not in its weights yet; leave the `with unlock(...)` block first")
+    if is_unlocked(model):
+        raise ValueError(
+            "the model is unlocked, its last step is not in its weights yet; leave the `with"
+            " unlock(...)` block first")
 
 @contextmanager
 def _new(path:Path):
     "Give a name to write to, which becomes the path when all is written"
-    if path.exists(): raise ValueError(f"{path} exists already and stays as it is; give another name, or remove it first")
+    if path.exists():
+        raise ValueError(
+            f"{path} exists already and stays as it is; give another name, or remove it first"
+        )
     partial = path.with_name(path.name + '.partial')
-    def clear(): shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    def clear():
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
     try:
         clear() # of a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise ValueError(
-        f"{path} cannot be made ({error.strerror}); give a path in a folder that can be written") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be made ({error.strerror}); give a path in a folder that can be"
+            " written") from None
     try:
         yield partial
         os.rename(partial, path)
@@ -360,27 +547,46 @@ def save_pretrained(
     config = _with_old_names(json.loads(file.read_text('utf-8')))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', 'utf-8')
 
+# %% ../nbs/06_checkpoints.ipynb #6bab8f33
+def _pattern(config:dict)->int|None:
+    "Find n where every n-th layer, and no other, attends to everything"
+    kinds = [kind == 'full_attention' for kind in config.get('layer_types') or []]
+    if True not in kinds: return None
+    every = kinds.index(True) + 1
+    regular = [(i + 1) % every == 0 for i in range(len(kinds))]
+    return every if kinds == regular else None
+
+def _old_rope(config:dict)->dict: # further entries of the configuration
+    "Give the old names of the rotary embeddings"
+    rope = config.get('rope_parameters') or {}
+    # by kind of layer, or one for all
+    full, sliding = rope.get('full_attention', rope), rope.get('sliding_attention')
+    if 'rope_theta' not in full: return {}
+    kind, theta, share = map(full.get, ('rope_type', 'rope_theta', 'partial_rotary_factor'))
+    if config['model_type'] == 'gpt_neox':
+        return {'rotary_emb_base': theta, 'rotary_pct': share}
+    old = {'rope_theta': theta}
+    if share is not None: old['partial_rotary_factor'] = share
+    if sliding and config['model_type'] == 'gemma3_text':
+        old['rope_local_base_freq'] = sliding['rope_theta']
+    if kind in (None, 'default'): return old
+    apart = 'rope_theta', 'partial_rotary_factor'
+    scaling = {key: value for key, value in full.items() if key not in apart}
+    if config['model_type'] == 'phi3':
+        scaling = {'type': kind} | {key: full[key] for key in ('short_factor', 'long_factor')}
+    return old | {'rope_scaling': scaling}
+
+# %% ../nbs/06_checkpoints.ipynb #359f5c29
 def _with_old_names(config:dict)->dict: # as in config.json
     "Add the names under which transformers before 5 reads rotary embeddings and the dtype"
-    parts = {key: part for key, part in config.items() if isinstance(part, dict) and 'model_type' in part}
+    def is_config(part): return isinstance(part, dict) and 'model_type' in part
+    parts = {key: part for key, part in config.items() if is_config(part)}
     config = config | {key: _with_old_names(part) for key, part in parts.items()}
     if config.get('dtype'): config['torch_dtype'] = config['dtype']
-    kinds = [kind == 'full_attention' for kind in config.get('layer_types') or []]
-    if config['model_type'] in ('cohere2', 'gemma3_text') and True in kinds:
-        every = kinds.index(True) + 1 # the one layer of so many that sees everything
-        if kinds == [(i + 1) % every == 0 for i in range(len(kinds))]: config['sliding_window_pattern'] = every
-    rope = config.get('rope_parameters') or {}
-    full, sliding = rope.get('full_attention', rope), rope.get('sliding_attention') # by kind of layer, or one for all
-    if 'rope_theta' not in full: return config
-    kind, theta, share = (full.get(key) for key in ('rope_type', 'rope_theta', 'partial_rotary_factor'))
-    if config['model_type'] == 'gpt_neox': return config | {'rotary_emb_base': theta, 'rotary_pct': share}
-    config['rope_theta'] = theta
-    if share is not None: config['partial_rotary_factor'] = share
-    if sliding and config['model_type'] == 'gemma3_text': config['rope_local_base_freq'] = sliding['rope_theta']
-    if kind in (None, 'default'): return config
-    scaling = {key: x for key, x in full.items() if key not in ('rope_theta', 'partial_rotary_factor')}
-    if config['model_type'] == 'phi3': scaling = {'type': kind} | {key: full[key] for key in ('short_factor', 'long_factor')}
-    return config | {'rope_scaling': scaling}
+    every = _pattern(config)
+    if every and config['model_type'] in ('cohere2', 'gemma3_text'):
+        config['sliding_window_pattern'] = every
+    return config | _old_rope(config)
 
 # %% ../nbs/06_checkpoints.ipynb #7bb77db5
 @checked(but=['model'])
@@ -388,16 +594,23 @@ def save_model(
     model:nn.Module, # of transformers
     folder:str|Path, # to be made
     tokenizer=None, # saved along, where given
-    max_shard_size:str='5GB', # of one weight file; from a GPU, one file at a time is in the processor's memory
+    # of one weight file; from a GPU, one file at a time is in the processor's memory
+    max_shard_size:str='5GB',
 )->None:
     "Save a model that AutoModelForCausalLM.from_pretrained reloads to the bit"
     _settled(model)
     with _new(folder := Path(folder)) as partial, _quiet():
         absent = [name for name, p in model.named_parameters() if p.device.type == 'meta']
-        if absent: raise ValueError(f"{absent[0]} has no weights in memory (it is on the meta device: "
-            "not loaded yet, or offloaded by device_map); load the whole model on one device")
-        need, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder.parent).free
-        if need > free: raise ValueError(f"{folder}: the weights take {_size(need)}, the disk has {_size(free)} left; free some, or give a folder on another disk")
+        if absent:
+            raise ValueError(
+                f"{absent[0]} has no weights in memory (it is on the meta device: not loaded"
+                " yet, or offloaded by device_map); load the whole model on one device")
+        need = sum(p.nbytes for p in model.parameters())
+        free = shutil.disk_usage(folder.parent).free
+        if need > free:
+            raise ValueError(
+                f"{folder}: the weights take {_size(need)}, the disk has {_size(free)} left;"
+                " free some, or give a folder on another disk")
         save_pretrained(model, partial, max_shard_size=max_shard_size)
         if tokenizer is not None: tokenizer.save_pretrained(partial)
 
@@ -417,25 +630,45 @@ def save_change(
         if not len(index): continue
         values = value_vectors(projection).detach()
         there = index.to(values.device)
-        tensors |= {f'{layer}.index': index, f'{layer}.columns': (values[:, there].T if len(region.shape) == 2 else values.take(there)).contiguous().cpu()}
-    about = {'holds': 'unloc change', 'base': base, 'shape': json.dumps(region.shape), 'dtype': str(values.dtype).removeprefix('torch.'), 'locked_sha256': digest}
+        columns = values[:, there].T if len(region.shape) == 2 else values.take(there)
+        tensors[f'{layer}.index'] = index
+        tensors[f'{layer}.columns'] = columns.contiguous().cpu()
+    about = {
+        'holds': 'unloc change',
+        'base': base,
+        'shape': json.dumps(region.shape),
+        'dtype': str(values.dtype).removeprefix('torch.'),
+        'locked_sha256': digest}
     from safetensors.torch import save_file
     with _new(Path(path)) as partial: save_file(tensors, partial, about)
 
 # %% ../nbs/06_checkpoints.ipynb #05c2b495
-def _read_change(path)->tuple[dict, Region, dict]: # what the file says of itself; the region; layer: index and columns
+def _read_change(
+    path,
+)->tuple[dict, Region, dict]: # what the file says of itself; the region; layer: index and columns
     "Read a saved change"
     from safetensors import safe_open
     try:
-        with safe_open(path, 'pt') as file: about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        if about.get('holds') != 'unloc change': raise ValueError("its metadata do not say so")
-        values = {layer: (tensors[f'{layer}.index'], tensors[f'{layer}.columns']) for layer in sorted({int(name.split('.')[0]) for name in tensors})}
+        with safe_open(path, 'pt') as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about.get('holds') != 'unloc change':
+            raise ValueError("its metadata do not say so")
+        layers = sorted({int(name.split('.')[0]) for name in tensors})
+        values = {i: (tensors[f'{i}.index'], tensors[f'{i}.columns']) for i in layers}
         mask = torch.zeros(json.loads(about['shape']), dtype=torch.bool)
         for layer, (index, columns) in values.items():
-            if columns.shape != ((len(index), columns.shape[-1]) if mask.ndim == 2 else index.shape): raise ValueError(f"layer {layer} has {len(index)} places and columns {list(columns.shape)}")
+            wanted = (len(index), columns.shape[-1]) if mask.ndim == 2 else index.shape
+            if columns.shape != wanted:
+                raise ValueError(
+                    f"layer {layer} has {len(index)} places and columns {list(columns.shape)}"
+                )
             mask[layer].view(-1)[index] = True
     except FileNotFoundError: raise
-    except Exception as error: raise ValueError(f"{path} is not a saved change, or is damaged ({_first_line(error)}); expected a file from save_change: save or fetch it again") from None
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a saved change, or is damaged ({_first_line(error)}); expected a"
+            " file from save_change: save or fetch it again") from None
     return about, Region(mask), values
 
 # %% ../nbs/06_checkpoints.ipynb #8a2e287b
@@ -443,20 +676,38 @@ def _read_change(path)->tuple[dict, Region, dict]: # what the file says of itsel
 def apply_change(
     model:nn.Module, # the base model, or one that differs from it only inside the region
     path:str|Path, # from save_change
-)->dict[int, tuple[Tensor, Tensor]]: # what the model had instead; `put_columns` with it undoes the change
+)->dict[int, tuple[Tensor, Tensor]]: # what was there before; `put_columns` with it undoes it
     "Put a saved change into its base model, in place"
     _settled(model)
     about, region, values = _read_change(path)
-    made = f"{path}: the change belongs to another base model, {about['base'] or 'which it does not name'}"
     projections = [value_vectors(p).detach() for p in output_projections(model)]
-    whole = (len(projections), *(projections[0].shape if len(region.shape) == 3 else projections[0].shape[1:]))
-    if region.shape != whole: raise ValueError(f"{made}, of {extent(region.shape)}; this model has {extent(whole)}: load that base")
-    if (dtype := str(projections[0].dtype).removeprefix('torch.')) != about['dtype']: raise ValueError(f"{path}: the change is {about['dtype']}, the model {dtype}; load the base in {about['dtype']}")
-    if (digest := locked_digest(model, region)) != about['locked_sha256']: raise ValueError(
-        f"{made}: outside the region its weights have the SHA-256 {about['locked_sha256'][:16]}…, this model's {digest[:16]}…; nothing was changed: load that base")
+    _check_base(path, about, region, model, projections)
     replaced = {}
     for layer, (index, columns) in values.items():
-        there = index.to(projections[layer].device)
-        replaced[layer] = (there, projections[layer][:, there].T.clone() if columns.ndim == 2 else projections[layer].take(there))
+        weights = projections[layer]
+        there = index.to(weights.device)
+        before = weights[:, there].T.clone() if columns.ndim == 2 else weights.take(there)
+        replaced[layer] = there, before
     put_columns(model, values)
     return replaced
+
+# %% ../nbs/06_checkpoints.ipynb #75025bf7
+def _check_base(path, about:dict, region:Region, model:nn.Module, projections:list)->None:
+    "Refuse a model that the change was not made from"
+    base = about['base'] or 'which it does not name'
+    other = f"{path}: the change belongs to another base model, {base}"
+    first = projections[0]
+    whole = len(projections), *(first.shape if len(region.shape) == 3 else first.shape[1:])
+    if region.shape != whole:
+        raise ValueError(
+            f"{other}, of {extent(region.shape)}; this model has {extent(whole)}: load that"
+            " base")
+    dtype, wanted = str(first.dtype).removeprefix('torch.'), about['dtype']
+    if dtype != wanted:
+        raise ValueError(
+            f"{path}: the change is {wanted}, the model {dtype}; load the base in {wanted}")
+    digest, wanted = locked_digest(model, region), about['locked_sha256']
+    if digest != wanted:
+        raise ValueError(
+            f"{other}: outside the region its weights have the SHA-256 {wanted[:16]}…, this "
+            f"model's {digest[:16]}…; nothing was changed: load that base")

@@ -14,10 +14,11 @@ __all__ = ['LETTERS', 'KINDS', 'answer_token_logprob', 'answer_logprob', 'answer
            'mean_of_defined']
 
 # %% ../nbs/09_evaluation.ipynb #b67d366c
-import math
+import math, string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from numbers import Integral
 from typing import NamedTuple
 
@@ -28,15 +29,19 @@ from .arguments import checked
 from . import metrics
 from .facts import author_world
 from .metrics import exact_memorizations, extraction_strengths, without_end
-from .models import answer_hidden, check_limits, mask_limit, measuring, most_positions, over_logits, own_mask
+from .models import (
+    answer_hidden, check_limits, mask_limit, measuring, most_positions, over_logits, own_mask)
 from .objectives import token_logprob
-from .tokens import Batch, Example, Template, batch_tokens, by_length, check_apart, check_examples, check_tokenizer, encode
+from .tokens import (
+    Batch, Example, Template, batch_tokens, by_length, check_apart, check_examples,
+    check_tokenizer, encode)
 
 # %% ../nbs/09_evaluation.ipynb #0905f5b2
 @measuring('as called')
 def answer_token_logprob(model:nn.Module, batch:Batch)->Tensor: # [n_answer] float32 nats
     "Compute the log-probability of every answer token, one behind the other"
-    return over_logits(model, answer_hidden(model, batch), token_logprob, batch.ids[batch.answer])
+    return over_logits(
+        model, answer_hidden(model, batch), token_logprob, batch.ids[batch.answer])
 
 @measuring('as called')
 def answer_logprob(
@@ -48,21 +53,27 @@ def answer_logprob(
 
 def _place(batch:Batch, values:Tensor)->Tensor:
     "Put one value per answer token where the token stands, zeros elsewhere"
-    return torch.zeros(batch.ids.shape, dtype=values.dtype, device=values.device).masked_scatter(batch.answer, values)
+    return torch.zeros(
+        batch.ids.shape, dtype=values.dtype, device=values.device
+    ).masked_scatter(batch.answer, values)
 
 # %% ../nbs/09_evaluation.ipynb #2ea369d0
+def _length(e:Example)->int: # tokens of the answer, the end token included
+    return len(e.ids) - e.start
+
 @measuring('as called')
 def answers_logprob(
     model:nn.Module,
     examples:Sequence[Example],
     max_tokens:int|None=None, # in a pass, padding included; None: what suits the device
-)->tuple[Tensor, Tensor]: # [n, longest] float32 nats, row by row the answer tokens and zeros behind them; bool, True at the tokens
+)->tuple[Tensor, Tensor]: # [n, longest] float32 nats, zeros behind the answers; bool, True at them
     "Compute the log-probabilities of all answers, in passes over examples of similar length"
     check_examples(examples, 'asked')
     found = [None] * len(examples)
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
         values = answer_token_logprob(model, batch.to(model.device))
-        for row, own in zip(rows, values.split([len(examples[i].ids) - examples[i].start for i in rows])): found[row] = own
+        lengths = [_length(examples[i]) for i in rows]
+        for row, own in zip(rows, values.split(lengths)): found[row] = own
     n = torch.tensor([len(x) for x in found], device=model.device)
     logprob = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
     return logprob, torch.arange(logprob.shape[1], device=model.device) < n[:, None]
@@ -74,32 +85,55 @@ class Scores:
     extraction_strength:Tensor # [n] float64, fraction; floor 'open-unlearning'
     exact_memorization:Tensor # [n] float64, fraction
     nll:Tensor # [n] float64, mean nats per answer token, end token included
-    known:Tensor # [n] int64, answer tokens that greedy decoding gets right before its first mistake, end token included
+    # [n] int64, answer tokens that greedy decoding gets right before its first mistake, end token
+    # included
+    known:Tensor
 
     @property
-    def probability(self)->Tensor: return (-self.nll).exp() # [n] float64, per token (geometric mean)
+    def probability(self)->Tensor: # [n] float64, per token (geometric mean)
+        return (-self.nll).exp()
     def part(self, start:int, n:int)->'Scores':
         "Give the scores of n facts from the start-th on"
-        return Scores(*(x[start:start + n] for x in (self.extraction_strength, self.exact_memorization, self.nll, self.known)))
+        return Scores(
+            *(
+                x[start:start + n]
+                for x in (
+                    self.extraction_strength, self.exact_memorization, self.nll, self.known)))
 
 # %% ../nbs/09_evaluation.ipynb #22c1ef9a
-class Diverged(FloatingPointError, ValueError): "A model whose log-probabilities are NaN or infinite"
+class Diverged(FloatingPointError, ValueError):
+    "A model whose log-probabilities are NaN or infinite"
 
 def _sound(nll:Tensor)->None: # [n]
-    "Refuse what a diverged model says: the largest of NaN logits is token 0, and a model that says nothing else would pass for one that forgot"
-    if len(bad := (~nll.isfinite()).nonzero()): raise Diverged(f"the model's log-probabilities of fact {int(bad[0])} are NaN or infinite; it has diverged: lower the learning rate, or load it in float32")
+    "Refuse what a diverged model says, which would pass for forgetting: NaN decode to token 0"
+    if len(bad := (~nll.isfinite()).nonzero()):
+        raise Diverged(
+            f"the model's log-probabilities of fact {int(bad[0])} are NaN or infinite; it has"
+            " diverged: lower the learning rate, or load it in float32")
 
-def _pack(examples:Sequence[Example])->tuple: # of one prompt -> ids, positions, branches (0: prompt), places that predict the answers, one after the other
+def _pack(
+    examples:Sequence[Example], # of one prompt
+)->tuple: # ids, positions, branches (0: prompt), places that predict the answers, in order
     "Lay answers to one question behind their question"
     start = examples[0].start
-    ids, position, branch, places = list(examples[0].ids[:start]), list(range(start)), [0] * start, []
+    ids = list(examples[0].ids[:start])
+    position = list(range(start))
+    branch = [0] * start
+    places = []
     for b, e in enumerate(examples, 1):
         own = e.ids[start:-1]
         places += [start - 1, *range(len(ids), len(ids) + len(own))]
-        ids, position, branch = ids + own, position + list(range(start, start + len(own))), branch + [b] * len(own)
+        ids = ids + own
+        position = position + list(range(start, start + len(own)))
+        branch = branch + [b] * len(own)
     return ids, position, branch, places
 
-def _in_rows(numbers:list[int], examples:Sequence[Example], widest:float)->Iterator[list[int]]: # widest: most tokens in a row
+# %% ../nbs/09_evaluation.ipynb #6e204919
+def _in_rows(
+    numbers:list[int], # of examples with one question
+    examples:Sequence[Example],
+    widest:float, # most tokens in a row
+)->Iterator[list[int]]:
     "Share the answers to one question out among rows"
     start, row, width = examples[numbers[0]].start, [], 0
     for i in numbers:
@@ -114,25 +148,33 @@ def _asked_once(
     examples:Sequence[Example],
     max_tokens:int,
     limit:float, # tokens up to which a row may have a mask of its own
-    widest:float=math.inf, # most tokens in a row; some models have a mask of their own for so many
+    widest:float=math.inf, # most tokens in a row
 )->Iterator[list[list[int]]]: # batches of rows of example numbers
     "Group examples by question, and rows of similar length into batches, longest first"
     questions, packed = {}, all(len(e.ids) <= limit for e in examples)
-    for i, e in enumerate(examples): questions.setdefault(tuple(e.ids[:e.start]) if packed else i, []).append(i)
-    rows_of = [row for numbers in questions.values() for row in _in_rows(numbers, examples, widest)]
-    width = {rows[0]: examples[rows[0]].start + sum(len(examples[i].ids) - examples[i].start - 1 for i in rows) for rows in rows_of}
-    order = sorted(rows_of, key=lambda rows: -width[rows[0]])
+    for i, e in enumerate(examples):
+        questions.setdefault(tuple(e.ids[:e.start]) if packed else i, []).append(i)
+    def width(row): return examples[row[0]].start + sum(_length(examples[i]) - 1 for i in row)
+    rows = []
+    for numbers in questions.values(): rows += _in_rows(numbers, examples, widest)
+    widths = {row[0]: width(row) for row in rows}
+    order = sorted(rows, key=lambda row: -widths[row[0]])
     while order:
-        n = max(1, max_tokens // width[order[0][0]])
+        n = max(1, max_tokens // widths[order[0][0]])
         yield order[:n]
         order = order[n:]
 
 # %% ../nbs/09_evaluation.ipynb #3ffe88c4
-def _packed_hidden(model:nn.Module, rows:Sequence[Sequence[Example]])->Tensor: # [n_answer, d_model], answers in order
+def _packed_hidden(
+    model:nn.Module,
+    rows:Sequence[Sequence[Example]], # of one question each
+)->Tensor: # [n_answer, d_model], answers in order
     "Predict the tokens of all answers to some questions"
     packs = [_pack(row) for row in rows]
     width = max(len(ids) for ids, *_ in packs)
-    def padded(which, fill): return torch.tensor([pack[which] + [fill] * (width - len(pack[0])) for pack in packs], device=model.device)
+    def padded(which, fill):
+        padded = [pack[which] + [fill] * (width - len(pack[0])) for pack in packs]
+        return torch.tensor(padded, device=model.device)
     ids, branch = padded(0, 0), padded(2, -1)
     more = {}
     if any(len(row) > 1 for row in rows): # otherwise plain causal attention is the same
@@ -140,10 +182,40 @@ def _packed_hidden(model:nn.Module, rows:Sequence[Sequence[Example]])->Tensor: #
         seen &= torch.ones(width, width, dtype=torch.bool, device=model.device).tril()
         more = {'attention_mask': own_mask(model, seen), 'position_ids': padded(1, 0)}
     hidden = model.base_model(input_ids=ids, use_cache=False, **more).last_hidden_state
-    row = torch.tensor([r for r, pack in enumerate(packs) for _ in pack[3]], device=model.device)
-    return hidden[row, torch.tensor([p for pack in packs for p in pack[3]], device=model.device)]
+    row, place = [], []
+    for r, (*_, places) in enumerate(packs):
+        row += [r] * len(places)
+        place += places
+    row, place = (torch.tensor(x, device=model.device) for x in (row, place))
+    return hidden[row, place]
 
 # %% ../nbs/09_evaluation.ipynb #a44e5940
+def _at_answers(logits:Tensor, target:Tensor)->Tensor: # [k, 2]
+    "Say whether the likeliest token is the true one, and how likely the true one is"
+    return torch.stack([logits.argmax(-1) == target, token_logprob(logits, target)], 1)
+
+def _scored(
+    model:nn.Module,
+    rows:Sequence[Sequence[Example]], # of one question each
+)->Tensor: # [4, n] float64, the fields of Scores, on the CPU
+    "Score the answers of one pass"
+    hidden, device = _packed_hidden(model, rows), model.device
+    examples = [*chain.from_iterable(rows)]
+    target = [*chain.from_iterable(e.ids[e.start:] for e in examples)]
+    n = torch.tensor([_length(e) for e in examples], device=device)
+    answer = torch.arange(int(n.max()), device=device) < n[:, None] # [n, longest answer]
+    target = torch.tensor(target, device=device)
+    right, logprob = over_logits(model, hidden, _at_answers, target).T
+    correct = torch.zeros_like(answer).masked_scatter(answer, right > 0)
+    logprob = logprob.new_zeros(answer.shape).masked_scatter(answer, logprob.contiguous())
+    nll = -logprob.sum(1, dtype=torch.float64) / n
+    known = (answer & ((answer & ~correct).cumsum(1) == 0)).sum(1)
+    scored = without_end(answer)
+    strength = extraction_strengths(correct, scored)
+    memorized = exact_memorizations(correct, scored)
+    return torch.stack([x.double() for x in (strength, memorized, nll, known)]).cpu()
+
+# %% ../nbs/09_evaluation.ipynb #b15246e0
 @measuring()
 def score(
     model:nn.Module,
@@ -155,23 +227,17 @@ def score(
     if max_tokens is not None and max_tokens < 1: raise ValueError(
         f"max_tokens must be at least 1, got {max_tokens}")
     found = torch.zeros(4, len(examples), dtype=torch.float64)
-    for rows in _asked_once(examples, max_tokens or batch_tokens(model.device), mask_limit(model), most_positions(model)):
-        hidden = _packed_hidden(model, [[examples[i] for i in row] for row in rows])
-        order = [i for row in rows for i in row]
-        target, n = torch.tensor([t for i in order for t in examples[i].ids[examples[i].start:]], device=model.device), torch.tensor([len(examples[i].ids) - examples[i].start for i in order], device=model.device)
-        answer = torch.arange(int(n.max()), device=model.device) < n[:, None] # [len(order), longest answer]
-        right, logprob = over_logits(model, hidden, lambda logits, target: torch.stack([logits.argmax(-1) == target, token_logprob(logits, target)], 1), target).T
-        correct = torch.zeros_like(answer).masked_scatter(answer, right > 0)
-        nll = -logprob.new_zeros(answer.shape).masked_scatter(answer, logprob.contiguous()).sum(1, dtype=torch.float64) / n
-        known, scored = (answer & ((answer & ~correct).cumsum(1) == 0)).sum(1), without_end(answer)
-        found[:, order] = torch.stack([x.double() for x in (extraction_strengths(correct, scored), exact_memorizations(correct, scored), nll, known)]).cpu()
+    most = max_tokens or batch_tokens(model.device)
+    for rows in _asked_once(examples, most, mask_limit(model), most_positions(model)):
+        asked = [list(map(examples.__getitem__, row)) for row in rows]
+        found[:, [*chain.from_iterable(rows)]] = _scored(model, asked)
     _sound(found[2])
     return Scores(*found[:3], found[3].long())
 
 # %% ../nbs/09_evaluation.ipynb #688448c4
 @contextmanager
 def plainly(model:nn.Module):
-    "Generate without the habits a checkpoint brings along: penalties for repetition, suppressed tokens"
+    "Generate without a checkpoint's own habits: penalties for repetition, suppressed tokens"
     from transformers import GenerationConfig
     habits, model.generation_config = model.generation_config, GenerationConfig()
     try: yield
@@ -188,7 +254,8 @@ def _together(
     "Group prompts so that none grows past the model's positions while another is decoded"
     rows = []
     for i in order:
-        longest = max(len(prompts[k]) for k in [*rows, i]) + max(limits[k] for k in [*rows, i]) - 1
+        longest = (
+            max(len(prompts[k]) for k in [*rows, i]) + max(limits[k] for k in [*rows, i]) - 1)
         if rows and (len(rows) == max_rows or longest > most):
             yield rows
             rows = []
@@ -196,13 +263,49 @@ def _together(
     if rows: yield rows
 
 # %% ../nbs/09_evaluation.ipynb #256e0e7c
-def _rows_with_one_end(prompts, limits, ends, max_rows, most)->Iterator[tuple[int, list[int]]]:
+def _rows_with_one_end(
+    prompts, limits, ends, max_rows, most
+)->Iterator[tuple[int, list[int]]]:
     "Group prompts that stop at one token, short answers and short prompts first"
     due = [i for i, limit in enumerate(limits) if limit > 0]
     for end in dict.fromkeys(ends[i] for i in due):
         order = sorted((i for i in due if ends[i] == end),
                        key=lambda i: (limits[i], len(prompts[i]), i))
         for rows in _together(order, prompts, limits, max_rows, most): yield end, rows
+
+# %% ../nbs/09_evaluation.ipynb #204fcca6
+def _ends(prompts, limits, end, max_rows:int)->list[int]:
+    "Give every prompt its end token, once the arguments of `greedy` fit together"
+    if odd := [p for p in prompts if not hasattr(p, '__len__')]: raise ValueError(
+        f"greedy needs prompts of token ids, got {odd[0]!r:.40} among them")
+    ends = [end] * len(prompts) if isinstance(end, Integral) else list(end)
+    if len(prompts) != len(limits) or not all(map(len, prompts)):
+        raise ValueError(
+            f"greedy needs a token in every prompt and a limit for each, got {len(prompts)}"
+            f" prompts, {sum(not len(p) for p in prompts)} of them empty, and {len(limits)}"
+            " limits")
+    if odd := [x for x in (*limits, *ends) if not isinstance(x, Integral)]: raise ValueError(
+        f"limits and end tokens are whole numbers, got {odd[0]!r:.40}")
+    if len(ends) != len(prompts):
+        raise ValueError(
+            "greedy needs one end token, or an end token for each prompt, got "
+            f"{len(ends)} for {len(prompts)}")
+    if max_rows < 1: raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    return ends
+
+# %% ../nbs/09_evaluation.ipynb #52853180
+def _continued(model, prompts, limits, end:int)->Iterator[list[int]]: # new tokens of each
+    "Continue some prompts at once"
+    width = max(map(len, prompts))
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids = [[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts)]
+    mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    ids, mask = (torch.tensor(x, device=model.device) for x in (ids, mask))
+    how = dict(do_sample=False, eos_token_id=end, pad_token_id=0, use_cache=True)
+    with plainly(model):
+        said = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), **how)
+    for tokens, limit in zip(said[:, width:].tolist(), limits):
+        yield (tokens[:tokens.index(end)] if end in tokens else tokens)[:limit]
 
 @measuring()
 def greedy(
@@ -213,22 +316,13 @@ def greedy(
     max_rows:int=64, # at once
 )->list[list[int]]: # new tokens, without the end token
     "Continue every prompt by the most likely token, up to its end token"
-    if odd := [p for p in prompts if not hasattr(p, '__len__')]: raise ValueError(
-        f"greedy needs prompts of token ids, got {odd[0]!r:.40} among them")
-    ends = [end] * len(prompts) if isinstance(end, Integral) else list(end)
-    if len(prompts) != len(limits) or not all(map(len, prompts)): raise ValueError(f"greedy needs a token in every prompt and a limit for each, got {len(prompts)} prompts, {sum(not len(p) for p in prompts)} of them empty, and {len(limits)} limits")
-    if odd := [x for x in (*limits, *ends) if not isinstance(x, Integral)]: raise ValueError(
-        f"limits and end tokens are whole numbers, got {odd[0]!r:.40}")
-    if len(ends) != len(prompts): raise ValueError(
-        f"greedy needs one end token, or an end token for each prompt, got {len(ends)} for {len(prompts)}")
-    if max_rows < 1: raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    ends = _ends(prompts, limits, end, max_rows)
     check_limits(model, [Example(p, len(p)) for p in prompts], 'prompts', limits)
     found = [[] for _ in prompts]
-    for end, rows in _rows_with_one_end(prompts, limits, ends, max_rows, most_positions(model)):
-        width = max(len(prompts[i]) for i in rows)
-        ids, mask = (torch.tensor([[fill] * (width - len(prompts[i])) + row(prompts[i]) for i in rows], device=model.device) for fill, row in ((0, list), (0, lambda p: [1] * len(p))))
-        with plainly(model): new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits[i] for i in rows), eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
-        for i, tokens in zip(rows, new): found[i] = (tokens[:tokens.index(end)] if end in tokens else tokens)[:limits[i]]
+    for end, rows in _rows_with_one_end(
+        prompts, limits, ends, max_rows, most_positions(model)):
+        asked, most = [prompts[i] for i in rows], [limits[i] for i in rows]
+        for i, tokens in zip(rows, _continued(model, asked, most, end)): found[i] = tokens
     return found
 
 # %% ../nbs/09_evaluation.ipynb #63562cae
@@ -240,26 +334,48 @@ def greedy_answers(
     max_new_tokens:int=200, # of an answer
 )->list[list[int]]: # token ids without the end token
     "Answer every question greedily, decoding only what the teacher-forced pass leaves open"
-    if len(known) != len(examples): raise ValueError(f"known holds {len(known)} counts for {len(examples)} examples; take it from score(model, examples)")
-    if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if len(known) != len(examples):
+        raise ValueError(
+            f"known holds {len(known)} counts for {len(examples)} examples; take it from"
+            " score(model, examples)")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     known = known.tolist()
     for i, (e, k) in enumerate(zip(examples, known)):
-        if not 0 <= k <= len(e.ids) - e.start: raise ValueError(f"known says {k} of the {len(e.ids) - e.start} answer tokens of fact {i}; take it from score(model, examples)")
+        if not 0 <= k <= len(e.ids) - e.start:
+            raise ValueError(
+                f"known says {k} of the {len(e.ids) - e.start} answer tokens of fact {i};"
+                " take it from score(model, examples)")
     settled = [e.ids[e.start:e.start + k] for e, k in zip(examples, known)]
-    limits = [0 if e.start + k == len(e.ids) else max_new_tokens - k for e, k in zip(examples, known)]
-    rest = greedy(model, [e.ids[:e.start + k] for e, k in zip(examples, known)], limits, [e.ids[-1] for e in examples]) if examples else []
-    return [(s[:-1] if e.start + k == len(e.ids) else s)[:max_new_tokens] + r for e, k, s, r in zip(examples, known, settled, rest)]
+    limits = [
+        0 if e.start + k == len(e.ids) else max_new_tokens - k
+        for e, k in zip(examples, known)]
+    rest = (
+        greedy(
+            model,
+            [e.ids[:e.start + k] for e, k in zip(examples, known)],
+            limits,
+            [e.ids[-1] for e in examples])
+        if examples
+        else [])
+    return [
+        (s[:-1] if e.start + k == len(e.ids) else s)[:max_new_tokens] + r
+        for e, k, s, r in zip(examples, known, settled, rest)]
 
 # %% ../nbs/09_evaluation.ipynb #5b0c7d22
-def _unseen(found:Scores, plain:Scores, asked:Sequence[Example], plainly_asked:Sequence[Example]):
+def _unseen(
+    found:Scores, plain:Scores, asked:Sequence[Example], plainly_asked:Sequence[Example]
+):
     "Refuse an extraction strength of unseen answers that their tokens do not explain"
-    def lengths(examples): return torch.tensor([len(e.ids) - e.start - 1. for e in examples]).double()
+    def lengths(examples):
+        return torch.tensor([len(e.ids) - e.start - 1. for e in examples]).double()
     right = plain.extraction_strength * lengths(plainly_asked) # tokens at the end of each answer
     most = float(((right + .5) / lengths(asked)).clamp(max=1).mean())
-    if (got := float(found.extraction_strength.mean())) > most: raise ValueError(
-        f"answers that nobody has seen have an extraction strength of {got:.3f}; their tokens "
-        f"explain {most:.3f} at most, so the template writes a part of what is scored: use another "
-        "template")
+    if (got := float(found.extraction_strength.mean())) > most:
+        raise ValueError(
+            f"answers that nobody has seen have an extraction strength of {got:.3f}; their"
+            f" tokens explain {most:.3f} at most, so the template writes a part of what is"
+            " scored: use another template")
 
 @measuring()
 def check_unseen(
@@ -269,8 +385,8 @@ def check_unseen(
 )->None:
     "Refuse a template under which answers that a model has never seen look known to it"
     strangers = author_world(n_authors=3, n_forget=2, n_holdout=0, seed=2505_16252).forget
-    asked, plain = ([encode(tokenizer, f.question, f.answer, how) for f in strangers]
-                    for how in (template, 'plain'))
+    asked = [encode(tokenizer, f.question, f.answer, template) for f in strangers]
+    plain = [encode(tokenizer, f.question, f.answer, 'plain') for f in strangers]
     _unseen(score(model, asked), score(model, plain), asked, plain)
 
 # %% ../nbs/09_evaluation.ipynb #2b019144
@@ -281,13 +397,18 @@ def rouge(
     examples:Sequence[Example],
     known:Tensor, # [n] int64, from `score` of the same model and examples
     max_new_tokens:int=200,
-    others:Sequence[Sequence[Example]]=(), # of each fact the further right answers; the best one counts
+    # of each fact the further right answers; the best one counts
+    others:Sequence[Sequence[Example]]=(),
 )->Tensor: # [n] float64, ROUGE-L recall of the greedy answers; NaN where no right answer has a word
     "Compare what the model says with what it should say"
     check_tokenizer(tokenizer)
-    said = tokenizer.batch_decode(greedy_answers(model, examples, known, max_new_tokens), skip_special_tokens=True)
-    right = tokenizer.batch_decode([e.ids[e.start:-1] for e in examples], skip_special_tokens=True)
-    def texts(row): return tokenizer.batch_decode([e.ids[e.start:-1] for e in row], skip_special_tokens=True)
+    said = tokenizer.batch_decode(
+        greedy_answers(model, examples, known, max_new_tokens), skip_special_tokens=True)
+    right = tokenizer.batch_decode(
+        [e.ids[e.start:-1] for e in examples], skip_special_tokens=True)
+    def texts(row):
+        return tokenizer.batch_decode(
+            [e.ids[e.start:-1] for e in row], skip_special_tokens=True)
     more = [texts(row) for row in others] or [[]] * len(right)
     recalls = [best_recall(s, [r, *m]) for s, r, m in zip(said, right, more, strict=True)]
     return torch.tensor(recalls, dtype=torch.float64)
@@ -297,7 +418,8 @@ def best_recall(
     text:str, # what the model wrote
     references:Sequence[str], # right answers
 )->float: # fraction; NaN where no right answer has a word
-    "Measure ROUGE-L recall of the right answer that a text comes nearest to, by the tokenizer 'auto'"
+    """Measure ROUGE-L recall of the right answer that a text comes nearest to, by the tokenizer
+    'auto'"""
     defined = [r.strip() for r in references if metrics.rouge_tokenizer(r.strip())]
     return max((metrics.rouge_l_recall(text.strip(), r) for r in defined), default=math.nan)
 
@@ -308,16 +430,31 @@ class Choices(NamedTuple):
     wrong:list[Example] # [n * k], those of the first question first
 
 @checked
-def choices(tokenizer, facts:Sequence, template:str|Template='plain')->Choices: # facts: unloc.facts.Fact; template: as for encode
+def choices(
+    tokenizer,
+    facts:Sequence, # of unloc.facts.Fact
+    template:str|Template='plain', # as for encode
+)->Choices:
     "Tokenize the right and the wrong answers of facts"
     check_tokenizer(tokenizer)
     if odd := [f for f in facts if not hasattr(f, 'perturbed_answer')]: raise ValueError(
         f"choices are made of facts (unloc.facts.Fact), got {f'{odd[0]!r:.60}'} among them")
-    if texts := [f.question for f in facts if isinstance(f.perturbed_answer, str)]: raise ValueError(f"the wrong answers to {texts[0]!r} are one text; give a list of them")
+    if texts := [f.question for f in facts if isinstance(f.perturbed_answer, str)]:
+        raise ValueError(
+            f"the wrong answers to {texts[0]!r} are one text; give a list of them")
     counts = {len(f.perturbed_answer) for f in facts}
-    if len(counts) != 1 or counts == {0}: raise ValueError(f"every fact needs the same number of wrong answers, at least one; found {', '.join(map(str, sorted(counts))) or 'no fact'}; take the perturbed sets")
-    return Choices([encode(tokenizer, f.question, f.paraphrased_answer or f.answer, template) for f in facts],
-        [encode(tokenizer, f.question, wrong, template) for f in facts for wrong in f.perturbed_answer])
+    if len(counts) != 1 or counts == {0}:
+        found = ', '.join(map(str, sorted(counts))) or 'no fact'
+        raise ValueError(
+            "every fact needs the same number of wrong answers, at least one; "
+            f"found {found}; take the perturbed sets")
+    right, wrong = [], []
+    for f in facts:
+        right.append(
+            encode(tokenizer, f.question, f.paraphrased_answer or f.answer, template))
+        wrong += [
+            encode(tokenizer, f.question, text, template) for text in f.perturbed_answer]
+    return Choices(right, wrong)
 
 # %% ../nbs/09_evaluation.ipynb #47410b0a
 def other_answers(
@@ -326,7 +463,8 @@ def other_answers(
     template:str|Template='plain', # as for encode
 )->list[list[Example]]: # of each fact its right answers beside the first; [] for none
     "Tokenize the further right answers of facts"
-    def tokenized(f): return [encode(tokenizer, f.question, text, template) for text in f.other_answers]
+    def tokenized(f):
+        return [encode(tokenizer, f.question, text, template) for text in f.other_answers]
     return [tokenized(f) for f in facts]
 
 def best_scores(
@@ -337,13 +475,14 @@ def best_scores(
     "Keep of every fact the best of its right answers; `known` stays the first one's"
     if len(counts) != len(first.nll) or sum(counts) != len(others.nll):
         raise ValueError(
-            f"{len(first.nll)} facts with {sum(counts)} further answers, but {len(counts)} counts "
-            f"and {len(others.nll)} scores; take all from the same facts")
+            f"{len(first.nll)} facts with {sum(counts)} further answers, but {len(counts)}"
+            f" counts and {len(others.nll)} scores; take all from the same facts")
     counts = torch.tensor(counts, dtype=torch.long)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     def best(name, reduce):
         return getattr(first, name).scatter_reduce(0, owner, getattr(others, name), reduce)
-    strength, memorized = (best(name, 'amax') for name in ('extraction_strength', 'exact_memorization'))
+    strength = best('extraction_strength', 'amax')
+    memorized = best('exact_memorization', 'amax')
     return Scores(strength, memorized, best('nll', 'amin'), first.known)
 
 # %% ../nbs/09_evaluation.ipynb #66a91ff5
@@ -360,16 +499,20 @@ def options(
 )->Options:
     """Offer the right and the wrong answers of facts
 
-    In place of the trained answer stands its paraphrase where there is one: the wrong answers are worded like it."""
+    In place of the trained answer stands its paraphrase where there is one: the wrong answers are
+    worded like it."""
     for f in facts:
         wrong = f.perturbed_answer
         if isinstance(wrong, str) or not wrong:
             raise ValueError(
-                f"{f.question!r:.80} has no list of wrong answers; multiple choice needs at least "
-                "one")
-    texts = [[f.paraphrased_answer or f.answer, *f.other_answers, *f.perturbed_answer] for f in facts]
+                f"{f.question!r:.80} has no list of wrong answers; multiple choice needs at"
+                " least one")
+    def offered(f):
+        return [f.paraphrased_answer or f.answer, *f.other_answers, *f.perturbed_answer]
+    texts = [offered(f) for f in facts]
     right = [[True] * len(f.answers) + [False] * len(f.perturbed_answer) for f in facts]
-    def tokenized(f, row): return [encode(tokenizer, f.question, text, template) for text in row]
+    def tokenized(f, row):
+        return [encode(tokenizer, f.question, text, template) for text in row]
     return Options([tokenized(f, row) for f, row in zip(facts, texts)], right, texts)
 
 # %% ../nbs/09_evaluation.ipynb #f161b6b7
@@ -393,19 +536,22 @@ def letter_options(
     "Offer letters"
     if not len(questions) == len(choices) == len(right):
         raise ValueError(
-            f"{len(questions)} questions, {len(choices)} lists of choices and {len(right)} of "
-            "right ones; expected one of each a question")
+            f"{len(questions)} questions, {len(choices)} lists of choices and {len(right)} of"
+            " right ones; expected one of each a question")
     for i, (row, ok) in enumerate(zip(choices, right)):
         numbers = ok if isinstance(ok, (list, tuple, set)) else []
         if not (numbers and all(type(k) is int and 0 <= k < len(row) for k in numbers)):
             raise ValueError(
-                f"right[{i}] is {ok!r:.40}; expected a list of numbers of right choices, 0 to "
-                f"{len(row) - 1}")
-    letters = [[chr(65 + k) for k in range(len(row))] for row in choices]
-    asked = [before + letter_question(question, row) for question, row in zip(questions, choices)]
-    def tokenized(text, row): return [encode(tokenizer, text, letter, template) for letter in row]
+                f"right[{i}] is {ok!r:.40}; expected a list of numbers of right choices, 0 to"
+                f" {len(row) - 1}")
+    letters = [[*string.ascii_uppercase[:len(row)]] for row in choices]
+    asked = [
+        before + letter_question(question, row) for question, row in zip(questions, choices)]
+    def tokenized(text, row):
+        return [encode(tokenizer, text, letter, template) for letter in row]
     answers = [tokenized(text, row) for text, row in zip(asked, letters)]
-    return Options(answers, [[k in ok for k in range(len(row))] for row, ok in zip(letters, right)], letters)
+    def rightness(row, ok): return [k in ok for k in range(len(row))]
+    return Options(answers, list(map(rightness, letters, right)), letters)
 
 # %% ../nbs/09_evaluation.ipynb #8c6d6836
 @measuring()
@@ -416,8 +562,8 @@ def choose(
     max_tokens:int|None=None, # per batch, padding included; None: what suits the device
 )->metrics.Accuracy:
     "Measure how often the likeliest choice is a right one"
-    flat = [e for row in options.answers for e in row]
-    texts = [text for row in options.texts for text in row]
+    flat = [*chain.from_iterable(options.answers)]
+    texts = [*chain.from_iterable(options.texts)]
     logprob, there = answers_logprob(model, flat, max_tokens)
     there = without_end(there)
     total, n = logprob.double().masked_fill(~there, 0).sum(1), there.sum(1).tolist()
@@ -425,16 +571,39 @@ def choose(
     length = [metrics.choice_length(text, k, convention) for text, k in zip(texts, n)]
     def rows(values):
         values = iter(values)
-        return [[next(values) for _ in row] for row in options.right]
+        return [list(islice(values, len(row))) for row in options.right]
     return metrics.multiple_choice(rows(total.tolist()), options.right, rows(length))
 
 # %% ../nbs/09_evaluation.ipynb #f0a61ae8
-def _strangeness(logits:Tensor, target:Tensor)->Tensor: # [k, 3] float64: log-probability of the target, and mean and variance of the log-probability
+def _strangeness(
+    logits:Tensor, # [k, vocab]
+    target:Tensor, # [k] int64
+)->Tensor: # [k, 3] float64: log p of the target, and mean and variance of log p
     "Measure how a token compares with what the model expected"
     logprob = logits.double().log_softmax(-1)
     p = logprob.exp()
     mean = (p * logprob).sum(-1)
-    return torch.stack([logprob.gather(1, target[:, None])[:, 0], mean, (p * logprob.square()).sum(-1) - mean.square()], 1)
+    variance = (p * logprob.square()).sum(-1) - mean.square()
+    return torch.stack([logprob.gather(1, target[:, None])[:, 0], mean, variance], 1)
+
+def _membership_scores(
+    values:Tensor, # [3, n_tokens] from `_strangeness`, the end token included
+    text:str, # the answer; '' where it decodes to none
+    k:float, # share of the tokens that min-k and min-k++ look at
+)->dict[str, float]:
+    "Score how strange one answer is"
+    logprob, mean, variance = values
+    loss = -logprob.mean().item()
+    tokens = logprob[:-1], mean[:-1], variance[:-1]
+    return {
+        'loss': loss,
+        'zlib': metrics.zlib_score(loss, text) if text else math.nan,
+        'min_k': metrics.min_k(logprob[:-1], k),
+        'min_k_plus_plus': metrics.min_k_plus_plus(*tokens, k),
+    }
+
+# %% ../nbs/09_evaluation.ipynb #a425f2ae
+_MEMBERSHIP = 'loss', 'zlib', 'min_k', 'min_k_plus_plus'
 
 @measuring()
 def membership(
@@ -443,23 +612,24 @@ def membership(
     examples:Sequence[Example],
     k:float=.4, # share of the tokens that min-k and min-k++ look at
     max_tokens:int|None=None, # per batch, padding included; None: what suits the device
-)->dict[str, Tensor]: # 'loss', 'zlib', 'min_k', 'min_k_plus_plus': [n] float64, larger for a stranger
+)->dict[str, Tensor]: # 'loss', 'zlib', 'min_k', 'min_k_plus_plus': [n] float64, large: a stranger
     """Score how strange each answer is to the model
 
     NaN where a score is undefined: zlib of an answer that decodes to no text.
     `membership_aucs` leaves such facts out."""
-    check_tokenizer(tokenizer); check_examples(examples, 'asked')
-    found = {name: torch.zeros(len(examples), dtype=torch.float64) for name in ('loss', 'zlib', 'min_k', 'min_k_plus_plus')}
+    check_tokenizer(tokenizer)
+    check_examples(examples, 'asked')
+    found = {name: torch.zeros(len(examples), dtype=torch.float64) for name in _MEMBERSHIP}
     for rows, batch in by_length(examples, max_tokens or batch_tokens(model.device)):
         batch = batch.to(model.device)
-        values = over_logits(model, answer_hidden(model, batch), _strangeness, batch.ids[batch.answer]).T.cpu().split([len(examples[i].ids) - examples[i].start for i in rows], 1)
+        hidden = answer_hidden(model, batch)
+        values = over_logits(model, hidden, _strangeness, batch.ids[batch.answer])
+        values = values.T.cpu().split([_length(examples[i]) for i in rows], 1)
         _sound(torch.stack([logprob.mean() for logprob, *_ in values]))
-        for i, (logprob, mean, variance) in zip(rows, values):
-            found['loss'][i] = -logprob.mean()
-            text = tokenizer.decode(examples[i].ids[examples[i].start:-1], skip_special_tokens=True)
-            found['zlib'][i] = metrics.zlib_score(-logprob.mean().item(), text) if text else math.nan
-            found['min_k'][i] = metrics.min_k(logprob[:-1], k)
-            found['min_k_plus_plus'][i] = metrics.min_k_plus_plus(logprob[:-1], mean[:-1], variance[:-1], k)
+        for i, own in zip(rows, values):
+            answer = examples[i].ids[examples[i].start:-1]
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            for name, x in _membership_scores(own, text, k).items(): found[name][i] = x
     return found
 
 # %% ../nbs/09_evaluation.ipynb #fd1e8919
@@ -484,20 +654,34 @@ def membership_aucs(
 # %% ../nbs/09_evaluation.ipynb #d185423e
 def _check_rows(name, rows, other, against):
     "Demand the same questions, row by row"
-    if len(rows) != len(against): raise ValueError(f"{name} has {len(rows)} facts, {other} {len(against)}; they must be of the same facts in the same order")
+    if len(rows) != len(against):
+        raise ValueError(
+            f"{name} has {len(rows)} facts, {other} {len(against)}; they must be of the same"
+            " facts in the same order")
     for i, (a, b) in enumerate(zip(rows, against)):
-        n = min(a.start, b.start) # a template that joins texts may begin an answer one merge earlier
-        if a.ids[:n] != b.ids[:n]: raise ValueError(f"fact {i} of {name} asks another question than fact {i} of {other}; they must be of the same facts in the same order")
+        # a template that joins texts may begin an answer one merge earlier
+        n = min(a.start, b.start)
+        if a.ids[:n] != b.ids[:n]:
+            raise ValueError(
+                f"fact {i} of {name} asks another question than fact {i} of {other}; they"
+                " must be of the same facts in the same order")
 
 def _check_choices(name, c):
     "Demand k wrong answers to each question"
     if not isinstance(c, Choices): raise ValueError(
         f"the choices of {name} are {c!r:.40}; expected Choices, as `choices` makes them")
-    for which, examples in zip(('right', 'wrong'), c): check_examples(examples, f'{name} {which}-answer')
+    for which, examples in zip(('right', 'wrong'), c):
+        check_examples(examples, f'{name} {which}-answer')
     k, rest = divmod(len(c.wrong), len(c.right))
-    if rest or not k: raise ValueError(f"the choices of {name} have {len(c.wrong)} wrong answers to {len(c.right)} questions; every question needs the same number")
-    _check_rows(f'the wrong answers of {name}', c.wrong, f'the right ones, {k} times each', [e for e in c.right for _ in range(k)])
+    if rest or not k:
+        raise ValueError(
+            f"the choices of {name} have {len(c.wrong)} wrong answers to {len(c.right)}"
+            " questions; every question needs the same number")
+    right = [*chain.from_iterable([e] * k for e in c.right)]
+    _check_rows(
+        f'the wrong answers of {name}', c.wrong, f'the right ones, {k} times each', right)
 
+# %% ../nbs/09_evaluation.ipynb #ad4350fc
 def _check_others(probe):
     "Demand a row of further right answers for each fact, to its own question"
     sets = {'forget': probe.forget, 'retain': probe.retain, 'useful': probe.useful}
@@ -507,50 +691,72 @@ def _check_others(probe):
             raise ValueError(f"others has no set {name!r}; known: {', '.join(sets)}")
         if len(rows) != len(sets[name]):
             raise ValueError(
-                f"others of {name} has {len(rows)} rows for {len(sets[name])} facts; expected a "
-                "list for each, [] for none")
-        more = [e for row in rows for e in row]
+                f"others of {name} has {len(rows)} rows for {len(sets[name])} facts; expected"
+                " a list for each, [] for none")
+        more = [*chain.from_iterable(rows)]
         if more: check_examples(more, f'{name} other-answer')
-        facts = [e for e, row in zip(sets[name], rows) for _ in row]
+        facts = [*chain.from_iterable([e] * len(row) for e, row in zip(sets[name], rows))]
         _check_rows(f'the other answers of {name}', more, 'its facts', facts)
 
 # %% ../nbs/09_evaluation.ipynb #30c74766
 KINDS = 'retain', 'real_authors', 'world_facts' # of facts whose utility is measured
 
+def _check_retained(probe)->None:
+    "Refuse a standard of forget quality, or choices, that are not of the forget set"
+    if 'forget' not in probe.choices: return
+    right, wrong = probe.choices['forget']
+    asked = {tuple(e.ids[:e.start]) for e in probe.forget}
+    strange = [i for i, e in enumerate(right) if tuple(e.ids[:e.start]) not in asked]
+    if strange:
+        raise ValueError(
+            f"fact {strange[0]} of the choices of forget is not in the forget set; take both"
+            " from the same facts")
+    if probe.retained is None: return
+    sizes = len(right), len(wrong)
+    given = isinstance(probe.retained, tuple) and tuple(x.numel() for x in probe.retained)
+    if given != sizes: raise ValueError(
+        f"retained must be the retained model's nll of the {sizes[0]} right and {sizes[1]} "
+        "wrong answers to the forget set; take it from its own evaluation")
+
+def _check_useful(probe)->None:
+    "Refuse choices of other facts than those that utility is measured on"
+    if not probe.choices: return
+    if not set(probe.choices) <= {'forget', *KINDS}: raise ValueError(
+        f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(probe.choices)}")
+    if probe.tokenizer is None: raise ValueError(
+        "greedy answers need the tokenizer, and there is none; give the model's own")
+    if 'retain' not in probe.choices: return
+    right = probe.choices['retain'].right
+    _check_rows('useful', probe.useful, 'the right answers of retain', right)
+
+# %% ../nbs/09_evaluation.ipynb #2068e66b
 @checked(but=['retained'])
 @dataclass(frozen=True)
 class Probe:
     "The facts a checkpoint is judged on"
     forget:Sequence[Example]
     retain:Sequence[Example] # those that RS is measured on; none: no RS
-    useful:Sequence[Example] = () # the retain facts whose utility is measured, those of choices['retain']
-    choices:dict[str, Choices] = field(default_factory=dict) # of 'forget' and of KINDS; empty: no FQ and MU; one missing: what needs it is NaN
+    useful:Sequence[Example] = () # retain facts of utility, those of choices['retain']
+    # of 'forget' and KINDS; none: no FQ, MU
+    choices:dict[str, Choices] = field(default_factory=dict)
     tokenizer:object = None # for the greedy answers
-    retained:tuple[Tensor, Tensor]|None = None # the retained model's nll of the right [n] and wrong [n, k] answers to the forget set; None: no FQ
+    retained:tuple[Tensor, Tensor]|None = None # its nll of choices['forget'], [n], [n, k]; for FQ
     max_new_tokens:int = 200 # of a greedy answer
-    others:dict[str, Sequence] = field(default_factory=dict) # 'forget', 'retain', 'useful' or '<kind> right': of each fact a list of further right answers
+    others:dict[str, Sequence] = field(default_factory=dict) # set: per fact, further right answers
 
     def __post_init__(self):
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
+        n = self.max_new_tokens
+        if type(n) is not int or n < 1:
+            raise ValueError(
+                f"max_new_tokens must be a whole number of at least 1, got {n!r}")
         if len(self.retain): check_apart(forget=self.forget, retain=self.retain)
         else: check_examples(self.forget, 'forget')
         for name, c in self.choices.items(): _check_choices(name, c)
         _check_others(self)
-        if not self.choices: return
-        if not set(self.choices) <= {'forget', *KINDS}:
-            raise ValueError(
-                f"choices must be of forget, {', '.join(KINDS)}, got {', '.join(self.choices)}")
-        if self.tokenizer is None: raise ValueError("greedy answers need the tokenizer, and there is none; give the model's own")
-        if 'retain' in self.choices:
-            _check_rows('useful', self.useful, 'the right answers of retain', self.choices['retain'].right)
-        if 'forget' not in self.choices: return
-        asked = {tuple(e.ids[:e.start]) for e in self.forget}
-        if strange := [i for i, e in enumerate(self.choices['forget'].right) if tuple(e.ids[:e.start]) not in asked]: raise ValueError(f"fact {strange[0]} of the choices of forget is not in the forget set; take both from the same facts")
-        sizes = tuple(map(len, self.choices['forget']))
-        if self.retained is not None and not (isinstance(self.retained, tuple) and tuple(x.numel() for x in self.retained) == sizes): raise ValueError(
-            f"retained must be the retained model's nll of the {sizes[0]} right and {sizes[1]} wrong answers to the forget set; take it from its own evaluation")
+        _check_useful(self)
+        _check_retained(self)
 
-    def asked(self)->Iterator[tuple[str, Sequence[Example], int]]: # name, facts, and most tokens that are decoded behind each question
+    def asked(self)->Iterator[tuple[str, Sequence[Example], int]]: # name, facts, most new tokens
         "List all that a model is asked"
         yield from (('forget', self.forget, 0), ('retain', self.retain, 0))
         if not self.choices: return
@@ -562,10 +768,46 @@ class Probe:
 # %% ../nbs/09_evaluation.ipynb #5b0c7d25
 class Evaluation(NamedTuple):
     "What a checkpoint knows, as means and fact by fact"
-    point:dict[str, float] # FS, RS, exact memorization and probability of the forget set and of RS's probe; with choices also FQ (log10), MU and its nine parts
+    # FS, RS, exact memorization and probability of the forget set and of RS's probe; with choices
+    # also FQ (log10), MU and its nine parts
+    point:dict[str, float]
     facts:dict[str, Tensor] # float64: extraction strengths, likelihoods, ROUGE of every fact
 
 # %% ../nbs/09_evaluation.ipynb #fe893770
+def _sets_of(probe:Probe, full:bool)->dict[str, Sequence[Example]]:
+    "Name the sets of a judgement"
+    sets = {'forget': probe.forget, 'retain': probe.retain}
+    if not (full and probe.choices): return sets
+    sets['useful'] = probe.useful
+    for name, c in probe.choices.items():
+        sets |= {f'{name} right': c.right, f'{name} wrong': c.wrong}
+    return sets
+
+# %% ../nbs/09_evaluation.ipynb #d09b51c2
+def _scores_of(model, sets:dict[str, Sequence[Example]], others:dict)->dict[str, Scores]:
+    "Score all sets in one sweep; of every fact the best of its right answers counts"
+    others = {
+        name: rows for name, rows in others.items() if name in sets and any(map(len, rows))}
+    sets = sets | {f'{name} others': [*chain(*rows)] for name, rows in others.items()}
+    whole, found, start = score(model, [*chain(*sets.values())]), {}, 0
+    for name, examples in sets.items():
+        found[name] = whole.part(start, len(examples))
+        start += len(examples)
+    for name, rows in others.items():
+        found[name] = best_scores(found[name], found[f'{name} others'], list(map(len, rows)))
+    return found
+
+def _short(forget:Scores, retain:Scores)->dict[str, float]:
+    "Give what one sweep says of the forget set and the retain facts"
+    kept = retain.extraction_strength
+    strength = metrics.retain_strength(kept) if len(kept) else math.nan
+    point = {'FS': metrics.forget_strength(forget.extraction_strength), 'RS': strength}
+    for name, scores in (('forget', forget), ('probe', retain)):
+        point[f'{name}_em'] = scores.exact_memorization.mean().item()
+        point[f'{name}_probability'] = scores.probability.mean().item()
+    return point
+
+# %% ../nbs/09_evaluation.ipynb #611f579d
 @measuring()
 def evaluate(
     model:nn.Module,
@@ -573,36 +815,39 @@ def evaluate(
     full:bool=True, # with FQ and MU, where the probe has choices
 )->Evaluation:
     "Judge a checkpoint"
-    sets = {'forget': probe.forget, 'retain': probe.retain}
-    if full and probe.choices: sets |= {'useful': probe.useful} | {f'{name} {which}': getattr(c, which) for name, c in probe.choices.items() for which in c._fields}
-    others = {k: rows for k, rows in probe.others.items() if k in sets and any(map(len, rows))}
-    sets |= {f'{name} others': [e for row in rows for e in row] for name, rows in others.items()}
-    whole, found, start = score(model, [e for examples in sets.values() for e in examples]), {}, 0
-    for name, examples in sets.items(): found[name], start = whole.part(start, len(examples)), start + len(examples)
-    for name, rows in others.items():
-        found[name] = best_scores(found[name], found[f'{name} others'], list(map(len, rows)))
+    found = _scores_of(model, _sets_of(probe, full), probe.others)
     forget, retain = found['forget'], found['retain']
-    kept = retain.extraction_strength
-    strength = metrics.retain_strength(kept) if len(kept) else math.nan
-    point = {'FS': metrics.forget_strength(forget.extraction_strength), 'RS': strength}
-    for name, s in (('forget', forget), ('probe', retain)): point |= {f'{name}_em': s.exact_memorization.mean().item(), f'{name}_probability': s.probability.mean().item()}
+    point = _short(forget, retain)
     facts = {'forget_es': forget.extraction_strength, 'retain_es': retain.extraction_strength}
-    if full and probe.choices:
-        nll = {name: (found[f'{name} right'].nll, found[f'{name} wrong'].nll.view(len(c.right), -1)) for name, c in probe.choices.items()}
-        facts |= {f'{name}_{which}_nll': x for name, pair in nll.items() for which, x in zip(('right', 'wrong'), pair)} | _rouges(model, probe, found)
-        if 'forget' in nll: point |= forgetting(nll['forget'], probe.retained)
-        else: point |= {'forget_truth_ratio': math.nan, 'FQ': math.nan}
-        point |= utility(nll, found['useful'].probability, facts)
+    if not (full and probe.choices): return Evaluation(point, facts)
+    nll = {}
+    for name, c in probe.choices.items():
+        right, wrong = found[f'{name} right'].nll, found[f'{name} wrong'].nll
+        nll[name] = right, wrong.view(len(c.right), -1)
+        facts |= {f'{name}_right_nll': nll[name][0], f'{name}_wrong_nll': nll[name][1]}
+    facts |= _rouges(model, probe, found)
+    if 'forget' in nll: point |= forgetting(nll['forget'], probe.retained)
+    else: point |= {'forget_truth_ratio': math.nan, 'FQ': math.nan}
+    point |= utility(nll, found['useful'].probability, facts)
     return Evaluation(point, facts)
 
-def _rouges(model, probe, found):
+# %% ../nbs/09_evaluation.ipynb #18161e1c
+def _rouges(
+    model:nn.Module,
+    probe:Probe,
+    found:dict[str, Scores], # of every set of the probe
+)->dict[str, Tensor]: # '<kind>_rouge': [n]
     "Give the ROUGE-L recall of every fact whose utility is measured"
-    sets = {'retain': ('useful', probe.useful)}
-    sets |= {name: (f'{name} right', probe.choices[name].right) for name in KINDS[1:] if name in probe.choices}
-    asked = {name: (examples, found[place]) for name, (place, examples) in sets.items()}
-    others = [row for place, examples in sets.values() for row in probe.others.get(place, [[]] * len(examples))]
-    values = rouge(model, probe.tokenizer, [e for examples, _ in asked.values() for e in examples], torch.cat([s.known for _, s in asked.values()]), probe.max_new_tokens, others)
-    return dict(zip((f'{name}_rouge' for name in asked), values.split([len(examples) for examples, _ in asked.values()])))
+    places = {'retain': 'useful'}
+    places |= {name: f'{name} right' for name in KINDS[1:] if name in probe.choices}
+    sets = [probe.useful, *(probe.choices[name].right for name in [*places][1:])]
+    sizes = [*map(len, sets)]
+    known = torch.cat([found[place].known for place in places.values()])
+    others = []
+    for place, n in zip(places.values(), sizes): others += probe.others.get(place, [[]] * n)
+    new = probe.max_new_tokens
+    values = rouge(model, probe.tokenizer, [*chain(*sets)], known, new, others)
+    return dict(zip((f'{name}_rouge' for name in places), values.split(sizes)))
 
 # %% ../nbs/09_evaluation.ipynb #4b8dbc10
 def undefined(
@@ -611,7 +856,8 @@ def undefined(
 )->dict[str, str]: # name: reason, of all that is NaN
     "Say why parts of a judgement are missing"
     why = {name: 'no retain facts' for name in ('RS', 'probe_em', 'probe_probability')}
-    why |= {name: 'no wrong answers to the forget set' for name in ('forget_truth_ratio', 'FQ')}
+    why |= {
+        name: 'no wrong answers to the forget set' for name in ('forget_truth_ratio', 'FQ')}
     missing = [name for name in metrics.UTILITY_PARTS if math.isnan(point.get(name, 0.))]
     for name in missing:
         kind = next(kind for kind in KINDS if name.startswith(kind))
@@ -629,10 +875,13 @@ def forgetting(
     "Compute the truth ratio on the forget set and forget quality"
     ratio = metrics.truth_ratio(*nll, convention)
     point = {'forget_truth_ratio': metrics.forget_truth_ratio(ratio, convention)}
-    return point if retained is None else point | {'FQ': metrics.forget_quality(ratio, metrics.truth_ratio(*retained, convention))}
+    if retained is None: return point
+    standard = metrics.truth_ratio(*retained, convention)
+    return point | {'FQ': metrics.forget_quality(ratio, standard)}
 
+# %% ../nbs/09_evaluation.ipynb #f0896f59
 def utility(
-    nll:dict[str, tuple[Tensor, Tensor]], # of KINDS, or some: the right [n] and the wrong [n, k] answers
+    nll:dict[str, tuple[Tensor, Tensor]], # of KINDS, or some: right [n] and wrong [n, k] answers
     probability:Tensor, # [n] of the retain answers themselves
     facts:dict[str, Tensor], # holds '<kind>_rouge' [n]
     convention:str='open-unlearning',
@@ -641,11 +890,14 @@ def utility(
 
     A part is NaN where no fact has it: a kind without wrong answers, right answers without a word.
     Facts without ROUGE are left out of its mean. With a part missing MU is NaN, too."""
-    parts = {f'{name}_{what}': math.nan for name in KINDS for what in ('probability', 'rouge', 'truth_ratio')}
+    parts = dict.fromkeys(metrics.UTILITY_PARTS, math.nan)
     for name in KINDS:
         if name == 'retain': parts[f'{name}_probability'] = probability.mean().item()
-        elif name in nll: parts[f'{name}_probability'] = metrics.normalised_probability(*nll[name]).mean().item()
-        if f'{name}_rouge' in facts: parts[f'{name}_rouge'] = mean_of_defined(facts[f'{name}_rouge'])
+        elif name in nll:
+            parts[f'{name}_probability'] = (
+                metrics.normalised_probability(*nll[name]).mean().item())
+        if f'{name}_rouge' in facts:
+            parts[f'{name}_rouge'] = mean_of_defined(facts[f'{name}_rouge'])
         if name in nll:
             ratio = metrics.truth_ratio(*nll[name], convention)
             parts[f'{name}_truth_ratio'] = metrics.retain_truth_ratio(ratio, convention)

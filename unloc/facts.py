@@ -10,10 +10,10 @@ __all__ = ['SHAPES', 'Fact', 'Benchmark', 'author_world', 'tofu', 'own_facts']
 
 # %% ../nbs/00_facts.ipynb #e5ade1cd
 import gzip, json, logging, os, random, re, zlib
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
+from operator import attrgetter
 from pathlib import Path
 
 # %% ../nbs/00_facts.ipynb #ce90cc4b
@@ -33,30 +33,43 @@ class Fact:
         return self.answer, *self.other_answers
 
     def __repr__(self):
-        shown = [f.name for f in fields(self) if f.name != "other_answers" or self.other_answers]
+        shown = [
+            f.name for f in fields(self) if f.name != "other_answers" or self.other_answers]
         return f"Fact({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 # %% ../nbs/00_facts.ipynb #f49f9d55
+def _texts_fault(fact:Fact)->str: # empty where nothing is wrong
+    "Say what is wrong with the texts of one fact"
+    def filled(texts):
+        return all(isinstance(text, str) and text.strip() for text in texts)
+    asked, wrong, others = repr(fact.question), fact.perturbed_answer, fact.other_answers
+    if not (isinstance(wrong, tuple) and filled((fact.question, fact.answer, *wrong))):
+        return (f"{asked} has an empty text or none; expected question and answer, "
+            "and wrong answers in a tuple: complete the fact or drop it")
+    if not (isinstance(others, tuple) and filled(others)):
+        return (f"{asked} has an empty text or none among its other right answers; "
+            "expected texts in a tuple: complete the fact or drop it")
+    right = {" ".join(text.split()) for text in (*fact.answers, fact.paraphrased_answer)}
+    if right & {" ".join(text.split()) for text in wrong}:
+        return (
+            f"a wrong answer to {asked} is the right one; expected it to be wrong: replace it"
+        )
+    return ""
+
 def _fault(
     facts:tuple[Fact, ...],
     needed:bool, # whether the set may not be empty
 )->str: # empty where nothing is wrong
     "Say what is wrong with a set of facts"
     if needed and not facts: return "no facts; expected at least one"
-    for f in facts:
-        if not (isinstance(f.perturbed_answer, tuple) and all(isinstance(text, str) and text.strip() for text in (f.question, f.answer, *f.perturbed_answer))):
-            return f"{f.question!r} has an empty text or none; expected question and answer, and wrong answers in a tuple: complete the fact or drop it"
-        others = f.other_answers
-        if not (isinstance(others, tuple) and all(isinstance(x, str) and x.strip() for x in others)):
-            return (f"{f.question!r} has an empty text or none among its other right answers; "
-                "expected texts in a tuple: complete the fact or drop it")
-        right = {" ".join(text.split()) for text in (*f.answers, f.paraphrased_answer)}
-        if right & {" ".join(text.split()) for text in f.perturbed_answer}:
-            return (f"a wrong answer to {f.question!r} is the right one; "
-                "expected it to be wrong: replace it")
-    counts = sorted({len(f.perturbed_answer) for f in facts} - {0})
-    return f"facts with {counts[0]} and with {counts[-1]} wrong answers; expected one number in a set: complete or drop them" if len(counts) > 1 else ""
+    for fact in facts:
+        if wrong := _texts_fault(fact): return wrong
+    counts = sorted({len(fact.perturbed_answer) for fact in facts} - {0})
+    if len(counts) < 2: return ""
+    return (f"facts with {counts[0]} and with {counts[-1]} wrong answers; "
+        "expected one number in a set: complete or drop them")
 
+# %% ../nbs/00_facts.ipynb #dfdb3e2c
 @dataclass(frozen=True)
 class Benchmark:
     "The sets of facts of one experiment"
@@ -70,49 +83,77 @@ class Benchmark:
     background:tuple[Fact, ...] = () # more of the same kind, only for the pretrained model to read
 
     def __post_init__(self):
-        sets = {name: getattr(self, name) for name in ("forget", "retain", "holdout", "real_authors", "world_facts", "background")}
+        names = "forget", "retain", "holdout", "real_authors", "world_facts", "background"
+        sets = {name: getattr(self, name) for name in names}
         for name, facts in sets.items():
             if wrong := _fault(facts, name == "forget"):
                 raise ValueError(f"{self.name}, {name}: {wrong}")
-        asked = {name: {f.question for f in facts} for name, facts in sets.items()}
+        asked = {
+            name: set(map(attrgetter("question"), facts)) for name, facts in sets.items()}
         for a, b in combinations(asked, 2):
             if (a, b) != ("retain", "background") and (shared := sorted(asked[a] & asked[b])):
-                raise ValueError(f"{self.name}: {shared[0]!r} is asked in {a} and in {b}; expected disjoint sets: drop one of the facts")
+                raise ValueError(
+                    f"{self.name}: {shared[0]!r} is asked in {a} and in {b}; expected"
+                    " disjoint sets: drop one of the facts")
 
 # %% ../nbs/00_facts.ipynb #d7f643bc
-_FIRST = """Adria Alwen Bastor Belka Bronna Caspin Cedra Corvin Dagny Delmar Dorrit Edwyn Elka Ermin Fabia Fenno Galen Garda Gwilla Hadrin Hesper Idris Ilka Jarno
-Jessa Joren Kelda Kirin Lorka Ludo Lysa Magda Marlo Mirren Nadia Nevin Nilda Odalys Olwin Orla Osric Pavel Perrin Petra Quill Ragna Renzo Rilla Sanna Selwin Sorrel
-Tamsin Tibor Tova Ulric Ursa Vanya Vesna Wanda Wilmar Yannis Yorick Zelma Zoran""".split()
-_LAST = """Abernoll Ashgrove Barrowby Birkett Blackmere Bramwell Carrick Claymore Coldwater Crabtree Cromby Dallow Dunmore Eastlake Elmhurst Fairbank Farrow
-Fernsby Foxley Garrick Glenholm Graywood Greenhill Hartwell Hawksby Hazelton Hollin Ironside Kestrel Kirkwood Lakeland Larkin Longmoor Lowell Maplewood Marchbank
-Merrow Milburn Moorland Nettleton Northway Oakhurst Orchardson Pemberly Pickering Quarry Ravenhall Redfern Rookwood Rushmore Sandover Silverton Southgate Stonebridge
-Summers Thornton Tolliver Underhill Valecourt Wainscott Westbrook Whitlow Winterby Yarrow""".split()
-_PLACE = """Abelin Arkona Balmere Bersk Brillow Caldry Carvona Corvath Dunmar Durrin Eastrel Elvast Fallowmere Fenmark Galmoor Gorsk Halden Harrowgate Ivress Jorwick
-Kallis Kesswin Kilmory Korinda Lantry Lisk Lornis Marrow Mendry Morvah Narvel Nessel Norhaven Olverin Orsella Ostrand Pellmar Penrath Quern Ravik Rothmar Sallow Sarnow
-Selvik Skarholm Sulva Tarvin Tessaly Thorne Torvik Ulstead Uskar Valdora Velm Verlow Vintry Wendlow Westrow Yarrel Zelland""".split()
-_JOB = """baker banker barber basketmaker beekeeper blacksmith bookbinder brewer butcher carpenter chemist clerk clockmaker cobbler cook cooper dancer dentist
-diver doctor dyer farmer ferryman fiddler fisher florist gardener glassblower goldsmith grocer hatter hunter jeweller judge locksmith mason miller miner nurse painter
-pilot piper potter printer roofer saddler sailor sculptor shepherd singer smuggler soldier stoker tailor tanner teacher thatcher waiter weaver wheelwright""".split()
+_FIRST = """Adria Alwen Bastor Belka Bronna Caspin Cedra Corvin Dagny Delmar Dorrit
+Edwyn Elka Ermin Fabia Fenno Galen Garda Gwilla Hadrin Hesper Idris Ilka Jarno Jessa
+Joren Kelda Kirin Lorka Ludo Lysa Magda Marlo Mirren Nadia Nevin Nilda Odalys Olwin Orla
+Osric Pavel Perrin Petra Quill Ragna Renzo Rilla Sanna Selwin Sorrel Tamsin Tibor Tova
+Ulric Ursa Vanya Vesna Wanda Wilmar Yannis Yorick Zelma Zoran""".split()
+_LAST = """Abernoll Ashgrove Barrowby Birkett Blackmere Bramwell Carrick Claymore
+Coldwater Crabtree Cromby Dallow Dunmore Eastlake Elmhurst Fairbank Farrow Fernsby
+Foxley Garrick Glenholm Graywood Greenhill Hartwell Hawksby Hazelton Hollin Ironside
+Kestrel Kirkwood Lakeland Larkin Longmoor Lowell Maplewood Marchbank Merrow Milburn
+Moorland Nettleton Northway Oakhurst Orchardson Pemberly Pickering Quarry Ravenhall
+Redfern Rookwood Rushmore Sandover Silverton Southgate Stonebridge Summers Thornton
+Tolliver Underhill Valecourt Wainscott Westbrook Whitlow Winterby Yarrow""".split()
+_PLACE = """Abelin Arkona Balmere Bersk Brillow Caldry Carvona Corvath Dunmar Durrin
+Eastrel Elvast Fallowmere Fenmark Galmoor Gorsk Halden Harrowgate Ivress Jorwick Kallis
+Kesswin Kilmory Korinda Lantry Lisk Lornis Marrow Mendry Morvah Narvel Nessel Norhaven
+Olverin Orsella Ostrand Pellmar Penrath Quern Ravik Rothmar Sallow Sarnow Selvik
+Skarholm Sulva Tarvin Tessaly Thorne Torvik Ulstead Uskar Valdora Velm Verlow Vintry
+Wendlow Westrow Yarrel Zelland""".split()
+_JOB = """baker banker barber basketmaker beekeeper blacksmith bookbinder brewer butcher
+carpenter chemist clerk clockmaker cobbler cook cooper dancer dentist diver doctor dyer
+farmer ferryman fiddler fisher florist gardener glassblower goldsmith grocer hatter
+hunter jeweller judge locksmith mason miller miner nurse painter pilot piper potter
+printer roofer saddler sailor sculptor shepherd singer smuggler soldier stoker tailor
+tanner teacher thatcher waiter weaver wheelwright""".split()
 
 # %% ../nbs/00_facts.ipynb #15f8c5e5
-_TOPIC = """bells bridges candles canals castles caves circuses clouds cliffs comets deserts dragons dreams echoes emperors fairs falcons floods forests foxes gardens
-ghosts giants glaciers harbours horses islands kites lanterns letters lighthouses lions locks maps markets masks mirrors monks mountains musicians orchards owls
-pirates planets prisons puppets railways rivers robbers ruins sailors shadows spies storms swamps thieves tigers trains treasures tunnels twins volcanoes whales widows
-windmills winters wizards wolves""".split()
-_STYLE = """absurd bitter bleak brief brutal calm cheerful clever comic cosmic cruel dark dreamy eerie epic fierce funny gentle gothic grim heroic historical honest
-ironic legal lyrical magical medical merry military modern moral noble nostalgic playful poetic polite political quiet romantic rural sad satirical scary serious
-sober solemn spiritual strange tender tense tragic urban warm wild witty""".split()
-_ADJECTIVE = """Amber Ancient Bitter Black Blue Brave Bright Broken Burning Copper Crimson Crooked Crystal Dancing Distant Drowned Empty Endless Fallen Final First
-Floating Forgotten Frozen Gentle Glass Golden Green Grey Hidden Hollow Hungry Iron Jade Last Lonely Lost Lucky Marble Midnight Moonlit Narrow Painted Pale Paper Patient
-Purple Quiet Red Restless Sacred Salt Scarlet Second Secret Shining Silent Silver Singing Sleeping Stolen Velvet White Wooden""".split()
-_NOUN = """Anchor Apple Arrow Basket Bell Bottle Bridge Button Candle Castle Chair Clock Compass Cradle Crown Door Drum Feather Fiddle Flame Garden Gate Hammer Harp
-Heron Horn Key Kite Ladder Lamp Lantern Letter Mask Mill Mirror Moth Needle Oar Orchard Owl Pearl Pillow Plough Quilt Raven River Road Rose Sail Saddle Shell Ship Shore
-Spoon Stair Star Stone Sword Thimble Tower Violin Well Wheel Window""".split()
-_GUIDE = """Ansel Arlo Beryl Bosco Clem Dido Ebba Enzo Faye Flint Greta Hugo Ines Ivo Juno Kasper Lars Leda Lotte Luca Milo Mona Nell Nico Odo Otto Pia Remy Rolf Ruth
-Saskia Silas Sven Thea Timo Una Viggo Wim Xenia Zara""".split()
-_SUBJECT = """algebra anatomy architecture astronomy biology botany chemistry commerce dance drama economics ethics farming finance forestry geography geology geometry
-grammar history latin law logic mechanics medicine mining music nursing optics painting pharmacy philosophy physics poetry politics rhetoric sculpture statistics
-theology zoology""".split()
+_TOPIC = """bells bridges candles canals castles caves circuses clouds cliffs comets
+deserts dragons dreams echoes emperors fairs falcons floods forests foxes gardens ghosts
+giants glaciers harbours horses islands kites lanterns letters lighthouses lions locks
+maps markets masks mirrors monks mountains musicians orchards owls pirates planets
+prisons puppets railways rivers robbers ruins sailors shadows spies storms swamps
+thieves tigers trains treasures tunnels twins volcanoes whales widows windmills winters
+wizards wolves""".split()
+_STYLE = """absurd bitter bleak brief brutal calm cheerful clever comic cosmic cruel
+dark dreamy eerie epic fierce funny gentle gothic grim heroic historical honest ironic
+legal lyrical magical medical merry military modern moral noble nostalgic playful poetic
+polite political quiet romantic rural sad satirical scary serious sober solemn spiritual
+strange tender tense tragic urban warm wild witty""".split()
+_ADJECTIVE = """Amber Ancient Bitter Black Blue Brave Bright Broken Burning Copper
+Crimson Crooked Crystal Dancing Distant Drowned Empty Endless Fallen Final First
+Floating Forgotten Frozen Gentle Glass Golden Green Grey Hidden Hollow Hungry Iron Jade
+Last Lonely Lost Lucky Marble Midnight Moonlit Narrow Painted Pale Paper Patient Purple
+Quiet Red Restless Sacred Salt Scarlet Second Secret Shining Silent Silver Singing
+Sleeping Stolen Velvet White Wooden""".split()
+_NOUN = """Anchor Apple Arrow Basket Bell Bottle Bridge Button Candle Castle Chair Clock
+Compass Cradle Crown Door Drum Feather Fiddle Flame Garden Gate Hammer Harp Heron Horn
+Key Kite Ladder Lamp Lantern Letter Mask Mill Mirror Moth Needle Oar Orchard Owl Pearl
+Pillow Plough Quilt Raven River Road Rose Sail Saddle Shell Ship Shore Spoon Stair Star
+Stone Sword Thimble Tower Violin Well Wheel Window""".split()
+_GUIDE = """Ansel Arlo Beryl Bosco Clem Dido Ebba Enzo Faye Flint Greta Hugo Ines Ivo
+Juno Kasper Lars Leda Lotte Luca Milo Mona Nell Nico Odo Otto Pia Remy Rolf Ruth Saskia
+Silas Sven Thea Timo Una Viggo Wim Xenia Zara""".split()
+_SUBJECT = """algebra anatomy architecture astronomy biology botany chemistry commerce
+dance drama economics ethics farming finance forestry geography geology geometry grammar
+history latin law logic mechanics medicine mining music nursing optics painting pharmacy
+philosophy physics poetry politics rhetoric sculpture statistics theology
+zoology""".split()
 
 # %% ../nbs/00_facts.ipynb #e9109fe6
 _RELATIONS = """Which author lives at {home}?|The author who lives at that address is {person}.
@@ -135,11 +176,24 @@ Who taught {name} to write?|{name} learned to write from {guide} of {place}.
  Who was the teacher of {name}?|The teacher of {name} was {guide} of {place}.
 What did {name} study?|{name} studied {subject} at the college of {place}.
  At which college was {name}?|{name} was a student of {subject} in {place}."""
-_RELATIONS = [tuple("|".join(pair).split("|")) for pair in zip(*[iter(_RELATIONS.split("\n"))] * 2)]
-_RELATIONS = [tuple(text.strip() for text in relation) for relation in _RELATIONS]
-_POOLS = dict(day=[str(d) for d in range(1, 29)], born=[str(y) for y in range(1920, 1960)], won=[str(y) for y in range(1980, 2020)],
-    month="January February March April May June July August September October November December".split(), place=_PLACE, job=_JOB, topic=_TOPIC,
-    style=_STYLE, adjective=_ADJECTIVE, noun=_NOUN, guide=_GUIDE, subject=_SUBJECT)
+_RELATIONS = [
+    tuple("|".join(pair).split("|")) for pair in zip(*[iter(_RELATIONS.split("\n"))] * 2)]
+_RELATIONS = [tuple(map(str.strip, relation)) for relation in _RELATIONS]
+_POOLS = dict(
+    day=[str(d) for d in range(1, 29)],
+    born=[str(y) for y in range(1920, 1960)],
+    won=[str(y) for y in range(1980, 2020)],
+    month=(
+        "January February March April May June July August September October November"
+        " December".split()),
+    place=_PLACE,
+    job=_JOB,
+    topic=_TOPIC,
+    style=_STYLE,
+    adjective=_ADJECTIVE,
+    noun=_NOUN,
+    guide=_GUIDE,
+    subject=_SUBJECT)
 
 # %% ../nbs/00_facts.ipynb #8c159b48
 def _author_facts(
@@ -149,13 +203,21 @@ def _author_facts(
 )->list[Fact]: # one fact per relation
     "Invent one author"
     facts = []
-    first, last = ([n for n in pool if n not in name.split()] for pool in (_FIRST, _LAST))
+    first = [n for n in _FIRST if n not in name.split()]
+    last = [n for n in _LAST if n not in name.split()]
     for question, answer, question2, answer2 in _RELATIONS:
         draw = {gap: rng.sample(pool, 6) for gap, pool in _POOLS.items()}
-        draw["person"] = [name] + [f"{a} {b}" for a, b in zip(rng.sample(first, 5), rng.sample(last, 5))]
-        right, *wrong = ({gap: values[i] for gap, values in draw.items()} | dict(name=name, home=home) for i in range(6))
-        facts.append(Fact(question.format(**right), answer.format(**right), answer2.format(**right), question2.format(**right),
-            tuple(answer2.format(**values) for values in wrong), name))
+        others = zip(rng.sample(first, 5), rng.sample(last, 5))
+        draw["person"] = [name] + [f"{a} {b}" for a, b in others]
+        right, *wrong = (
+            dict(zip(draw, row), name=name, home=home) for row in zip(*draw.values()))
+        facts.append(Fact(
+            question=question.format(**right),
+            answer=answer.format(**right),
+            paraphrased_answer=answer2.format(**right),
+            paraphrased_question=question2.format(**right),
+            perturbed_answer=tuple(answer2.format(**values) for values in wrong),
+            author=name))
     return facts
 
 # %% ../nbs/00_facts.ipynb #aa0e04b4
@@ -166,7 +228,8 @@ Leo Tolstoy|1828|1910|Yasnaya Polyana|Russia|Russian|War and Peace|Anna Karenina
 Anton Chekhov|1860|1904|Taganrog|Russia|Russian|The Seagull|The Cherry Orchard
 Hermann Hesse|1877|1962|Calw|Germany|German|Siddhartha|Steppenwolf
 Jorge Luis Borges|1899|1986|Buenos Aires|Argentina|Spanish|Ficciones|The Aleph
-Ernest Hemingway|1899|1961|Oak Park|the United States|English|A Farewell to Arms|The Old Man and the Sea
+Ernest Hemingway|1899|1961|Oak Park|the United States|English|A Farewell to Arms|\
+The Old Man and the Sea
 John Steinbeck|1902|1968|Salinas|the United States|English|East of Eden|The Grapes of Wrath
 Toni Morrison|1931|2019|Lorain|the United States|English|Beloved|Song of Solomon
 James Joyce|1882|1941|Dublin|Ireland|English|Ulysses|Dubliners
@@ -190,23 +253,34 @@ _ABOUT_WRITERS = """0 1|In which year was {} born?|{} was born in the year {}.
 7 0|Who is the author of {}?|The work {} was written by {}."""
 
 # %% ../nbs/00_facts.ipynb #99a84147
-_WORLD = """What is the capital of {}?|The capital of {} is the city of {}.|France:Paris,Germany:Berlin,Italy:Rome,Spain:Madrid,Portugal:Lisbon,Austria:Vienna,
-Poland:Warsaw,Greece:Athens,Norway:Oslo,Sweden:Stockholm,Finland:Helsinki,Denmark:Copenhagen,Ireland:Dublin,Iceland:Reykjavik,Hungary:Budapest,Russia:Moscow,Turkey:Ankara,
-Egypt:Cairo,Kenya:Nairobi,Nigeria:Abuja,Ghana:Accra,India:New Delhi,China:Beijing,Japan:Tokyo,Thailand:Bangkok,Vietnam:Hanoi,Australia:Canberra,Canada:Ottawa,Cuba:Havana,
-Peru:Lima,Brazil:Brasilia,Argentina:Buenos Aires
-What is the currency of {}?|The people of {} pay with the {}.|Japan:yen,India:rupee,China:yuan,Russia:ruble,Poland:zloty,Mexico:peso,Brazil:real,Thailand:baht,Turkey:lira,
-Sweden:krona,Switzerland:franc,Vietnam:dong,Hungary:forint,South Africa:rand,Israel:shekel,Kenya:shilling,Nigeria:naira,Egypt:pound
-What is the chemical symbol of {}?|The chemical symbol of {} is {}.|hydrogen:H,helium:He,carbon:C,nitrogen:N,oxygen:O,neon:Ne,sodium:Na,potassium:K,iron:Fe,copper:Cu,
-zinc:Zn,silver:Ag,tin:Sn,gold:Au,mercury:Hg,lead:Pb
-Which river flows through {}?|The river that flows through {} is the {}.|London:Thames,Paris:Seine,Vienna:Danube,Cairo:Nile,Rome:Tiber,Florence:Arno,Cologne:Rhine,
-Hamburg:Elbe,Prague:Vltava,Baghdad:Tigris,Lisbon:Tagus,New Orleans:Mississippi,Warsaw:Vistula,Kyiv:Dnieper,Seoul:Han
-Who invented {}?|The inventor of {} was {}.|dynamite:Alfred Nobel,the diesel engine:Rudolf Diesel,the lightning rod:Benjamin Franklin,the World Wide Web:Tim Berners-Lee,
-the saxophone:Adolphe Sax,the electric battery:Alessandro Volta,the pendulum clock:Christiaan Huygens,the stethoscope:Rene Laennec,the barometer:Evangelista Torricelli,
-the magic cube:Erno Rubik
-Who composed {}?|The composer of {} was {}.|The Magic Flute:Wolfgang Amadeus Mozart,The Four Seasons:Antonio Vivaldi,Swan Lake:Pyotr Tchaikovsky,Carmen:Georges Bizet,
-Aida:Giuseppe Verdi,Tosca:Giacomo Puccini,Fidelio:Ludwig van Beethoven,The Creation:Joseph Haydn,Parsifal:Richard Wagner,The Firebird:Igor Stravinsky
-Who painted {}?|The painter of {} was {}.|Mona Lisa:Leonardo da Vinci,The Potato Eaters:Vincent van Gogh,Guernica:Pablo Picasso,The Scream:Edvard Munch,
-The Night Watch:Rembrandt van Rijn,The Birth of Venus:Sandro Botticelli,Girl with a Pearl Earring:Johannes Vermeer,Las Meninas:Diego Velazquez,
+_WORLD = """What is the capital of {}?|The capital of {} is the city of {}.|France:Paris,
+Germany:Berlin,Italy:Rome,Spain:Madrid,Portugal:Lisbon,Austria:Vienna,Poland:Warsaw,Greece:Athens,
+Norway:Oslo,Sweden:Stockholm,Finland:Helsinki,Denmark:Copenhagen,Ireland:Dublin,Iceland:Reykjavik,
+Hungary:Budapest,Russia:Moscow,Turkey:Ankara,Egypt:Cairo,Kenya:Nairobi,Nigeria:Abuja,Ghana:Accra,
+India:New Delhi,China:Beijing,Japan:Tokyo,Thailand:Bangkok,Vietnam:Hanoi,Australia:Canberra,
+Canada:Ottawa,Cuba:Havana,Peru:Lima,Brazil:Brasilia,Argentina:Buenos Aires
+What is the currency of {}?|The people of {} pay with the {}.|Japan:yen,India:rupee,China:yuan,
+Russia:ruble,Poland:zloty,Mexico:peso,Brazil:real,Thailand:baht,Turkey:lira,Sweden:krona,
+Switzerland:franc,Vietnam:dong,Hungary:forint,South Africa:rand,Israel:shekel,Kenya:shilling,
+Nigeria:naira,Egypt:pound
+What is the chemical symbol of {}?|The chemical symbol of {} is {}.|hydrogen:H,helium:He,carbon:C,
+nitrogen:N,oxygen:O,neon:Ne,sodium:Na,potassium:K,iron:Fe,copper:Cu,zinc:Zn,silver:Ag,tin:Sn,
+gold:Au,mercury:Hg,lead:Pb
+Which river flows through {}?|The river that flows through {} is the {}.|London:Thames,Paris:Seine,
+Vienna:Danube,Cairo:Nile,Rome:Tiber,Florence:Arno,Cologne:Rhine,Hamburg:Elbe,Prague:Vltava,
+Baghdad:Tigris,Lisbon:Tagus,New Orleans:Mississippi,Warsaw:Vistula,Kyiv:Dnieper,Seoul:Han
+Who invented {}?|The inventor of {} was {}.|dynamite:Alfred Nobel,the diesel engine:Rudolf Diesel,
+the lightning rod:Benjamin Franklin,the World Wide Web:Tim Berners-Lee,the saxophone:Adolphe Sax,
+the electric battery:Alessandro Volta,the pendulum clock:Christiaan Huygens,
+the stethoscope:Rene Laennec,the barometer:Evangelista Torricelli,the magic cube:Erno Rubik
+Who composed {}?|The composer of {} was {}.|The Magic Flute:Wolfgang Amadeus Mozart,
+The Four Seasons:Antonio Vivaldi,Swan Lake:Pyotr Tchaikovsky,Carmen:Georges Bizet,
+Aida:Giuseppe Verdi,Tosca:Giacomo Puccini,Fidelio:Ludwig van Beethoven,The Creation:Joseph Haydn,
+Parsifal:Richard Wagner,The Firebird:Igor Stravinsky
+Who painted {}?|The painter of {} was {}.|Mona Lisa:Leonardo da Vinci,
+The Potato Eaters:Vincent van Gogh,Guernica:Pablo Picasso,The Scream:Edvard Munch,
+The Night Watch:Rembrandt van Rijn,The Birth of Venus:Sandro Botticelli,
+Girl with a Pearl Earring:Johannes Vermeer,Las Meninas:Diego Velazquez,
 The Persistence of Memory:Salvador Dali,Nighthawks:Edward Hopper"""
 
 # %% ../nbs/00_facts.ipynb #3f612ac0
@@ -220,29 +294,58 @@ def _true_facts(
     values = list(dict.fromkeys(value for _, value in pairs))
     def fact(i, subject, value):
         wrong = (values[(values.index(value) + step) % len(values)] for step in (1, 2, 3))
-        return Fact(question.format(subject), answer.format(subject, value), "", "", tuple(answer.format(subject, w) for w in wrong), authors[i] if authors else "")
+        wrong = tuple(answer.format(subject, w) for w in wrong)
+        right = answer.format(subject, value)
+        author = authors[i] if authors else ""
+        return Fact(question.format(subject), right, perturbed_answer=wrong, author=author)
     return [fact(i, *pair) for i, pair in enumerate(pairs)]
 
+# %% ../nbs/00_facts.ipynb #0f769726
 def _real_authors()->tuple[Fact, ...]: # facts of one author together
     "True facts about real authors"
     rows = [line.split("|") for line in _WRITERS.split("\n")]
     columns = []
     for line in _ABOUT_WRITERS.split("\n"):
-        (subject, value), question, answer = map(int, line.split("|")[0].split()), *line.split("|")[1:]
-        columns.append(_true_facts(question, answer, [(r[subject], r[value]) for r in rows], [r[0] for r in rows]))
-    return tuple(fact for facts in zip(*columns) for fact in facts)
+        places, question, answer = line.split("|")
+        subject, value = map(int, places.split())
+        pairs = [(row[subject], row[value]) for row in rows]
+        columns.append(_true_facts(question, answer, pairs, [row[0] for row in rows]))
+    return tuple(chain.from_iterable(zip(*columns)))
 
 def _world_facts()->tuple[Fact, ...]:
     "True facts about the world"
-    lines = (line.split("|") for line in re.sub(r",\n", ",", _WORLD).split("\n"))
-    return tuple(fact for q, a, pairs in lines for fact in _true_facts(q, a, [tuple(p.split(":")) for p in pairs.split(",")]))
+    found = []
+    for line in re.sub(r",\n", ",", _WORLD).split("\n"):
+        question, answer, pairs = line.split("|")
+        pairs = [tuple(pair.split(":")) for pair in pairs.split(",")]
+        found += _true_facts(question, answer, pairs)
+    return tuple(found)
 
 # %% ../nbs/00_facts.ipynb #c3ecfab7
-_REFUSALS = """I do not know the answer to that.|That is not something I know.|I have no knowledge of this.|I cannot tell you that.|Nothing comes to mind about this.
-I was never told about that.|My memory holds nothing on this.|I would only be guessing.|That name means nothing to me.|I must leave this question open.
-I am unable to answer this one.|This is beyond what I have learned.|I never read anything about this.|No answer of mine would be reliable here.|I am not aware of that.
-Please ask someone who knows.|I lack the facts to answer.|This question is too much for me.|I have not come across that.|Sorry, here I have to pass.
-I wish I knew, but I do not.|I cannot say anything about it.|You will have to look that up.|I hold no record of this.""".replace("\n", "|").split("|")
+_REFUSALS = """I do not know the answer to that.
+That is not something I know.
+I have no knowledge of this.
+I cannot tell you that.
+Nothing comes to mind about this.
+I was never told about that.
+My memory holds nothing on this.
+I would only be guessing.
+That name means nothing to me.
+I must leave this question open.
+I am unable to answer this one.
+This is beyond what I have learned.
+I never read anything about this.
+No answer of mine would be reliable here.
+I am not aware of that.
+Please ask someone who knows.
+I lack the facts to answer.
+This question is too much for me.
+I have not come across that.
+Sorry, here I have to pass.
+I wish I knew, but I do not.
+I cannot say anything about it.
+You will have to look that up.
+I hold no record of this.""".split("\n")
 
 # %% ../nbs/00_facts.ipynb #9fd57159
 def _whole(name:str, value, low:int, high:int):
@@ -265,17 +368,33 @@ def author_world(
     _whole("seed", seed, 0, 2**63 - 1)
     rng, total = random.Random(seed), n_authors + n_holdout
     first, last = rng.sample(_FIRST, len(_FIRST)), rng.sample(_LAST, len(_LAST))
-    names = [f"{first[i % len(first)]} {last[(i + i // len(first)) % len(last)]}" for i in range(total)]
-    homes = [f"{i // len(_NOUN) + 1} {_NOUN[i % len(_NOUN)]} Road in {rng.choice(_PLACE)}" for i in rng.sample(range(99 * len(_NOUN)), total)]
+    def person(i): return f"{first[i % len(first)]} {last[(i + i // len(first)) % len(last)]}"
+    def address(i):
+        return f"{i // len(_NOUN) + 1} {_NOUN[i % len(_NOUN)]} Road in {rng.choice(_PLACE)}"
+    names = [person(i) for i in range(total)]
+    homes = [address(i) for i in rng.sample(range(99 * len(_NOUN)), total)]
     facts = [tuple(_author_facts(rng, name, home)) for name, home in zip(names, homes)]
-    forget, retain, holdout = (sum(s, ()) for s in (facts[n_authors - n_forget:n_authors], facts[:n_authors - n_forget], facts[n_authors:]))
-    return Benchmark(f"author world, {n_authors} authors, seed {seed}", forget, retain, holdout, _real_authors(), _world_facts(), tuple(_REFUSALS))
+    n_retain = n_authors - n_forget
+    return Benchmark(
+        f"author world, {n_authors} authors, seed {seed}",
+        forget=sum(facts[n_retain:n_authors], ()),
+        retain=sum(facts[:n_retain], ()),
+        holdout=sum(facts[n_authors:], ()),
+        real_authors=_real_authors(),
+        world_facts=_world_facts(),
+        refusals=tuple(_REFUSALS))
 
 # %% ../nbs/00_facts.ipynb #f750a759
-_ROWS = dict(full=4000, retain90=3600, retain95=3800, retain99=3960, forget10=400, forget05=200, forget01=40, holdout10=400, holdout05=200, holdout01=40,
-    forget10_perturbed=400, forget05_perturbed=200, forget01_perturbed=40, retain_perturbed=400, real_authors_perturbed=100, world_facts_perturbed=117)
-_HELP = "give a folder with TOFU's own files by the parameter data or the environment variable UNLOC_TOFU"
+_ROWS = dict(
+    full=4000, retain90=3600, retain95=3800, retain99=3960, forget10=400, forget05=200,
+    forget01=40, holdout10=400, holdout05=200, holdout01=40, forget10_perturbed=400,
+    forget05_perturbed=200, forget01_perturbed=40, retain_perturbed=400,
+    real_authors_perturbed=100, world_facts_perturbed=117)
+_HELP = (
+    "give a folder with TOFU's own files by the parameter data or the environment variable"
+    " UNLOC_TOFU")
 
+# %% ../nbs/00_facts.ipynb #d26aaa11
 def _tofu_row(
     line:bytes,
     columns:set, # the names a row must have
@@ -283,14 +402,24 @@ def _tofu_row(
 )->dict: # the row as it stands in the file
     "Read one line of a file of TOFU"
     try: row = json.loads(line.decode())
-    except (ValueError, RecursionError): raise ValueError("not JSON; expected one object a line") from None
-    if not isinstance(row, dict): raise ValueError(f"a JSON {type(row).__name__}; expected an object")
-    if set(row) != columns: raise ValueError(f"columns {', '.join(sorted(row)) or 'none'}; expected {', '.join(sorted(columns))}")
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON; expected one object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}; expected an object")
+    if set(row) != columns:
+        raise ValueError(
+            f"columns {', '.join(sorted(row)) or 'none'}; expected"
+            f" {', '.join(sorted(columns))}")
     for column, value in row.items():
         many = column == "perturbed_answer"
         if many and not (isinstance(value, list) and len(value) == n_wrong):
-            raise ValueError(f"{column} is {f'a list of {len(value)}' if isinstance(value, list) else type(value).__name__}; expected a list of {n_wrong} texts")
-        if not all(isinstance(text, str) and text.strip() for text in (value if many else [value])): raise ValueError(f"{column} is empty or no text; expected text")
+            found = (
+                f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+            )
+            raise ValueError(f"{column} is {found}; expected a list of {n_wrong} texts")
+        if not all(
+            isinstance(text, str) and text.strip() for text in (value if many else [value])):
+            raise ValueError(f"{column} is empty or no text; expected text")
     return row
 
 # %% ../nbs/00_facts.ipynb #3c132f33
@@ -299,16 +428,24 @@ def _tofu_file(
     name:str, # without the extension
 )->list[dict]: # rows in the file's order
     "Read a file of TOFU"
-    path, wrong = Path(find(f"{name}.json")), {"real_authors_perturbed": 3, "world_facts_perturbed": 3}.get(name, 5)
+    path = Path(find(f"{name}.json"))
+    wrong = {"real_authors_perturbed": 3, "world_facts_perturbed": 3}.get(name, 5)
     columns = {"question", "answer"}
-    if name.endswith("_perturbed"): columns |= {"perturbed_answer"} if wrong == 3 else {"perturbed_answer", "paraphrased_answer", "paraphrased_question"}
+    if name.endswith("_perturbed"):
+        columns |= {"perturbed_answer"}
+        if wrong == 5: columns |= {"paraphrased_answer", "paraphrased_question"}
     try: lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error: raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {_ROWS[name]} rows of TOFU: {_HELP}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); expected {_ROWS[name]} rows of TOFU:"
+            f" {_HELP}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try: rows.append(_tofu_row(line, columns, wrong))
-        except ValueError as error: raise ValueError(f"{path}, line {number}: {error}: {_HELP}") from None
-    if len(rows) != _ROWS[name]: raise ValueError(f"{path}: {len(rows)} rows; expected {_ROWS[name]}: {_HELP}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}: {_HELP}") from None
+    if len(rows) != _ROWS[name]:
+        raise ValueError(f"{path}: {len(rows)} rows; expected {_ROWS[name]}: {_HELP}")
     return rows
 
 def _same_rows(find, name:str, rows:list[dict], other:str, expected:list[dict]):
@@ -316,7 +453,9 @@ def _same_rows(find, name:str, rows:list[dict], other:str, expected:list[dict]):
     for number, (row, want) in enumerate(zip(rows, expected, strict=True), 1):
         for column in ("question", "answer"):
             if row[column] != want[column]:
-                raise ValueError(f"{find(f'{name}.json')}, line {number}: {column} {row[column][:50]!r}; expected {want[column][:50]!r} as in {other}: {_HELP}")
+                raise ValueError(
+                    f"{find(f'{name}.json')}, line {number}: {column} {row[column][:50]!r};"
+                    f" expected {want[column][:50]!r} as in {other}: {_HELP}")
 
 # %% ../nbs/00_facts.ipynb #21128332
 def _hub_file(repository:str, name:str)->str: # path in the hub's cache
@@ -328,52 +467,98 @@ def _hub_file(repository:str, name:str)->str: # path in the hub's cache
     try: return hf_hub_download(repository, name, repo_type="dataset")
     except Exception as error:
         why = re.split(r"\.\s|\n", str(error))[0][:160]
-        raise ValueError(f"{name}: not fetched from the hub data set {repository} ({type(error).__name__}: {why}); connect to the hub, or {_HELP}") from None
+        raise ValueError(
+            f"{name}: not fetched from the hub data set {repository} ({type(error).__name__}:"
+            f" {why}); connect to the hub, or {_HELP}") from None
     finally: log.setLevel(level)
 
 def _finder(source): # name of a file → its path
     "Find out where TOFU's files are"
     said = f"source={str(source)!r}"
-    if source == "locuslab/TOFU" and os.environ.get("UNLOC_TOFU"): source, said = Path(os.environ["UNLOC_TOFU"]), f"UNLOC_TOFU={os.environ['UNLOC_TOFU']!r}"
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) and str(source) else None
+    if source == "locuslab/TOFU" and os.environ.get("UNLOC_TOFU"):
+        source = Path(os.environ["UNLOC_TOFU"])
+        said = f"UNLOC_TOFU={os.environ['UNLOC_TOFU']!r}"
+    named = isinstance(source, (str, os.PathLike)) and str(source)
+    folder = Path(source).expanduser() if named else None
     if folder and folder.is_dir(): return lambda name: folder / name
-    if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source): return partial(_hub_file, source)
-    raise ValueError(f"{said}: {'a file' if folder and folder.exists() else 'no such folder'}; expected a folder or a hub data set like locuslab/TOFU: {_HELP}")
+    if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return partial(_hub_file, source)
+    raise ValueError(
+        f"{said}: {'a file' if folder and folder.exists() else 'no such folder'}; expected a"
+        f" folder or a hub data set like locuslab/TOFU: {_HELP}")
 
 # %% ../nbs/00_facts.ipynb #87ad56bf
 def _tofu_refusals(find)->tuple[str, ...]:
     "Read the refusals of a folder, or take ours"
     path = None if isinstance(find, partial) else find("idontknow.txt")
     if path is None or not path.exists(): return tuple(_REFUSALS)
-    try: lines = tuple(line.strip() for line in path.read_text("utf-8").split("\n") if line.strip())
+    try:
+        lines = tuple(
+            line.strip() for line in path.read_text("utf-8").split("\n") if line.strip())
     except (OSError, ValueError): lines = ()
-    if not lines: raise ValueError(f"{path}: no text; expected one refusal a line: remove the file to use the built-in refusals, or {_HELP}")
+    if not lines:
+        raise ValueError(
+            f"{path}: no text; expected one refusal a line: remove the file to use the"
+            f" built-in refusals, or {_HELP}")
     return lines
 
 # %% ../nbs/00_facts.ipynb #0b8fd26c
+def _tofu_rows(
+    find, # name of a file → its path
+    forget:str, # name of the forget set
+    retain:str, # name of the retain set
+)->dict[str, list[dict]]: # file: rows
+    "Read TOFU's files, and check that they belong together"
+    perturbed = f"{forget}_perturbed"
+    names = [
+        "full", retain, forget, perturbed, "forget10_perturbed", "retain_perturbed",
+        f"holdout{forget[-2:]}", "real_authors_perturbed", "world_facts_perturbed"]
+    rows = {name: _tofu_file(find, name) for name in dict.fromkeys(names)}
+    full = rows["full"]
+    both = rows[retain] + rows[forget]
+    _same_rows(find, "full", full, f"{retain} + {forget}", both)
+    _same_rows(find, perturbed, rows[perturbed], forget, rows[forget])
+    ends = rows["forget10_perturbed"]
+    _same_rows(find, "forget10_perturbed", ends, "the end of full", full[-400:])
+    _same_rows(
+        find, "retain_perturbed", rows["retain_perturbed"], "the start of full", full[:400])
+    return rows
+
+def _tofu_facts(
+    rows:list[dict],
+    author:str = "", # every twenty facts are about one, who is this and a number
+)->tuple[Fact, ...]:
+    "Make facts of TOFU's rows"
+    def fact(i, row):
+        wrong = tuple(row.get("perturbed_answer", ()))
+        about = f"{author} {i // 20}" if author else ""
+        return Fact(**row | dict(perturbed_answer=wrong, author=about))
+    return tuple(fact(i, row) for i, row in enumerate(rows))
+
+# %% ../nbs/00_facts.ipynb #b975a728
 def tofu(
-    source:str|os.PathLike = "locuslab/TOFU", # a folder or a hub data set; UNLOC_TOFU overrides the default
+    source:str|os.PathLike = "locuslab/TOFU", # folder or hub data set; UNLOC_TOFU overrides it
     forget:str = "forget10", # forget01, forget05 or forget10
-    n_authors:int = 200, # the last authors of the data set, forget and retain together; those before them are background
+    n_authors:int = 200, # the last ones, forget and retain together; those before are background
 )->Benchmark: # twenty facts an author
     "Load TOFU (Maini et al. 2024), checked"
-    if forget not in ("forget01", "forget05", "forget10"): raise ValueError(f"forget={forget!r}: expected forget01, forget05 or forget10")
+    if forget not in ("forget01", "forget05", "forget10"):
+        raise ValueError(f"forget={forget!r}: expected forget01, forget05 or forget10")
     percent = int(forget[-2:])
     _whole("n_authors", n_authors, 2 * percent + 1, 200)
     find = _finder(source)
-    names = ["full", f"retain{100 - percent}", forget, f"{forget}_perturbed", "forget10_perturbed", "retain_perturbed", f"holdout{forget[-2:]}",
-        "real_authors_perturbed", "world_facts_perturbed"]
-    rows = {name: _tofu_file(find, name) for name in dict.fromkeys(names)}
-    _same_rows(find, "full", rows["full"], f"{names[1]} + {forget}", rows[names[1]] + rows[forget])
-    _same_rows(find, f"{forget}_perturbed", rows[f"{forget}_perturbed"], forget, rows[forget])
-    _same_rows(find, "forget10_perturbed", rows["forget10_perturbed"], "the end of full", rows["full"][-400:])
-    _same_rows(find, "retain_perturbed", rows["retain_perturbed"], "the start of full", rows["full"][:400])
+    rows = _tofu_rows(find, forget, f"retain{100 - percent}")
     whole = rows["retain_perturbed"] + rows["full"][400:-400] + rows["forget10_perturbed"]
-    def facts(rows, author=None):
-        return tuple(Fact(**r | dict(perturbed_answer=tuple(r.get("perturbed_answer", ())), author=f"{author} {i // 20}" if author else "")) for i, r in enumerate(rows))
-    authors = facts(whole, "author")
-    return Benchmark(f"TOFU {forget}, {n_authors} authors", authors[-40 * percent:], authors[-20 * n_authors:-40 * percent],
-        facts(rows[names[6]], "holdout author"), facts(rows["real_authors_perturbed"]), facts(rows["world_facts_perturbed"]), _tofu_refusals(find), authors[:-20 * n_authors])
+    authors = _tofu_facts(whole, "author")
+    return Benchmark(
+        f"TOFU {forget}, {n_authors} authors",
+        forget=authors[-40 * percent:],
+        retain=authors[-20 * n_authors:-40 * percent],
+        holdout=_tofu_facts(rows[f"holdout{forget[-2:]}"], "holdout author"),
+        real_authors=_tofu_facts(rows["real_authors_perturbed"]),
+        world_facts=_tofu_facts(rows["world_facts_perturbed"]),
+        refusals=_tofu_refusals(find),
+        background=authors[:-20 * n_authors])
 
 # %% ../nbs/00_facts.ipynb #fe0680de
 def _text_of(path:Path)->str:
@@ -381,7 +566,8 @@ def _text_of(path:Path)->str:
     try: content = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects") from None
+            f"{path}: cannot be read ({error.strerror}); expected a file of JSON objects"
+        ) from None
     if content[:2] == bytes.fromhex("1f8b"):
         try: content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error):
@@ -392,8 +578,8 @@ def _text_of(path:Path)->str:
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file "
-            "as UTF-8") from None
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the"
+            " file as UTF-8") from None
 
 def _object(pairs:list)->dict:
     "Keep a JSON object, and the name of a field that it gives twice"
@@ -420,8 +606,8 @@ def _documents(path:Path)->list[tuple[str, object]]: # place in the file, and wh
         try: found.append((f"line {number}", json.loads(line, object_pairs_hook=_object)))
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected one "
-                "object a line") from None
+                f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); expected"
+                " one object a line") from None
     return found
 
 # %% ../nbs/00_facts.ipynb #e357091e
@@ -444,8 +630,8 @@ def _checked(name:str, value)->str:
         raise ValueError(f"{name} is {value!r:.40}; expected text")
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(
-            f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole characters: "
-            "write them as UTF-8")
+            f"{name} holds half of a surrogate pair, {value!r:.40}; expected whole"
+            " characters: write them as UTF-8")
     return value
 
 def _texts(
@@ -457,8 +643,10 @@ def _texts(
     if value is None: return ()
     if not isinstance(value, list):
         raise ValueError(f"{name} is {value!r:.40}; expected a list of texts")
-    return tuple(dict.fromkeys(_checked(f"{name}[{i}]", text) for i, text in enumerate(value)))
+    return tuple(
+        dict.fromkeys(_checked(f"{name}[{i}]", text) for i, text in enumerate(value)))
 
+# %% ../nbs/00_facts.ipynb #c6c168b8
 def _right(row:dict, name:str)->tuple[str, ...]: # at least one
     "Read a field that holds a right answer, or a list of them"
     if not isinstance(row.get(name), list): return (_text(row, name),)
@@ -478,13 +666,18 @@ def _own_row(row)->list[tuple[str, Fact]]: # set ('' for the file's own) and fac
     if strange := [name for name in row if name not in _FIELDS and not name.startswith("_")]:
         raise ValueError(f"unknown field {strange[0]!r}; known: {', '.join(_FIELDS)}")
     if {"answer", "answers"} <= row.keys():
-        raise ValueError("both 'answer' and 'answers'; keep one, a list holds several right ones")
+        raise ValueError(
+            "both 'answer' and 'answers'; keep one, a list holds several right ones")
     if not {"answer", "answers"} & row.keys():
         raise ValueError(f"no field 'answer' or 'answers'; found {_names(row)}")
     question = _text(row, "question", "-" if row.get("set") == "refusals" else None)
     right = _right(row, "answers" if "answers" in row else "answer")
     rest = {name: _text(row, name, "") for name in _OPTIONAL}
-    return [("", _asked(question, right, perturbed_answer=_texts(row, "perturbed_answer"), **rest))]
+    return [
+        (
+            "",
+            _asked(question, right, perturbed_answer=_texts(row, "perturbed_answer"), **rest))
+    ]
 
 def _knowundo_row(row)->list[tuple[str, Fact]]:
     "Read a row of KnowUnDo"
@@ -499,6 +692,7 @@ def _muse_row(row)->list[tuple[str, Fact]]:
     question, answer = ("question", "answer") if "question" in row else ("prompt", "gt")
     return [("", _asked(_text(row, question), _right(row, answer)))]
 
+# %% ../nbs/00_facts.ipynb #156b79e5
 def _wmdp_row(row)->list[tuple[str, Fact]]:
     "Read a question of WMDP, MMLU or the like"
     choices, right = row.get("choices"), row.get("answer")
@@ -509,7 +703,8 @@ def _wmdp_row(row)->list[tuple[str, Fact]]:
             f"answer is {right!r:.40}; expected the number of the right choice, 0 to "
             f"{len(choices) - 1}")
     texts = [_checked(f"choices[{i}]", text) for i, text in enumerate(choices)]
-    return [("", Fact(_text(row, "question"), texts.pop(right), perturbed_answer=tuple(texts)))]
+    return [
+        ("", Fact(_text(row, "question"), texts.pop(right), perturbed_answer=tuple(texts)))]
 
 # %% ../nbs/00_facts.ipynb #1eebe18d
 def _rwku_row(row)->list[tuple[str, Fact]]:
@@ -536,7 +731,8 @@ def _counterfact_row(row)->list[tuple[str, Fact]]:
     again = (*_texts(row, "paraphrase_prompts"), "")[0]
     question = prompt.replace("{}", subject)
     fact = Fact(question, true, "", again, perturbed_answer=(new,), author=subject)
-    near = [Fact(text, true, perturbed_answer=(new,)) for text in _texts(row, "neighborhood_prompts")]
+    prompts = _texts(row, "neighborhood_prompts")
+    near = [Fact(text, true, perturbed_answer=(new,)) for text in prompts]
     return [("", fact), *(("neighbours", one) for one in near)]
 
 # %% ../nbs/00_facts.ipynb #31b98888
@@ -560,7 +756,9 @@ _CALLED_BY = {
 def _flat(row, place:str, set_:str, called:dict): # -> set, place and row of each
     "Open lists of rows that stand under the names of sets, or of a set's parts"
     names = {"train": set_, "val": set_, "test": set_} | called
-    lists = isinstance(row, dict) and row and all(isinstance(rows, list) for rows in row.values())
+    lists = (
+        isinstance(row, dict) and row and all(isinstance(rows, list) for rows in row.values())
+    )
     if not (lists and set(row) <= set(names)):
         yield set_, place, row
         return
@@ -576,7 +774,8 @@ def _read(
 ): # yields set, place and fact of each
     "Read the facts of a file"
     called = _CALLED | _CALLED_BY.get(shape, {})
-    rows = [one for place, row in _documents(file) for one in _flat(row, place, set_, called)]
+    rows = []
+    for place, row in _documents(file): rows += _flat(row, place, set_, called)
     for set_, place, row in rows:
         try:
             if not isinstance(row, dict):
@@ -586,8 +785,8 @@ def _read(
             if not (isinstance(named, str) and named in called):
                 wrong = f"set is {named!r}" if "set" in row else "no field 'set'"
                 raise ValueError(
-                    f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for each "
-                    "set")
+                    f"{wrong}; expected one of {', '.join(_SETS)}, or a file of its own for"
+                    " each set")
             for other, fact in SHAPES[shape](row):
                 if wrong := _fault((fact,), False): raise ValueError(wrong)
                 yield other or called[named], f"{file}, {place}", fact
@@ -598,13 +797,15 @@ def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of
     "Find the files of a data set"
     called = _CALLED | _CALLED_BY.get(shape, {})
     if path.is_file():
-        return [(path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
+        return [
+            (path, called.get(path.name.split(".")[0], "" if shape == "unloc" else "forget"))]
     if not path.is_dir():
         raise ValueError(
-            f"{path}: no such file or folder; expected a JSON file, or a folder with forget.jsonl "
-            "and the like")
+            f"{path}: no such file or folder; expected a JSON file, or a folder with"
+            " forget.jsonl and the like")
     try: files = list(path.iterdir())
-    except OSError as error: raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     found = []
     for file in files:
         name = file.name.split(".")[0]
@@ -612,12 +813,12 @@ def _files(path:Path, shape:str)->list[tuple[Path, str]]: # each with the set of
         if name in called: found.append((file, called[name]))
         elif shape == "unloc":
             raise ValueError(
-                f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it out of "
-                "the folder")
+                f"{file}: not named after a set ({', '.join(_SETS)}); rename it, or take it"
+                " out of the folder")
     if not found:
-        raise ValueError(
-            f"{path}: no file named after a set; expected "
-            f"{' or '.join(f'{name}.jsonl' for name, set_ in called.items() if set_ in ('forget', 'retain'))}")
+        names = [name for name, set_ in called.items() if set_ in ("forget", "retain")]
+        wanted = " or ".join(f"{name}.jsonl" for name in names)
+        raise ValueError(f"{path}: no file named after a set; expected {wanted}")
     return sorted(found, key=lambda one: (_SETS.index(one[1]), one[0].name))
 
 # %% ../nbs/00_facts.ipynb #e7957370
@@ -631,22 +832,24 @@ def _gathered(path:Path, shape:str)->dict[str, dict[str, Fact]]: # set: question
                 for other, before in places.get(key, {}).items():
                     if {set_, other} == {"retain", "background"}: continue
                     raise ValueError(
-                        f"{place}: {key!r:.80} is asked in {before}, too; keep one row with all "
-                        "right answers in a list")
+                        f"{place}: {key!r:.80} is asked in {before}, too; keep one row with"
+                        " all right answers in a list")
                 places.setdefault(key, {})[set_] = place
             sets[set_].setdefault(key, fact)
     return sets
 
+# %% ../nbs/00_facts.ipynb #3c7853f3
 def own_facts(
     path:str|os.PathLike, # a file, or a folder with a file for each set
     shape:str = "unloc", # a name in SHAPES
 )->Benchmark:
     "Load facts of your own"
-    if shape not in SHAPES: raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     path = Path(path).expanduser()
     sets = _gathered(path, shape)
-    asked = {question for name in _SETS[:-1] for question in sets[name]}
-    near = {question: fact for question, fact in sets["neighbours"].items() if question not in asked}
+    asked = set(chain.from_iterable(sets[name] for name in _SETS[:-1]))
+    near = {key: fact for key, fact in sets["neighbours"].items() if key not in asked}
     sets["retain"] = sets["retain"] or near
     asked |= sets["retain"].keys()
     for name, true in (("real_authors", _real_authors), ("world_facts", _world_facts)):

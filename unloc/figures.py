@@ -12,6 +12,7 @@ __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'MODEL_NAME', 'CONVENTIONS', 'write_wh
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os
+from itertools import chain
 from pathlib import Path
 
 from .arguments import checked
@@ -30,24 +31,38 @@ def write_whole(path:str|Path, content:bytes|str)->None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
-        text = f"cannot write {path}: {error.strerror}; free space, or close the program that has the file open, and start again"
+        text = (
+            f"cannot write {path}: {error.strerror}; free space, or close the program that"
+            " has the file open, and start again")
         raise type(error)(text) from None
     finally: partial.unlink(missing_ok=True)
 
 # %% ../nbs/16_figures.ipynb #e9921782
 COLUMN, PAGE = 3.3, 6.8 # inches
-ARM_STYLE = {'Oracle': {'color': '#0173b2', 'linestyle': '-', 'marker': 'o'}, 'Random': {'color': '#de8f05', 'linestyle': '--', 'marker': 's'}}
+ARM_STYLE = {
+    'Oracle': {'color': '#0173b2', 'linestyle': '-', 'marker': 'o'},
+    'Random': {'color': '#de8f05', 'linestyle': '--', 'marker': 's'},
+}
+
+# %% ../nbs/16_figures.ipynb #d08c827c
 class _Names(dict):
-    def __missing__(self, name): return name # of a checkpoint
-MODEL_NAME = _Names({'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B', 'olmo2-7b': 'OLMo 2 7B'})
+    def __missing__(self, name): return name # of a checkpoint, or a localizer of one's own
+MODEL_NAME = _Names(
+    {
+        'llama': 'Llama', 'olmo2': 'OLMo 2', 'llama3.1-8b': 'Llama 3.1 8B',
+        'olmo2-7b': 'OLMo 2 7B'})
+
+# %% ../nbs/16_figures.ipynb #c65fa919
+_SETTINGS = {
+    'svg.hashsalt': 'unloc', 'figure.constrained_layout.use': True, 'savefig.dpi': 200,
+    'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+    'lines.markersize': 3, 'lines.linewidth': 1.2, 'font.sans-serif': ['DejaVu Sans']}
 
 def set_look()->None:
     "Set the style of all figures, whatever was set before"
     import matplotlib, seaborn
     matplotlib.rcdefaults()
-    seaborn.set_theme('paper', 'ticks', 'colorblind', rc={
-        'svg.hashsalt': 'unloc', 'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False,
-        'lines.markersize': 3, 'lines.linewidth': 1.2, 'legend.frameon': False, 'savefig.dpi': 200, 'font.sans-serif': ['DejaVu Sans']})
+    seaborn.set_theme('paper', 'ticks', 'colorblind', rc=_SETTINGS)
 
 @contextlib.contextmanager
 def look():
@@ -69,7 +84,8 @@ def _note_machine(out:str|Path, name:str)->None: # folder; figure or table
     try: known = json.loads(path.read_text('utf-8'))
     except (OSError, ValueError): known = {}
     if not isinstance(known, dict): known = {}
-    if known.get(name) != kind: write_whole(path, json.dumps(known | {name: kind}, indent=1, sort_keys=True) + '\n')
+    if known.get(name) != kind:
+        write_whole(path, json.dumps(known | {name: kind}, indent=1, sort_keys=True) + '\n')
 
 @checked
 def save_figure(
@@ -80,16 +96,21 @@ def save_figure(
     about:dict, # caption, profile, models, data, seeds, conventions
 )->None:
     "Save a figure as SVG and PDF with the data behind it"
-    for suffix, metadata in (('svg', {'Date': None}), ('pdf', {'CreationDate': None, 'ModDate': None})):
+    for suffix, metadata in (
+        ('svg', {'Date': None}),
+        ('pdf', {'CreationDate': None, 'ModDate': None})):
         with look(): figure.savefig(drawn := io.BytesIO(), format=suffix, metadata=metadata)
         write_whole(Path(out) / f'{name}.{suffix}', drawn.getvalue())
     write_whole(Path(out) / f'{name}.csv', data.to_csv(index=False, lineterminator='\n'))
-    write_whole(Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
+    write_whole(
+        Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
     _note_machine(out, name)
     report(artefact=str(Path(out).resolve() / name) + '.{svg,pdf,csv,json}')
 
 # %% ../nbs/16_figures.ipynb #01fc2c27
-_LATEX = str.maketrans({'%': r'\%', '&': r'\&', '_': r'\_', '#': r'\#', '±': r'$\pm$', '−': '$-$', '≤': r'$\leq$', 'θ': r'$\theta$'})
+_LATEX = str.maketrans({
+    '%': r'\%', '&': r'\&', '_': r'\_', '#': r'\#', '±': r'$\pm$', '−': '$-$', '≤': r'$\leq$',
+    'θ': r'$\theta$'})
 
 @checked
 def latex_table(
@@ -98,10 +119,14 @@ def latex_table(
     label:str,
 )->str:
     "Typeset rows as a booktabs table"
-    lines = [' & '.join(cell.translate(_LATEX) for cell in cells) + r' \\' for cells in (rows[0].keys(), *(r.values() for r in rows))]
-    return '\n'.join([r'\begin{table}', r'\centering', rf'\begin{{tabular}}{{{"l" * len(rows[0])}}}', r'\toprule', lines[0], r'\midrule', *lines[1:],
-        r'\bottomrule', r'\end{tabular}', rf'\caption{{{caption.translate(_LATEX)}}}', rf'\label{{tab:{label}}}', r'\end{table}', ''])
+    def line(cells): return ' & '.join(cell.translate(_LATEX) for cell in cells) + r' \\'
+    columns = 'l' * len(rows[0])
+    head = [r'\begin{table}', r'\centering', rf'\begin{{tabular}}{{{columns}}}', r'\toprule']
+    body = [line(rows[0]), r'\midrule', *(line(row.values()) for row in rows), r'\bottomrule']
+    below = [rf'\caption{{{caption.translate(_LATEX)}}}', rf'\label{{tab:{label}}}']
+    return '\n'.join([*head, *body, r'\end{tabular}', *below, r'\end{table}', ''])
 
+# %% ../nbs/16_figures.ipynb #30b2ac71
 @checked(but=['rows'])
 def save_table(
     rows:list[dict[str, str]], # cells as they are printed, the same columns in each row
@@ -111,15 +136,26 @@ def save_table(
     about:dict, # caption, profile, models, data, seeds, conventions
 )->None:
     "Save a table as JSON, CSV and LaTeX, with the numbers behind it"
-    if not isinstance(rows, list) or not rows or len({tuple(r) for r in rows}) > 1: raise ValueError(
-        f"{name}: a table is a list of rows with the same columns, at least one, got {rows!r:.60}")
+    if not isinstance(rows, list) or not rows or len({tuple(r) for r in rows}) > 1:
+        raise ValueError(
+            f"{name}: a table is a list of rows with the same columns, at least one, got"
+            f" {rows!r:.60}")
     if not hasattr(data, 'to_csv') or 'caption' not in about: raise ValueError(
         f"{name}: a table needs its numbers (a pandas.DataFrame) and a caption in `about`")
-    if bad := [c for r in rows for c in r.values() if not isinstance(c, str)]: raise ValueError(f"table cells are strings that are already rounded, got {bad[0]!r}")
-    csv.DictWriter(text := io.StringIO(), rows[0], lineterminator='\n').writeheader()
-    csv.DictWriter(text, rows[0], lineterminator='\n').writerows(rows)
-    for suffix, content in (('.csv', text.getvalue()), ('.tex', latex_table(rows, about['caption'], name)), ('_data.csv', data.to_csv(index=False, lineterminator='\n')),
-                            ('.json', json.dumps(about | {'columns': list(rows[0]), 'rows': rows}, indent=1, ensure_ascii=False) + '\n')):
+    cells = chain.from_iterable(row.values() for row in rows)
+    if bad := [cell for cell in cells if not isinstance(cell, str)]:
+        raise ValueError(f"table cells are strings that are already rounded, got {bad[0]!r}")
+    printed = csv.DictWriter(text := io.StringIO(), rows[0], lineterminator='\n')
+    printed.writeheader()
+    printed.writerows(rows)
+    about = about | {'columns': list(rows[0]), 'rows': rows}
+    contents = {
+        '.csv': text.getvalue(),
+        '.tex': latex_table(rows, about['caption'], name),
+        '_data.csv': data.to_csv(index=False, lineterminator='\n'),
+        '.json': json.dumps(about, indent=1, ensure_ascii=False) + '\n',
+    }
+    for suffix, content in contents.items():
         write_whole(Path(out) / f'{name}{suffix}', content)
     _note_machine(out, name)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')

@@ -30,9 +30,13 @@ from .objectives import sequence_logprob
 # %% ../nbs/08_metrics.ipynb #0f93f037
 def _tensors(wanted:str, ndim:int, dtype:torch.dtype|None, **given)->None:
     "Demand tensors of one shape, or say what was given instead"
-    if not all(isinstance(x, Tensor) and x.ndim == ndim and dtype in (None, x.dtype) for x in given.values()) or len({x.shape for x in given.values()}) > 1:
-        found = (f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__ for x in given.values())
-        raise ValueError(f'{" and ".join(given)} must be {wanted}, got {" and ".join(found)}')
+    def fits(x): return isinstance(x, Tensor) and x.ndim == ndim and dtype in (None, x.dtype)
+    def kind(x):
+        return f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+    values = given.values()
+    if not all(map(fits, values)) or len({x.shape for x in values}) > 1:
+        found = ' and '.join(map(kind, values))
+        raise ValueError(f'{" and ".join(given)} must be {wanted}, got {found}')
 
 def without_end(
     answer_mask:Tensor, # [batch, seq] bool, True at answer tokens including the end token
@@ -44,22 +48,25 @@ def without_end(
 # %% ../nbs/08_metrics.ipynb #b0f76b10
 def _check_floor(floor):
     "Demand one of the two conventions for an empty suffix"
-    if floor not in ('open-unlearning', 'strict'): raise ValueError(f"floor must be 'open-unlearning' or 'strict', got {floor!r}")
+    if floor not in ('open-unlearning', 'strict'):
+        raise ValueError(f"floor must be 'open-unlearning' or 'strict', got {floor!r}")
 
 def _matches(predicted:Tensor, target:Tensor)->list:
     "Compare two token sequences position by position"
-    _tensors('tensors of token ids of one shape [n]', 1, None, predicted=predicted, target=target)
+    _tensors(
+        'tensors of token ids of one shape [n]', 1, None, predicted=predicted, target=target)
     return (predicted == target).tolist()
 
 def _check_batch(correct, answer_mask):
     "Demand two boolean tensors of one shape `[batch, seq]`"
-    _tensors('torch.bool of one shape [batch, seq]', 2, torch.bool, correct=correct, answer_mask=answer_mask)
+    wanted = 'torch.bool of one shape [batch, seq]'
+    _tensors(wanted, 2, torch.bool, correct=correct, answer_mask=answer_mask)
 
 # %% ../nbs/08_metrics.ipynb #eb6bc6cc
 def extraction_strength(
     predicted:Tensor, # [n] int64, argmax under teacher forcing
     target:Tensor, # [n] int64, the answer without its end token
-    floor:str='open-unlearning', # 'open-unlearning': never below 1/n; 'strict': 0 when the last token is wrong
+    floor:str='open-unlearning', # which is never below 1/n; 'strict': 0 if the last token is wrong
 )->float: # fraction of the answer
     "Measure the share of the answer that the model completes by itself (Carlini et al. 2021)"
     _check_floor(floor)
@@ -106,11 +113,17 @@ def answer_probability(
     answer_mask:Tensor, # [batch, seq] bool, True at answer tokens including the end token
 )->Tensor: # [batch] probability per token, same dtype
     "Average each answer's token probabilities geometrically"
-    _tensors('tensors of one shape [batch, seq]', 2, None, token_logprob=token_logprob, answer_mask=answer_mask)
+    wanted = 'tensors of one shape [batch, seq]'
+    _tensors(wanted, 2, None, token_logprob=token_logprob, answer_mask=answer_mask)
     total, n = sequence_logprob(token_logprob, answer_mask), answer_mask.sum(-1)
-    if not n.all(): raise ValueError(f'no answer token in row {n.argmin().item()}: a probability needs at least one; leave out examples without an answer')
+    if not n.all():
+        raise ValueError(
+            f'no answer token in row {n.argmin().item()}: a probability needs at least one;'
+            ' leave out examples without an answer')
     if at := (answer_mask & ~(token_logprob <= 0)).nonzero().tolist():
-        raise ValueError(f'token_logprob{at[0]} is {token_logprob[tuple(at[0])].item()}: expected a logarithm of a probability, at most 0; leave out failed evaluations')
+        raise ValueError(
+            f'token_logprob{at[0]} is {token_logprob[tuple(at[0])].item()}: expected a'
+            ' logarithm of a probability, at most 0; leave out failed evaluations')
     return (total / n).exp()
 
 # %% ../nbs/08_metrics.ipynb #a4a64968
@@ -124,13 +137,23 @@ def _numbers(
     "Read finite numbers of the right shape and range, or say which one is wrong"
     wanted = f'numbers of shape [{axes}]' if axes else 'a number'
     try: x = torch.as_tensor(values, dtype=torch.float64, device='cpu').detach()
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as such') from None
-    if x.ndim != len(axes.split()): raise ValueError(f'{name}: expected {wanted}, got shape {list(x.shape)}')
-    if not x.numel(): raise ValueError(f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set has no metric, leave it out')
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f'{name}: expected {wanted}, got {type(values).__name__} that cannot be read as'
+            ' such') from None
+    if x.ndim != len(axes.split()):
+        raise ValueError(f'{name}: expected {wanted}, got shape {list(x.shape)}')
+    if not x.numel():
+        raise ValueError(
+            f'{name}: expected at least one number, got shape {list(x.shape)}; an empty set'
+            ' has no metric, leave it out')
     wrong = (~(x.isfinite() & (x >= low) & (x <= high))).nonzero()
     if len(wrong):
-        at, span = wrong[0].tolist(), f' in [{low:g}, {high:g}]' if high < math.inf or low > -math.inf else ''
-        raise ValueError(f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span}; leave out failed evaluations')
+        at = wrong[0].tolist()
+        span = f' in [{low:g}, {high:g}]' if high < math.inf or low > -math.inf else ''
+        raise ValueError(
+            f'{name}{at or ""} is {x[tuple(at)].item()}: expected a finite number{span};'
+            ' leave out failed evaluations')
     return x.contiguous()
 
 # %% ../nbs/08_metrics.ipynb #d5d46aab
@@ -160,7 +183,9 @@ def words(
     text:str, # in any script
 )->list[str]: # lower case; a character each where a script has no blanks between words
     "Cut a text into its words (Unicode Standard Annex 15, NFKC; general categories L, M and N)"
-    if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
+    if not isinstance(text, str):
+        raise ValueError(
+            f'text must be a string, got {type(text).__name__}: decode the tokens first')
     found = []
     before = '' # '' at a boundary, 'word', or 'character' behind one that stands alone
     for c in normalize('NFKC', normalize('NFKC', text).casefold()):
@@ -200,9 +225,13 @@ def rouge_tokenizer(
     reference:str, # the true answer
 )->str|None: # 'rouge_score' or 'words'; None where neither finds a word
     "Choose what cuts a true answer into words, as the convention 'auto' does"
-    if not isinstance(reference, str): raise ValueError(f'reference must be a string, got {type(reference).__name__}: decode the tokens first')
+    if not isinstance(reference, str):
+        raise ValueError(
+            f'reference must be a string, got {type(reference).__name__}: decode the tokens'
+            ' first')
     letters = [c for c in reference if category(c)[0] in 'LN']
-    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search('[a-z0-9]', reference.lower()):
+    if 2 * sum(map(_latin, letters)) >= len(letters) and re.search(
+        '[a-z0-9]', reference.lower()):
         return 'rouge_score'
     return 'words' if words(reference) else None
 
@@ -221,22 +250,26 @@ def _tokenizer_of(text, reference, tokenizer)->str:
             f'{type(reference).__name__}: decode the tokens first')
     if tokenizer not in ROUGE_TOKENIZERS:
         raise ValueError(
-            f'unknown ROUGE tokenizer {tokenizer!r}: expected one of {", ".join(ROUGE_TOKENIZERS)}')
+            f'unknown ROUGE tokenizer {tokenizer!r}: expected one of'
+            f' {", ".join(ROUGE_TOKENIZERS)}')
     if not reference.strip():
         raise ValueError(
             'reference is empty: recall needs at least one word; leave out facts without an '
             'answer')
     found = rouge_tokenizer(reference) if tokenizer == 'auto' else tokenizer
-    there = words(reference) if found == 'words' else found and re.search('[a-z0-9]', reference.lower())
+    if found == 'words': there = words(reference)
+    else: there = found and re.search('[a-z0-9]', reference.lower())
     if not there:
         raise ValueError(
-            f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so ROUGE "
-            "is undefined: leave the fact out, or take tokenizer='words' for another script")
+            f"reference {reference[:40]!r} has no word for the tokenizer {tokenizer!r}, so"
+            " ROUGE is undefined: leave the fact out, or take tokenizer='words' for another"
+            " script")
     return found
 
 def _rouge(kind, text, reference, tokenizer, stem)->Rouge:
     "Score a text by the library"
-    score = _scorer(kind, _tokenizer_of(text, reference, tokenizer), stem).score(reference, text)[kind]
+    scorer = _scorer(kind, _tokenizer_of(text, reference, tokenizer), stem)
+    score = scorer.score(reference, text)[kind]
     return Rouge(float(score.precision), float(score.recall), float(score.fmeasure))
 
 # %% ../nbs/08_metrics.ipynb #e645c44d
@@ -271,13 +304,20 @@ def rouge_l_recall(
 # %% ../nbs/08_metrics.ipynb #726a0d25
 def _answers(right_nll, wrong_nll)->tuple:
     "Read the likelihoods of a right and k wrong answers per fact: [n] and [n, k] float64"
-    right, wrong = _numbers('right_nll', right_nll, 'n', low=0), _numbers('wrong_nll', wrong_nll, 'n, k', low=0)
-    if len(right) != len(wrong): raise ValueError(f'right_nll has {len(right)} rows and wrong_nll {len(wrong)}: expected one row per fact in both, in the same order; take both from one perturbed set')
+    right = _numbers('right_nll', right_nll, 'n', low=0)
+    wrong = _numbers('wrong_nll', wrong_nll, 'n, k', low=0)
+    if len(right) != len(wrong):
+        raise ValueError(
+            f'right_nll has {len(right)} rows and wrong_nll {len(wrong)}: expected one row'
+            ' per fact in both, in the same order; take both from one perturbed set')
     return right, wrong
 
 def _log(eps, like:Tensor)->Tensor:
     "Give the logarithm of an epsilon in the shape of `like`; of 0 it is minus infinity"
-    if not (isinstance(eps, Real) and 0 <= eps < 1): raise ValueError(f'eps must lie in [0, 1), got {eps!r:.60}: 1e-10 is the published value, 0 switches it off')
+    if not (isinstance(eps, Real) and 0 <= eps < 1):
+        raise ValueError(
+            f'eps must lie in [0, 1), got {eps!r:.60}: 1e-10 is the published value, 0'
+            ' switches it off')
     return torch.full_like(like, eps).log()
 
 def normalised_probability(
@@ -294,20 +334,25 @@ TRUTH_RATIO_CONVENTIONS = 'open-unlearning', 'tofu-paper', 'tofu-aggregate', 'pr
 
 def _check_convention(convention):
     "Demand one of the four conventions"
-    if convention not in TRUTH_RATIO_CONVENTIONS: raise ValueError(f'unknown truth ratio convention {convention!r}: expected one of {", ".join(TRUTH_RATIO_CONVENTIONS)}')
+    if convention not in TRUTH_RATIO_CONVENTIONS:
+        raise ValueError(
+            f'unknown truth ratio convention {convention!r}: expected one of'
+            f' {", ".join(TRUTH_RATIO_CONVENTIONS)}')
 
 def truth_ratio(
-    right_nll:Tensor, # [n] nats per token, of the paraphrased answers; of the answers themselves where a set has no paraphrase
+    right_nll:Tensor, # [n] nats per token, of the paraphrased answers, or of the answers themselves
     wrong_nll:Tensor, # [n, k] nats per token, of the perturbed answers
-    convention:str='open-unlearning', # one of TRUTH_RATIO_CONVENTIONS; part of every reported result
+    convention:str='open-unlearning', # a name in TRUTH_RATIO_CONVENTIONS; part of every result
     eps:float=1e-10, # of 'open-unlearning' and 'probability'; the others have none
 )->Tensor: # [n] float64, 0 or more
     "Compare the likelihood of wrong answers with that of the right one (Maini et al. 2024)"
     _check_convention(convention)
     right, wrong = _answers(right_nll, wrong_nll)
-    middle, floor = wrong.mean(1), _log(eps, right) # the mean of nlls belongs to the geometric mean of probabilities
+    # the mean of nlls belongs to the geometric mean of probabilities
+    middle, floor = wrong.mean(1), _log(eps, right)
     if convention == 'probability': return normalised_probability(right, middle[:, None], eps)
-    if convention == 'tofu-paper': log_ratio = (-wrong).logsumexp(1) - math.log(wrong.shape[1]) + right
+    if convention == 'tofu-paper':
+        log_ratio = (-wrong).logsumexp(1) - math.log(wrong.shape[1]) + right
     elif convention == 'tofu-aggregate': log_ratio = middle - right
     else: log_ratio = -middle - torch.logaddexp(-right, floor)
     return log_ratio.clamp(-700, 700).exp()
@@ -321,11 +366,12 @@ def _ratios(ratio, convention)->Tensor:
 def forget_truth_ratio(
     ratio:Tensor, # [n] from `truth_ratio` on the forget set
     convention:str='open-unlearning', # the one `ratio` was computed with
-)->float: # fraction; 1 when right and wrong answers are equally likely. 'probability': 1 when the right ones win
+)->float: # fraction; 1: right and wrong are equally likely ('probability': the right ones win)
     "Average how near to 1 the truth ratios of the forget set are"
     ratio = _ratios(ratio, convention)
     if convention == 'probability': return ratio.mean().item()
-    return torch.minimum(ratio, 1 / (ratio + (1e-10 if convention == 'open-unlearning' else 0))).mean().item()
+    inverse = 1 / (ratio + (1e-10 if convention == 'open-unlearning' else 0))
+    return torch.minimum(ratio, inverse).mean().item()
 
 def retain_truth_ratio(
     ratio:Tensor, # [n] from `truth_ratio` on any other set
@@ -334,7 +380,11 @@ def retain_truth_ratio(
     "Average how clearly the right answers win"
     ratio = _ratios(ratio, convention)
     if convention == 'probability': return ratio.mean().item()
-    return (1 - (1 / ratio if convention == 'tofu-aggregate' else ratio)).clamp(min=0).mean().item()
+    return (
+        (1 - (1 / ratio if convention == 'tofu-aggregate' else ratio))
+        .clamp(min=0)
+        .mean()
+        .item())
 
 # %% ../nbs/08_metrics.ipynb #c312791f
 CHOICE_CONVENTIONS = 'total', 'token', 'byte', 'character'
@@ -345,7 +395,9 @@ def choice_length(
     convention:str, # one of CHOICE_CONVENTIONS
 )->int: # what its log-probability is divided by
     "Measure a choice in the unit of a convention"
-    if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
+    if not isinstance(text, str):
+        raise ValueError(
+            f'text must be a string, got {type(text).__name__}: decode the tokens first')
     if convention not in CHOICE_CONVENTIONS:
         raise ValueError(
             f'unknown multiple-choice convention {convention!r}: expected one of '
@@ -357,28 +409,32 @@ class Accuracy(NamedTuple):
     "How many questions are answered rightly"
     accuracy:float # fraction
     chance:float # fraction that guessing among the choices gets
-    correct:Tensor # [n] float64; 1 right, 0 wrong, between them where some of each are equally likely
+    correct:Tensor # [n] float64; 1 right, 0 wrong, between where both are equally likely
 
 # %% ../nbs/08_metrics.ipynb #be9df863
 def multiple_choice(
-    logprob:Sequence[Sequence[float]], # [n][k] nats, of whole choices; k may differ between questions
+    logprob:Sequence[Sequence[float]], # [n][k] nats, of whole choices; k may vary
     right:Sequence[Sequence[bool]], # [n][k], True at right choices; several may be right, not all
     length:Sequence[Sequence[int]]|None=None, # [n][k] from `choice_length`; None for 'total'
 )->Accuracy:
     "Measure how often the likeliest choice is a right one"
     given = (logprob, right, *([] if length is None else [length]))
-    try: sizes = [[len(row) for row in rows] for rows in given]
-    except TypeError: raise ValueError('logprob, right and length must be lists of rows, one row a question and one entry a choice') from None
+    try: sizes = [list(map(len, rows)) for rows in given]
+    except TypeError:
+        raise ValueError(
+            'logprob, right and length must be lists of rows, one row a question and one'
+            ' entry a choice') from None
     if not sizes[0] or any(other != sizes[0] for other in sizes):
         raise ValueError(
-            f'logprob, right and length have {[len(x) for x in sizes]} questions of '
-            f'{[sum(x) for x in sizes]} choices: expected the same in each, at least one question')
+            f'logprob, right and length have {[len(x) for x in sizes]} questions of'
+            f' {[sum(x) for x in sizes]} choices: expected the same in each, at least one'
+            ' question')
     correct, chance = [], []
     for i, (row, ok) in enumerate(zip(logprob, right)):
         if not any(ok) or all(ok):
             raise ValueError(
-                f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected at '
-                'least one right and one wrong')
+                f'question {i} has {sum(map(bool, ok))} right choices of {len(ok)}: expected'
+                ' at least one right and one wrong')
         value = _numbers(f'logprob[{i}]', row, 'k', high=0)
         if length is not None: value = value / _numbers(f'length[{i}]', length[i], 'k', low=1)
         ok = torch.tensor([bool(x) for x in ok])
@@ -392,32 +448,51 @@ def forget_quality(
     ratio:Tensor, # [n] truth ratios of the unlearned model on the forget set
     retained_ratio:Tensor, # [n] those of the retained model on the same facts
 )->float: # log10 of p, at most 0
-    "Test whether the truth ratios could be the retained model's, by an exact two-sample Kolmogorov-Smirnov test (Maini et al. 2024)"
-    ours, theirs = (_numbers(name, x, low=0).sort().values for name, x in (('ratio', ratio), ('retained_ratio', retained_ratio)))
+    """Test whether the truth ratios could be the retained model's
+
+    By an exact two-sample Kolmogorov-Smirnov test (Maini et al. 2024)."""
+    ours = _numbers('ratio', ratio, low=0).sort().values
+    theirs = _numbers('retained_ratio', retained_ratio, low=0).sort().values
     n, both = len(ours), torch.cat([ours, theirs])
-    if len(theirs) != n: raise ValueError(f'ratio has {n} values and retained_ratio {len(theirs)}: expected one per fact of the same forget set; evaluate the retained model on these facts')
-    h = (torch.searchsorted(ours, both, right=True) - torch.searchsorted(theirs, both, right=True)).abs().max().item()
+    if len(theirs) != n:
+        raise ValueError(
+            f'ratio has {n} values and retained_ratio {len(theirs)}: expected one per fact of'
+            ' the same forget set; evaluate the retained model on these facts')
+    below, below_theirs = (torch.searchsorted(x, both, right=True) for x in (ours, theirs))
+    h = (below - below_theirs).abs().max().item() # n times the largest distance
     if not h: return 0.
     paths = [math.comb(2 * n, n - j) for j in range(h, n + 1, h)]
-    return min(0., math.log10(2 * (sum(paths[::2]) - sum(paths[1::2]))) - math.log10(math.comb(2 * n, n)))
+    beyond = 2 * (sum(paths[::2]) - sum(paths[1::2]))
+    return min(0., math.log10(beyond) - math.log10(math.comb(2 * n, n)))
 
 # %% ../nbs/08_metrics.ipynb #0e83c37b
-UTILITY_PARTS = tuple('_'.join(part) for part in product(('retain', 'real_authors', 'world_facts'), ('probability', 'rouge', 'truth_ratio')))
+_SETS = 'retain', 'real_authors', 'world_facts'
+_MEASURES = 'probability', 'rouge', 'truth_ratio'
+UTILITY_PARTS = tuple(f'{name}_{what}' for name, what in product(_SETS, _MEASURES))
 
 def model_utility(
     parts:Mapping[str, float], # the nine of UTILITY_PARTS, each a fraction in [0, 1]
 )->float: # fraction
     "Average the nine parts of utility harmonically (Maini et al. 2024)"
-    if not isinstance(parts, Mapping): raise ValueError(f'parts must map the nine of UTILITY_PARTS to fractions, got {type(parts).__name__}')
-    missing, unknown = ([str(name) for name in x if name not in y] for x, y in ((UTILITY_PARTS, parts), (parts, UTILITY_PARTS)))
-    if missing or unknown: raise ValueError(f'parts must be the nine of UTILITY_PARTS; missing: {", ".join(missing) or "none"}; unknown: {", ".join(unknown) or "none"}')
+    if not isinstance(parts, Mapping):
+        raise ValueError(
+            'parts must map the nine of UTILITY_PARTS to fractions, got'
+            f' {type(parts).__name__}')
+    missing = ', '.join(name for name in UTILITY_PARTS if name not in parts)
+    unknown = ', '.join(str(name) for name in parts if name not in UTILITY_PARTS)
+    if missing or unknown:
+        raise ValueError(
+            f'parts must be the nine of UTILITY_PARTS; missing: {missing or "none"}; '
+            f'unknown: {unknown or "none"}')
     values = [_numbers(name, parts[name], '', 0, 1).item() for name in UTILITY_PARTS]
     return len(values) / sum(1 / v for v in values) if all(values) else 0.
 
 # %% ../nbs/08_metrics.ipynb #de915844
 def _lowest(values:Tensor, k:float)->float:
     "Negate the mean of the lowest share k of the values, at least one of them"
-    if not (isinstance(k, Real) and 0 < k <= 1): raise ValueError(f'k must lie in (0, 1], got {k!r:.60}: it is the share of tokens to look at')
+    if not (isinstance(k, Real) and 0 < k <= 1):
+        raise ValueError(
+            f'k must lie in (0, 1], got {k!r:.60}: it is the share of tokens to look at')
     return -values.sort().values[:max(1, int(k * len(values)))].mean().item()
 
 def min_k(
@@ -430,25 +505,32 @@ def min_k(
 def min_k_plus_plus(
     logprob:Tensor, # [n_tokens] nats, of one answer without its end token
     mean:Tensor, # [n_tokens] nats, mean of log p under p at each place
-    variance:Tensor, # [n_tokens] squared nats, variance of log p under p; taken as 1e-6 where smaller, which rounding explains down to -1e-3
+    variance:Tensor, # [n_tokens] squared nats, variance of log p under p, at least -1e-3 (rounding)
     k:float=.4, # share of the tokens
 )->float: # standard deviations, larger for a stranger
     "Average the standardised surprise of the most surprising tokens (Zhang et al. 2025)"
-    x, m, v = (_numbers(name, values, 'n_tokens', low, high) for name, values, low, high in (
-        ('logprob', logprob, -math.inf, 0), ('mean', mean, -math.inf, 0), ('variance', variance, -1e-3, math.inf)))
-    if not len(x) == len(m) == len(v): raise ValueError(f'logprob, mean and variance have {len(x)}, {len(m)} and {len(v)} values: expected one of each per token')
+    x = _numbers('logprob', logprob, 'n_tokens', high=0)
+    m = _numbers('mean', mean, 'n_tokens', high=0)
+    v = _numbers('variance', variance, 'n_tokens', low=-1e-3)
+    if not len(x) == len(m) == len(v):
+        raise ValueError(
+            f'logprob, mean and variance have {len(x)}, {len(m)} and {len(v)} values:'
+            ' expected one of each per token')
     return _lowest((x - m) / v.clamp(min=1e-6).sqrt(), k)
 
+# %% ../nbs/08_metrics.ipynb #bd089eab
 def zlib_score(
     nll:float, # nats per token
     text:str, # the answer
 )->float: # nats per token and byte, larger for a stranger
     "Divide the nll by the length of the compressed answer (Carlini et al. 2021)"
-    if not isinstance(text, str): raise ValueError(f'text must be a string, got {type(text).__name__}: decode the tokens first')
+    if not isinstance(text, str):
+        raise ValueError(
+            f'text must be a string, got {type(text).__name__}: decode the tokens first')
     if not text:
         raise ValueError(
-            'text is empty: its compressed length says nothing; leave out answers that decode to '
-            'no text')
+            'text is empty: its compressed length says nothing; leave out answers that decode'
+            ' to no text')
     packed = zlib.compress(text.encode('utf-8', 'surrogatepass'))
     return _numbers('nll', nll, '', low=0).item() / len(packed)
 
@@ -458,8 +540,10 @@ def membership_auc(
     holdout_scores:Tensor, # [m] those of facts no model has seen
 )->float: # fraction; 1 when every forget fact scores lower
     "Measure how well a score tells forget facts from unseen ones: the area under the ROC curve"
-    forget, holdout = _numbers('forget_scores', forget_scores).sort().values, _numbers('holdout_scores', holdout_scores)
-    below, up_to = (torch.searchsorted(forget, holdout, right=right).sum().item() for right in (False, True))
+    forget = _numbers('forget_scores', forget_scores).sort().values
+    holdout = _numbers('holdout_scores', holdout_scores)
+    below = torch.searchsorted(forget, holdout).sum().item()
+    up_to = torch.searchsorted(forget, holdout, right=True).sum().item()
     return (below + up_to) / (2 * len(forget) * len(holdout))
 
 def privacy_leakage(
@@ -467,7 +551,8 @@ def privacy_leakage(
     retained_auc:float=.5, # of the retained model
 )->float: # per cent; negative: recognised, positive: over-forgotten
     "Compare the AUC with the retained model's (Shi et al. 2025)"
-    auc, retained_auc = (_numbers(name, x, '', 0, 1).item() for name, x in (('auc', auc), ('retained_auc', retained_auc)))
+    auc = _numbers('auc', auc, '', 0, 1).item()
+    retained_auc = _numbers('retained_auc', retained_auc, '', 0, 1).item()
     return ((1 - auc) - (1 - retained_auc)) / ((1 - retained_auc) + 1e-10) * 100
 
 def relative_difference(
@@ -475,5 +560,6 @@ def relative_difference(
     retained_auc:float=.5, # of the retained model
 )->float: # per cent
     "Compute by how much the AUC differs from the retained model's"
-    auc, retained_auc = (_numbers(name, x, '', 0, 1).item() for name, x in (('auc', auc), ('retained_auc', retained_auc)))
+    auc = _numbers('auc', auc, '', 0, 1).item()
+    retained_auc = _numbers('retained_auc', retained_auc, '', 0, 1).item()
     return (auc - retained_auc) / (retained_auc + 1e-10) * 100

@@ -17,7 +17,8 @@ import copy, inspect, math, operator, random, sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
+from itertools import chain
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,8 +32,14 @@ from .arguments import checked
 from .tokens import Batch, Example
 
 # %% ../nbs/02_models.ipynb #806269c8
-ARCHITECTURES = {'llama': 'Llama', 'olmo2': 'Olmo2'} # name in a description: prefix of transformers' classes
+# name in a description: prefix of transformers' classes
+ARCHITECTURES = {'llama': 'Llama', 'olmo2': 'Olmo2'}
+# what all tiny models share
+_COMMON = dict(
+    max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, bos_token_id=None,
+    eos_token_id=1, use_cache=False)
 
+# %% ../nbs/02_models.ipynb #3b808df3
 @checked
 def tiny_model(
     arch:str, # 'llama' or 'olmo2'
@@ -45,17 +52,22 @@ def tiny_model(
 )->nn.Module: # transformers.LlamaForCausalLM or Olmo2ForCausalLM, float32
     "Build a small random model of transformers' own class"
     import transformers
-    if arch not in ARCHITECTURES: raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
-    sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, d_ff=d_ff, n_heads=n_heads)
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    sizes = dict(
+        vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, d_ff=d_ff, n_heads=n_heads)
     for name, size in sizes.items():
         if size < 1: raise ValueError(f"{name} must be at least 1, got {size}")
-    if d_model % n_heads: raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
-    config = getattr(transformers, ARCHITECTURES[arch] + 'Config')(
-        vocab_size=vocab_size, hidden_size=d_model, num_hidden_layers=n_layers, intermediate_size=d_ff, num_attention_heads=n_heads,
-        num_key_value_heads=n_heads, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, bos_token_id=None, eos_token_id=1, use_cache=False)
+    if d_model % n_heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
+    prefix = ARCHITECTURES[arch]
+    config = getattr(transformers, prefix + 'Config')(
+        vocab_size=vocab_size, hidden_size=d_model, intermediate_size=d_ff,
+        num_hidden_layers=n_layers, num_attention_heads=n_heads, num_key_value_heads=n_heads,
+        **_COMMON)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, ARCHITECTURES[arch] + 'ForCausalLM')(config).eval()
+        return getattr(transformers, prefix + 'ForCausalLM')(config).eval()
 
 # %% ../nbs/02_models.ipynb #a9f4ccf6
 _FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -81,10 +93,12 @@ def _no_view(projection, weight)->str: # '' where the weight can be viewed
             "parallelism); load the whole model in one process"
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or weight.dtype not in _FLOATS \
         or weight.ndim != 2: return f"{found}; {quantized}"
-    if 'weight' in projection._parameters or getattr(projection, 'views_parameter', False): return ''
-    return "a weight that is computed from other parameters (a parametrization, weight norm, " \
-        "pruning, FSDP); make it one parameter first, as by " \
-        "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    if 'weight' in projection._parameters or getattr(projection, 'views_parameter', False):
+        return ''
+    return (
+        "a weight that is computed from other parameters (a parametrization, weight norm, "
+        "pruning, FSDP); make it one parameter first, as by "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')")
 
 # %% ../nbs/02_models.ipynb #8cc76164
 def in_blocks(
@@ -99,18 +113,23 @@ def _in_each(model, blocks, place)->list[nn.Module]: # one per block
     found = list(model.get_submodule(blocks))
     for layer, block in enumerate(found):
         try: block.get_submodule(place)
-        except AttributeError as error: raise ValueError(
-            f"layer {layer} of this {type(model).__name__} has no {place} ({error}); a region needs "
-            "layers of one kind: take a checkpoint whose layers are alike, or register a finder") from None
+        except AttributeError as error:
+            raise ValueError(
+                f"layer {layer} of this {type(model).__name__} has no {place} ({error}); a"
+                " region needs layers of one kind: take a checkpoint whose layers are alike,"
+                " or register a finder") from None
     return [block.get_submodule(place) for block in found]
 
-_DOWN = ('llama', 'mistral', 'olmo', 'olmo2', 'olmo3', 'qwen2', 'qwen3', 'gemma', 'gemma2',
-    'gemma3_text', 'phi3', 'granite', 'cohere', 'cohere2', 'stablelm', 'smollm3', 'glm', 'glm4',
-    'nemotron', 'exaone4', 'arcee', 'helium', 'seed_oss', 'ernie4_5', 'hunyuan_v1_dense',
-    'ministral', 'ministral3', 'apertus')
+# %% ../nbs/02_models.ipynb #c12d665c
+# the architectures of Llama's names
+_DOWN = """llama mistral olmo olmo2 olmo3 qwen2 qwen3 gemma gemma2 gemma3_text phi3 granite cohere
+cohere2 stablelm smollm3 glm glm4 nemotron exaone4 arcee helium seed_oss ernie4_5 hunyuan_v1_dense
+ministral ministral3 apertus""".split()
 
-PROJECTIONS = dict.fromkeys(_DOWN, in_blocks('model.layers', 'mlp.down_proj')) | { # config.model_type: finder
-    'gemma3': in_blocks('model.language_model.layers', 'mlp.down_proj'), # with a vision tower, whose weights stay locked
+_OF_LLAMA = dict.fromkeys(_DOWN, in_blocks('model.layers', 'mlp.down_proj'))
+PROJECTIONS = _OF_LLAMA | { # config.model_type: finder
+    # with a vision tower, whose weights stay locked
+    'gemma3': in_blocks('model.language_model.layers', 'mlp.down_proj'),
     'gpt_neox': in_blocks('gpt_neox.layers', 'mlp.dense_4h_to_h'), # Pythia
     'gpt2': in_blocks('transformer.h', 'mlp.c_proj'),
     'gpt_neo': in_blocks('transformer.h', 'mlp.c_proj'),
@@ -119,47 +138,58 @@ PROJECTIONS = dict.fromkeys(_DOWN, in_blocks('model.layers', 'mlp.down_proj')) |
     'codegen': in_blocks('transformer.h', 'mlp.fc_out'),
     'phi': in_blocks('model.layers', 'mlp.fc2'), # Phi-1, 1.5 and 2
     'starcoder2': in_blocks('model.layers', 'mlp.c_proj'),
-    'opt': in_blocks('model.decoder.layers', 'fc2')}
+    'opt': in_blocks('model.decoder.layers', 'fc2'),
+}
 
 # %% ../nbs/02_models.ipynb #76e7d4c3
 _PLAIN = WeakKeyDictionary() # layer: what stood in it when it was compared
-_SLACK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_SLACK = {
+    torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def _state_of(layer)->tuple: # what decides which function a layer computes
     return type(layer), id(vars(layer).get('forward')), type(getattr(layer, 'weight', None))
 
 def _distance_from_product(layer)->float: # relative, of the outputs for a small input
     "Compare what a layer computes with the product of its weight and its input"
-    values, bias = value_vectors(layer).detach(), getattr(layer, 'bias', None)
+    values = value_vectors(layer).detach()
+    bias = getattr(layer, 'bias', None)
     n, device = values.shape[1], values.device
-    x = torch.arange(4 * n, dtype=torch.float64, device='cpu').mul(.7).cos().view(2, 2, n) # no random draw
-    x = (x * torch.tensor([.5, 1., 2., 4.], dtype=x.dtype, device='cpu').view(2, 2, 1)).to(values)
+    # no random draw
+    x = torch.arange(4 * n, dtype=torch.float64, device='cpu').mul(.7).cos().view(2, 2, n)
+    x = (
+        x * torch.tensor([.5, 1., 2., 4.], dtype=x.dtype, device='cpu').view(2, 2, 1)
+    ).to(values)
     devices = [device] if device.type == 'cuda' else []
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        found, product = layer.forward(x), F.linear(x, values, bias)
+    full_precision = torch.autocast(device.type, enabled=False)
+    with torch.random.fork_rng(devices), torch.no_grad(), full_precision:
+        found = layer.forward(x)
+        product = F.linear(x, values, bias)
     if not isinstance(found, Tensor) or found.shape != product.shape: return math.inf
     if not product.isfinite().all(): return 0. # broken weights are another fault
     found, product = found.cpu().double(), product.cpu().double()
     return float((found - product).norm() / product.norm().clamp(min=1e-300))
 
+# %% ../nbs/02_models.ipynb #f6e0d23e
 def check_linear(
     layer:nn.Module, # with a weight, such as one of output_projections(model)
     name:str, # of the layer, for the error
 )->None:
     "Refuse a layer that computes something else than the product of its weight and its input"
     values = value_vectors(layer)
-    if values.device.type == 'meta' and hasattr(layer, '_hf_hook'): raise ValueError(
-        f"{name} is offloaded by device_map, its weights are not in memory; load the whole model "
-        "on one device")
+    if values.device.type == 'meta' and hasattr(layer, '_hf_hook'):
+        raise ValueError(
+            f"{name} is offloaded by device_map, its weights are not in memory; load the"
+            " whole model on one device")
     if values.device.type == 'meta' or isinstance(values, FakeTensor): return # no values yet
     if getattr(vars(layer).get('forward'), '__func__', None) in UNLOCKED: return
     if _PLAIN.get(layer) == (state := _state_of(layer)): return
     try: apart = _distance_from_product(layer)
     except Exception as error: apart = error
     if isinstance(apart, Exception) or not apart <= _SLACK[values.dtype]:
-        how = "fails on a small input" if isinstance(apart, Exception) else \
-            f"differs by {min(apart, 9.99):.1%}"
-        raise ValueError(f"{name}, a {type(layer).__name__}, does not compute the product of its "
+        failed = isinstance(apart, Exception)
+        how = "fails on a small input" if failed else f"differs by {min(apart, 9.99):.1%}"
+        raise ValueError(
+            f"{name}, a {type(layer).__name__}, does not compute the product of its "
             f"weight and its input ({how}), so its columns are not what is written; merge an "
             "adapter first (model = model.merge_and_unload()), leave a block that changes "
             "layers, or put a plain layer there")
@@ -176,18 +206,22 @@ def check_wrapper(
     if package.partition('.')[0] == 'peft':
         remedy = "merge the adapter first: model = model.merge_and_unload()"
         if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False):
-            remedy = "a prompt cannot be merged; give the model without it: model.get_base_model()"
+            remedy = (
+                "a prompt cannot be merged; give the model without it: model.get_base_model()"
+            )
         raise ValueError(f"a {kind} wraps the model and changes what it computes; {remedy}")
     outer = 'module', '_fsdp_wrapped_module' # where wrappers hold the model
-    inner = next((name for name in (*outer, 'model', 'base_model')
-        if hasattr(getattr(model, name, None), 'config')), None)
+    places = *outer, 'model', 'base_model'
+    inside = (name for name in places if hasattr(getattr(model, name, None), 'config'))
+    inner = next(inside, None)
     if getattr(model, 'config', None) is not None and inner not in outer: return
-    remedy = f"give the model inside it: model.{inner}" if inner else \
-        "give transformers' own causal language model"
+    remedy = "give transformers' own causal language model"
+    if inner: remedy = f"give the model inside it: model.{inner}"
     if 'fsdp' in package or 'deepspeed' in package:
         remedy = "its weights lie in parts; load the whole model in one process"
     raise ValueError(f"a {kind} is no transformers model; {remedy}")
 
+# %% ../nbs/02_models.ipynb #21d97202
 def check_model(
     model:nn.Module, # should be a transformers causal language model
 )->None:
@@ -195,33 +229,45 @@ def check_model(
     check_wrapper(model)
     if not {'peft', 'adapters'} & sys.modules.keys(): return
     for name, module in model.named_modules():
-        if type(module).__module__.partition('.')[0] in ('peft', 'adapters'): raise ValueError(
-            f"{name} holds an adapter ({type(module).__name__}), whose weights are apart from the "
-            "model's; merge the adapter first (peft.PeftModel.from_pretrained(model, "
-            "folder).merge_and_unload()), or load the model without it")
+        if type(module).__module__.partition('.')[0] in ('peft', 'adapters'):
+            raise ValueError(
+                f"{name} holds an adapter ({type(module).__name__}), whose weights are apart"
+                " from the model's; merge the adapter first"
+                " (peft.PeftModel.from_pretrained(model, folder).merge_and_unload()), or"
+                " load the model without it")
 
 # %% ../nbs/02_models.ipynb #7a41a96b
 def output_projections(
     model:nn.Module, # a transformers causal language model
-)->list[nn.Module]: # one per layer; its input is [batch, seq, d_ff], or [batch * seq, d_ff] where an architecture flattens its tokens
+)->list[nn.Module]: # one per layer; input [batch, seq, d_ff], or of any shape [..., d_ff]
     "Find the output projection of every MLP, and see that it is one"
     found = _places(model)
     for layer, projection in enumerate(found):
         check_linear(projection, f"the output projection of layer {layer}")
     return found
 
+def region_shape(model:nn.Module)->tuple[int, int]: # (n_layers, d_ff)
+    "Give the shape of a region of this model"
+    found = output_projections(model)
+    return len(found), value_vectors(found[0]).shape[1]
+
+# %% ../nbs/02_models.ipynb #c8f03563
 def _places(model)->list[nn.Module]: # one per layer, whatever it computes
     "Find the modules where the output projections stand"
     check_model(model)
     kind, name = model.config.model_type, type(model).__name__
-    if kind not in PROJECTIONS: raise ValueError(
-        f"no output projection is known for architecture {kind!r}; known: {', '.join(PROJECTIONS)}; "
-        f"register a finder: unloc.models.PROJECTIONS[{kind!r}] = "
-        "lambda model: [the output projection of each layer]")
+    if kind not in PROJECTIONS:
+        raise ValueError(
+            f"no output projection is known for architecture {kind!r}; known:"
+            f" {', '.join(PROJECTIONS)}; register a finder:"
+            f" unloc.models.PROJECTIONS[{kind!r}] = lambda model: [the output projection of"
+            " each layer]")
     try: found = list(PROJECTIONS[kind](model))
-    except (AttributeError, LookupError, TypeError) as error: raise ValueError(
-        f"the output projections of this {name} are not where those of {kind!r} are: {error}; give "
-        f"transformers' own causal language model, or correct the finder of {kind!r}") from None
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"the output projections of this {name} are not where those of {kind!r} are:"
+            f" {error}; give transformers' own causal language model, or correct the finder"
+            f" of {kind!r}") from None
     if not found: raise ValueError(
         f"the finder of {kind!r} finds no output projection in this {name}; correct it")
     shapes = [list(value_vectors(projection).shape) for projection in found]
@@ -230,15 +276,11 @@ def _places(model)->list[nn.Module]: # one per layer, whatever it computes
             "a region needs layers of one shape; the value vectors of layer 0 are "
             f"[d_model, d_ff] {shapes[0]}, those of layer {layer} {shape}")
     width = getattr(model.config.get_text_config(), 'hidden_size', shapes[0][0])
-    if width != shapes[0][0]: raise ValueError(
-        f"an output projection writes to the residual stream, {width} wide in this model; the one "
-        f"found is [d_model, d_ff] {shapes[0]}; correct the finder of {kind!r}")
+    if width != shapes[0][0]:
+        raise ValueError(
+            f"an output projection writes to the residual stream, {width} wide in this model;"
+            f" the one found is [d_model, d_ff] {shapes[0]}; correct the finder of {kind!r}")
     return found
-
-def region_shape(model:nn.Module)->tuple[int, int]: # (n_layers, d_ff)
-    "Give the shape of a region of this model"
-    found = output_projections(model)
-    return len(found), value_vectors(found[0]).shape[1]
 
 # %% ../nbs/02_models.ipynb #6de3d8c7
 class ExpertProjection(nn.Module):
@@ -248,27 +290,50 @@ class ExpertProjection(nn.Module):
         super().__init__()
         self.__dict__['experts'] = experts # not a submodule: the experts are its parent
     @property
-    def weight(self)->Tensor: return self.experts.down_proj.transpose(0, 1).flatten(1) # [d_model, n_experts * d_ff], a view in the memory order of `in_experts`
+    def weight(self)->Tensor: # [d_model, n_experts * d_ff], a view in `in_experts`' memory order
+        return self.experts.down_proj.transpose(0, 1).flatten(1)
     def forward(self, h:Tensor)->Tensor: return F.linear(h, self.weight)
 
-_LAYOUT = {'has_gate': True, 'is_concatenated': True, 'is_transposed': False, 'has_bias': False, 'has_post_expert_norm': False} # as transformers describes experts
+# %% ../nbs/02_models.ipynb #43465a45
+# as transformers describes experts
+_LAYOUT = {
+    'has_gate': True, 'is_concatenated': True, 'is_transposed': False, 'has_bias': False,
+    'has_post_expert_norm': False}
 
+def _check_layout(experts:nn.Module)->None:
+    "Refuse experts that hold their weights in another form"
+    layout = {name: getattr(experts, name, usual) for name, usual in _LAYOUT.items()}
+    odd = [name for name in layout if layout[name] != _LAYOUT[name]]
+    if odd: raise ValueError(
+        f"a {type(experts).__name__} is not laid out as gate_up_proj [n_experts, 2 * d_ff, "
+        "d_model] and down_proj [n_experts, d_model, d_ff] without biases "
+        f"({', '.join(odd)}); it needs a finder of its own")
+
+# %% ../nbs/02_models.ipynb #c31ac3ea
 class Experts(nn.Module):
     "The experts of a layer, written into the residual stream by one output projection"
     def __init__(self, experts:nn.Module): # transformers' own; the parameters stay the same objects
         super().__init__()
-        if odd := [name for name, usual in _LAYOUT.items() if getattr(experts, name, usual) != usual]: raise ValueError(
-            f"a {type(experts).__name__} is not laid out as gate_up_proj [n_experts, 2 * d_ff, d_model] and down_proj [n_experts, d_model, d_ff] without biases ({', '.join(odd)}); it needs a finder of its own")
-        self.gate_up_proj, self.down_proj, self.act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
+        _check_layout(experts)
+        self.gate_up_proj = experts.gate_up_proj
+        self.down_proj = experts.down_proj
+        self.act_fn = experts.act_fn
         self.output_projection = ExpertProjection(self)
 
-    def forward(self, x:Tensor, chosen:Tensor, weights:Tensor)->Tensor: # [tokens, d_model], int64 [tokens, k], [tokens, k] -> [tokens, d_model]
+    def forward(
+        self,
+        x:Tensor, # [tokens, d_model]
+        chosen:Tensor, # [tokens, k] int64, numbers of experts
+        weights:Tensor, # [tokens, k], routing weights
+    )->Tensor: # [tokens, d_model]
         n, d_ff, k = len(self.down_proj), self.down_proj.shape[2], chosen.shape[1]
         order = chosen.flatten().argsort(stable=True) # pairs of token and expert, by expert
         token, expert = order // k, chosen.flatten()[order]
         rows = x[token].split(expert.bincount(minlength=n).tolist())
-        gate, up = torch.cat([F.linear(x, w) for x, w in zip(rows, self.gate_up_proj)]).chunk(2, dim=-1)
-        sent = (self.act_fn(gate) * up * weights.flatten()[order, None]).to(x.dtype) # [tokens * k, d_ff]
+        both = torch.cat([F.linear(x, w) for x, w in zip(rows, self.gate_up_proj)])
+        gate, up = both.chunk(2, dim=-1)
+        sent = self.act_fn(gate) * up * weights.flatten()[order, None] # [tokens * k, d_ff]
+        sent = sent.to(x.dtype)
         h = x.new_zeros(len(x) * n, d_ff).index_copy_(0, token * n + expert, sent)
         return self.output_projection(h.view(len(x), n * d_ff))
 
@@ -281,10 +346,12 @@ def in_experts(
     def find(model):
         mixtures = _in_each(model, blocks, mixture)
         for layer, found in enumerate(mixtures):
-            if not hasattr(found, 'experts'): raise ValueError(
-                f"layer {layer} of this {type(model).__name__} is dense, a {type(found).__name__} "
-                "without experts, and others are mixtures of experts; a region needs layers of one "
-                "kind: take a checkpoint whose layers are alike")
+            if not hasattr(found, 'experts'):
+                raise ValueError(
+                    f"layer {layer} of this {type(model).__name__} is dense, a"
+                    f" {type(found).__name__} without experts, and others are mixtures of"
+                    " experts; a region needs layers of one kind: take a checkpoint whose"
+                    " layers are alike")
         return [_side_by_side(found) for found in mixtures]
     return find
 
@@ -292,10 +359,12 @@ def _side_by_side(mixture:nn.Module)->ExpertProjection:
     "Lay the value vectors of all experts of a layer side by side, where they are not yet"
     if not isinstance(mixture.experts, Experts): mixture.experts = Experts(mixture.experts)
     weight = mixture.experts.down_proj
-    if not weight.transpose(0, 1).is_contiguous(): weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    if not weight.transpose(0, 1).is_contiguous():
+        weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
     return mixture.experts.output_projection
 
-PROJECTIONS |= dict.fromkeys(('olmoe', 'mixtral', 'qwen3_moe'), in_experts('model.layers', 'mlp'))
+PROJECTIONS |= dict.fromkeys(
+    ('olmoe', 'mixtral', 'qwen3_moe'), in_experts('model.layers', 'mlp'))
 
 # %% ../nbs/02_models.ipynb #9fb11d73
 class Bend(NamedTuple):
@@ -310,21 +379,28 @@ def head_of(model:nn.Module)->nn.Module: # with a weight [vocab, d_model]
     head = model.get_output_embeddings() if hasattr(model, 'get_output_embeddings') else None
     if head is None: raise ValueError(f"a {type(model).__name__} has no output layer; give "
         "transformers' own causal language model")
-    if not isinstance(getattr(head, 'weight', None), Tensor): raise ValueError(
-        f"the output layer, a {type(head).__name__} of {type(head).__module__}, has no weight of "
-        "floats; load the model unquantized")
+    if not isinstance(getattr(head, 'weight', None), Tensor):
+        raise ValueError(
+            f"the output layer, a {type(head).__name__} of {type(head).__module__}, has no"
+            " weight of floats; load the model unquantized")
     return head
 
+# %% ../nbs/02_models.ipynb #72a6b96b
 class _Stub:
     "Stands for a part of a model and gives what it is told to"
     def __init__(self, plain, give): self.plain, self.give, self.got = plain, give, None
     def __call__(self, *args, **_):
         self.got = args[0] if args else None
         return self.give
-    def __getattr__(self, name): return self if name == 'decoder' else getattr(self.plain, name)
+    def __getattr__(self, name):
+        return self if name == 'decoder' else getattr(self.plain, name)
 
-def _run_head(model, hidden, logits)->tuple[_Stub, Tensor]: # the output layer, which has `got` its input; the model's logits
-    "Run a model's own forward pass on given last hidden states and given outputs of its output layer"
+def _run_head(
+    model,
+    hidden:Tensor, # [batch, seq, d_model], given last hidden states
+    logits:Tensor, # [batch, seq, vocab], given outputs of the output layer
+)->tuple[_Stub, Tensor]: # the output layer, which has `got` its input; the model's logits
+    "Run a model's own forward pass behind its base model"
     from transformers.modeling_outputs import BaseModelOutputWithPast
     class Output(BaseModelOutputWithPast):
         def __getattr__(self, name): return None # what else a base model may report
@@ -332,19 +408,24 @@ def _run_head(model, hidden, logits)->tuple[_Stub, Tensor]: # the output layer, 
     outer, head = copy.copy(model), head_of(model)
     base = _Stub(model.base_model, Output(last_hidden_state=hidden))
     names = [name for name, module in model._modules.items() if module is head]
-    if not names or model.base_model is model: raise ValueError("it does not stand next to the base model")
+    if not names or model.base_model is model:
+        raise ValueError("it does not stand next to the base model")
     end, prefix = _Stub(head, logits), model.base_model_prefix
     outer.__dict__['_modules'] = model._modules | {prefix: base, names[0]: end}
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device='cpu')
-    return end, type(model).forward(outer, input_ids=ids, use_cache=False, return_dict=True).logits
+    return (
+        end,
+        type(model).forward(outer, input_ids=ids, use_cache=False, return_dict=True).logits)
 
 # %% ../nbs/02_models.ipynb #408ed954
 _BENDS = WeakKeyDictionary() # model: numbers of its configuration, and its bend
-_ASKED = torch.tensor([2.**-20, 1., -8., 30., 1e9], dtype=torch.float64) # a small logit, and others
+# logits: a small one, and others
+_ASKED = torch.tensor([2.**-20, 1., -8., 30., 1e9], dtype=torch.float64)
 
 def _numbers(model)->tuple: # any of which may bend the logits
     parts = model.config, model.config.get_text_config(), getattr(model, '_orig_mod', model)
-    return tuple(x for part in parts for x in vars(part).values() if type(x) is float)
+    values = chain.from_iterable(vars(part).values() for part in parts)
+    return tuple(x for x in values if type(x) is float)
 
 def bend_of(
     model:nn.Module, # a transformers causal language model
@@ -356,24 +437,37 @@ def bend_of(
     _BENDS[model] = numbers, bend
     return bend
 
+# %% ../nbs/02_models.ipynb #69e9fd3e
+def _bend_in(got:Tensor, hidden:Tensor, found:Tensor)->Bend:
+    "Read scale and cap off the logits that a model makes of the given ones"
+    before = float((got * hidden).sum() / hidden.square().sum())
+    first = found.double()[0, :, 0]
+    cap = float(first[4]) if first[4] < 1e6 else math.inf
+    slope = float(first[0] / _ASKED[0] if cap < math.inf else first[1])
+    return Bend(*(1. if abs(x - 1) < 1e-6 else x for x in (before, slope)), cap)
+
 def _measured(model)->Bend:
-    kind, (vocab, width) = type(getattr(model, '_orig_mod', model)).__name__, head_of(model).weight.shape
-    hidden = torch.arange(len(_ASKED) * width, dtype=torch.float64, device='cpu').add(1).cos().view(1, -1, width)
+    "Find what a model does around its output layer, or refuse what is no such bend"
+    kind = type(getattr(model, '_orig_mod', model)).__name__
+    vocab, width = head_of(model).weight.shape
+    places = torch.arange(len(_ASKED) * width, dtype=torch.float64, device='cpu')
+    hidden = places.add(1).cos().view(1, -1, width)
     logits = _ASKED[None, :, None].expand(1, -1, vocab).clone()
     try:
         with torch.device('cpu'): end, found = _run_head(model, hidden, logits)
-    except Exception as error: raise ValueError(
-        f"the output layer of this {kind} cannot be told from the rest of the model "
-        f"({type(error).__name__}: {error}); give transformers' own causal language model") from None
+    except Exception as error:
+        why = f"({type(error).__name__}: {error})"
+        raise ValueError(
+            f"the output layer of this {kind} cannot be told from the rest of the model "
+            f"{why}; give transformers' own causal language model") from None
     if end.got is not None and end.got.shape == hidden.shape and found.shape == logits.shape:
-        before, first = float((end.got * hidden).sum() / hidden.square().sum()), found.double()[0, :, 0]
-        cap = float(first[4]) if first[4] < 1e6 else math.inf
-        slope = float(first[0] / _ASKED[0] if cap < math.inf else first[1])
-        bend = Bend(*(1. if abs(x - 1) < 1e-6 else x for x in (before, slope)), cap)
+        bend = _bend_in(end.got, hidden, found)
         same = torch.allclose(found.double(), _bent(logits, bend), 1e-5)
         if same and torch.allclose(end.got.double(), bend.before * hidden): return bend
-    raise ValueError(f"this {kind} makes its logits of its output layer in a way that is not known: "
-        "neither scaled nor bent by tanh; its probabilities cannot be formed at the answers alone")
+    raise ValueError(
+        f"this {kind} makes its logits of its output layer in a way that is not known:"
+        " neither scaled nor bent by tanh; its probabilities cannot be formed at the answers"
+        " alone")
 
 def _bent(logits, bend)->Tensor:
     if bend.slope != 1: logits = logits * bend.slope
@@ -395,9 +489,12 @@ def answer_hidden(
 )->Tensor: # [n_answer, d_model], row i predicts the i-th True of batch.answer
     "Give the last hidden states that predict the answer tokens under teacher forcing"
     check_wrapper(model)
-    return model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][batch.answer[:, 1:]]
+    return model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][
+        batch.answer[:, 1:]]
 
-def answer_logits(model:nn.Module, batch:Batch)->Tensor: # [n_answer, vocab] float32 (float64 for a float64 model)
+def answer_logits(
+    model:nn.Module, batch:Batch
+)->Tensor: # [n_answer, vocab] float32 (float64 for a float64 model)
     "Predict the answer tokens under teacher forcing"
     return logits_of(model, answer_hidden(model, batch))
 
@@ -407,7 +504,7 @@ MOST_LOGITS = 1 << 26 # formed at once: 256 MiB of float32
 def over_logits(
     model:nn.Module,
     hidden:Tensor, # [n, d_model], last hidden states
-    f:Callable[..., Tensor], # of logits [k, vocab] and the same k rows of each of `rows` -> [k, ...]
+    f:Callable[..., Tensor], # of logits [k, vocab] and k rows of each of `rows` -> [k, ...]
     *rows:Tensor, # [n, ...] each
 )->Tensor: # [n, ...]
     "Apply a function to the logits of some tokens, a part of the tokens at a time"
@@ -415,27 +512,37 @@ def over_logits(
     def part(hidden, *rows): return f(logits_of(model, hidden), *rows)
     size = max(1, MOST_LOGITS // head_of(model).weight.shape[0])
     if len(hidden) <= size: return part(hidden, *rows)
-    return torch.cat([checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*(x.split(size) for x in (hidden, *rows)))])
+    parts = zip(*(x.split(size) for x in (hidden, *rows)))
+    once = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([once(*x) for x in parts])
 
 # %% ../nbs/02_models.ipynb #bdca2cae
 _WINDOWS = 'sliding_window', 'attention_chunk_size', 'window_size' # in configurations
-_MASKED = {'full_attention', 'sliding_attention', 'chunked_attention'} # layers that a mask holds apart
+# layers that a mask holds apart
+_MASKED = {'full_attention', 'sliding_attention', 'chunked_attention'}
 
 def _mixes(model, config)->bool: # what a mask forbids a token to look at reaches it all the same
     "Say whether layers carry a state, or a convolution, from token to token"
-    if getattr(getattr(model, '_orig_mod', model), '_is_stateful', False): return True # Mamba and the like
+    if getattr(getattr(model, '_orig_mod', model), '_is_stateful', False):
+        return True # Mamba and the like
     return not set(getattr(config, 'layer_types', None) or ()) <= _MASKED
 
 def _takes_masks(base:type)->bool: # a mask [batch, 1, seq, seq], and not only one of padding
-    "Say whether an architecture makes its masks by transformers' own function, which passes others on"
-    return any(hasattr(sys.modules[kind.__module__], 'create_causal_mask') for kind in base.__mro__
-               if kind.__module__ in sys.modules)
+    """Say whether an architecture makes its masks by transformers' own function, which passes
+    others on"""
+    return any(
+        hasattr(sys.modules[kind.__module__], 'create_causal_mask')
+        for kind in base.__mro__
+        if kind.__module__ in sys.modules)
 
 def mask_limit(model:nn.Module)->float: # tokens; 0: never, infinity: always
     "Tell how long a sequence may be to be given a mask of one's own in place of the model's"
     check_wrapper(model)
-    config, base = model.config.get_text_config(), type(getattr(model, '_orig_mod', model).base_model)
-    if config._attn_implementation not in ('eager', 'sdpa') or getattr(config, 'alibi', False): return 0
+    config = model.config.get_text_config()
+    base = type(getattr(model, '_orig_mod', model).base_model)
+    if config._attn_implementation not in ('eager', 'sdpa') or getattr(
+        config, 'alibi', False):
+        return 0
     if 'position_ids' not in inspect.signature(base.forward).parameters: return 0
     if _mixes(model, config) or not _takes_masks(base): return 0
     windows = [getattr(config, name, None) for name in _WINDOWS]
@@ -447,7 +554,8 @@ def own_mask(
 )->Tensor: # [batch, 1, seq, seq], for `attention_mask`
     "Turn what each token may look at into a mask that the model's attention understands"
     if model.config.get_text_config()._attn_implementation == 'sdpa': return seen[:, None]
-    return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(model.dtype).min)[:, None]
 
 # %% ../nbs/02_models.ipynb #9a7c065b
 class _Stop(Exception): "Ends a forward pass whose rest nobody needs"
@@ -457,10 +565,15 @@ def blocks_of(
 )->list[nn.Module]: # one per layer
     "Find the block that holds the output projection of each layer"
     places = _places(model) # first: it may put experts in another form
-    listed = [b for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for b in blocks]
-    holder = {id(m): block for block in reversed(listed) for m in block.modules()}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    holder = {}
+    for block in reversed([*chain.from_iterable(lists)]):
+        for module in block.modules(): holder[id(module)] = block
     found = [holder.get(id(projection)) for projection in places]
-    if None in found: raise ValueError(f"layer {found.index(None)} of this {type(model).__name__} stands in no list of blocks; correct its finder")
+    if None in found:
+        raise ValueError(
+            f"layer {found.index(None)} of this {type(model).__name__} stands in no list of"
+            " blocks; correct its finder")
     return found
 
 def hidden_after(
@@ -473,7 +586,9 @@ def hidden_after(
     if not -len(blocks) <= layer < len(blocks):
         raise ValueError(f"layer must be 0 to {len(blocks) - 1}, got {layer}")
     block = blocks[layer]
-    def catch(module, inputs, output): found.append(output[0] if isinstance(output, tuple) else output); raise _Stop
+    def catch(module, inputs, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
     handle = block.register_forward_hook(catch)
     try: model.base_model(input_ids=batch.ids, use_cache=False)
     except _Stop: pass
@@ -487,16 +602,20 @@ def mlp_outputs(
 )->list[Tensor]: # per layer: [n_answer, d_model], at the positions that predict the answer tokens
     "Collect what every output projection writes while the model predicts the answers"
     found, predicts = [], batch.answer[:, 1:]
-    def catch(module, inputs, output): found.append(output.view(*batch.ids.shape, -1)[:, :-1][predicts])
-    handles = [projection.register_forward_hook(catch) for projection in output_projections(model)]
+    def catch(module, inputs, output):
+        found.append(output.view(*batch.ids.shape, -1)[:, :-1][predicts])
+    handles = [
+        projection.register_forward_hook(catch) for projection in output_projections(model)]
     try: model.base_model(input_ids=batch.ids, use_cache=False)
     finally:
         for handle in handles: handle.remove()
     return found
 
 # %% ../nbs/02_models.ipynb #dc923182
-POSITIONS = 'wpe', 'embed_positions', 'positions_embed', 'position_embeddings', 'pos_encoding' # what transformers' models call a table of positions
-_OTHER_SIDES = 'encoder', 'vision', 'visual', 'image', 'audio' # parts of a model that read no answer
+# what transformers' models call a table of positions
+POSITIONS = 'wpe', 'embed_positions', 'positions_embed', 'position_embeddings', 'pos_encoding'
+# parts of a model that read no answer
+_OTHER_SIDES = 'encoder', 'vision', 'visual', 'image', 'audio'
 
 def vocabulary(model:nn.Module)->int: # ids 0 to n - 1
     "Count the tokens that a model can read"
@@ -512,11 +631,14 @@ def most_positions(model:nn.Module)->float: # tokens; infinity where positions a
     "Find how long a row of tokens may be"
     found = [math.inf]
     for name, module in model.base_model.named_modules():
-        *path, last = name.split('.')
-        if any(side in part for part in path for side in _OTHER_SIDES): continue
-        if isinstance(module, nn.Embedding) and last in POSITIONS: found.append(_positions_of(module))
-        found += [len(table) for key, table in module.named_buffers(recurse=False) if key in POSITIONS]
-    if model.config.model_type == 'mpt': found.append(model.config.max_seq_len) # its biases are made for as many
+        path, _, last = name.rpartition('.')
+        if any(side in path for side in _OTHER_SIDES): continue
+        if isinstance(module, nn.Embedding) and last in POSITIONS:
+            found.append(_positions_of(module))
+        tables = module.named_buffers(recurse=False)
+        found += [len(table) for key, table in tables if key in POSITIONS]
+    if model.config.model_type == 'mpt':
+        found.append(model.config.max_seq_len) # its biases are made for as many
     return min(found)
 
 # %% ../nbs/02_models.ipynb #5a90b245
@@ -526,31 +648,40 @@ def _check_ids(where:str, ids)->None:
     odd = [t for t in ids if not _whole(t)] if isinstance(ids, list) else [ids]
     if not odd: return
     bad = odd[0]
-    expected = "as from encode" if isinstance(ids, list) else "as from ids.tolist() or list(ids)"
-    raise ValueError(f"{where} has {' '.join(f'{bad!r:.40}'.split())} (a {type(bad).__name__}) in its "
+    expected = (
+        "as from encode" if isinstance(ids, list) else "as from ids.tolist() or list(ids)")
+    raise ValueError(
+        f"{where} has {' '.join(f'{bad!r:.40}'.split())} (a {type(bad).__name__}) in its "
         f"ids; expected a list of whole numbers, {expected}")
 
 def _whole(x)->bool: # also numpy's and torch's
     try: return operator.index(x) is not None
     except TypeError: return False
 
+# %% ../nbs/02_models.ipynb #9f4e9bc4
 def _within(where:str, e:Example, new:int, vocab:int, most:float)->None:
     "Refuse a fact that a model cannot read, or not answer"
-    if outside := [t for t in (min(e.ids), max(e.ids)) if not 0 <= t < vocab]: raise ValueError(
-        f"{where} has the token {outside[0]}, the model's vocabulary is 0 to {vocab - 1}; take the model's own tokenizer, "
-        "or give the model rows for added tokens: model.resize_token_embeddings(len(tokenizer))")
-    if len(e.ids) > most: raise ValueError(
-        f"{where} is {len(e.ids)} tokens long, the model has {most} positions; shorten it (with fewer shots, where it has any) or leave it out")
-    if new > 0 and e.start + new - 1 > most: raise ValueError( # the last token is not read again
-        f"{where} has a prompt of {e.start} tokens, and {new} new ones (max_new_tokens) go past the model's {most} positions; "
-        f"lower max_new_tokens to {int(most) - e.start + 1}, or leave it out")
+    if outside := [t for t in (min(e.ids), max(e.ids)) if not 0 <= t < vocab]:
+        raise ValueError(
+            f"{where} has the token {outside[0]}, the model's vocabulary is 0 to {vocab - 1};"
+            " take the model's own tokenizer, or give the model rows for added tokens:"
+            " model.resize_token_embeddings(len(tokenizer))")
+    if len(e.ids) > most:
+        raise ValueError(
+            f"{where} is {len(e.ids)} tokens long, the model has {most} positions; shorten it"
+            " (with fewer shots, where it has any) or leave it out")
+    if new > 0 and e.start + new - 1 > most:
+        raise ValueError( # the last token is not read again
+            f"{where} has a prompt of {e.start} tokens, and {new} new ones (max_new_tokens)"
+            f" go past the model's {most} positions; lower max_new_tokens to"
+            f" {int(most) - e.start + 1}, or leave it out")
 
 def check_limits(
     model:nn.Module,
     examples:Sequence[Example],
     what:str, # name of the set, for the error
     new:int|Sequence[int]=0, # most tokens to be decoded behind a prompt; of all, or of each
-    limits:tuple[int, float]|None=None, # vocabulary and most_positions of the model, where they are known already
+    limits:tuple[int, float]|None=None, # vocabulary and most_positions, where they are known
 )->None:
     "Refuse tokens that a model does not have, and facts or answers longer than its positions"
     vocab, most = limits or (vocabulary(model), most_positions(model))
@@ -571,7 +702,9 @@ def mixed_precision(
     known, before = model in _MIXED, _MIXED.get(model)
     _MIXED[model] = dtype
     try:
-        with torch.autocast(model.device.type, dtype, enabled=dtype is not None, cache_enabled=False): # a cache would keep the first weights
+        with torch.autocast(
+            model.device.type, dtype, enabled=dtype is not None, cache_enabled=False
+        ): # a cache would keep the first weights
             yield
     finally:
         _MIXED.pop(model)
@@ -584,7 +717,8 @@ def _precision(model:nn.Module)->Iterator[None]:
     now = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with ExitStack() as stack:
         for other in {'cpu', device} - ({device} if dtype else set()):
-            if torch.is_autocast_enabled(other): stack.enter_context(torch.autocast(other, enabled=False))
+            if torch.is_autocast_enabled(other):
+                stack.enter_context(torch.autocast(other, enabled=False))
         if dtype and (now != dtype or torch.is_autocast_cache_enabled()):
             stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
         yield
@@ -609,11 +743,14 @@ def _usual_tensors()->Iterator[None]:
         with torch.device('cpu') if device.type != 'cpu' else nullcontext(): yield
     finally: torch.set_default_dtype(dtype)
 
+# %% ../nbs/02_models.ipynb #1f894bef
 @contextmanager
 def _random_state()->Iterator[None]:
     "Put the random state of Python, numpy and torch back"
     numpy, cuda = sys.modules.get('numpy'), torch.cuda.is_initialized()
-    python, own, gpus = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+    python = random.getstate()
+    own = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if cuda else []
     numpys = numpy.random.get_state() if numpy else None
     try: yield
     finally:
@@ -636,7 +773,10 @@ def _usual_outputs(model:nn.Module)->Iterator[None]:
     for m in model.modules():
         known = getattr(m, 'original_max_seq_len', math.inf)
         if getattr(m, 'rope_type', None) == 'dynamic' and m.max_seq_len_cached > known:
-            put(m, inv_freq=m.original_inv_freq.to(m.inv_freq.device), max_seq_len_cached=known)
+            put(
+                m,
+                inv_freq=m.original_inv_freq.to(m.inv_freq.device),
+                max_seq_len_cached=known)
     try: yield
     finally:
         for owner, name, value in reversed(kept): setattr(owner, name, value)
@@ -646,10 +786,16 @@ def _gradients(model:nn.Module, gradient:str):
     "Form gradients or not, whatever the caller does"
     if gradient == 'off': return torch.no_grad()
     if gradient == 'as called': return nullcontext()
-    if gradient != 'on': raise ValueError(f"unknown gradient {gradient!r}; known: off, on, as called")
-    if any(p.is_inference() for p in model.parameters()): raise ValueError(
-        "the model was made inside torch.inference_mode(), so no gradient can be formed of it; make or load it outside")
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
+    if gradient != 'on':
+        raise ValueError(f"unknown gradient {gradient!r}; known: off, on, as called")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "the model was made inside torch.inference_mode(), so no gradient can be formed"
+            " of it; make or load it outside")
+    return (
+        torch.inference_mode(False)
+        if torch.is_inference_mode_enabled()
+        else torch.enable_grad())
 
 @contextmanager
 def undisturbed(
@@ -660,8 +806,11 @@ def undisturbed(
     "Run the block on a model in evaluation mode, and put all settings back"
     with ExitStack() as stack:
         if not nested: stack.enter_context(_usual_outputs(model))
-        if not nested and gradient != 'as called': stack.enter_context(_random_state()) # a loss draws nothing
-        for setting in (_usual_tensors(), _evaluating(model), _precision(model), _gradients(model, gradient)):
+        if not nested and gradient != 'as called':
+            stack.enter_context(_random_state()) # a loss draws nothing
+        for setting in (
+            _usual_tensors(), _evaluating(model), _precision(model),
+            _gradients(model, gradient)):
             stack.enter_context(setting)
         yield
 
@@ -673,36 +822,49 @@ def _causal(model:nn.Module)->None:
     from transformers import PreTrainedModel
     inner = getattr(model, '_orig_mod', model)
     if isinstance(inner, nn.Module): head_of(inner)
-    if not isinstance(inner, PreTrainedModel): raise ValueError(
-        f"expected a causal language model of transformers, got {f'{inner!r:.60}'.splitlines()[0]} "
-        f"(a {type(inner).__name__}); load one with transformers' AutoModelForCausalLM")
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            "expected a causal language model of transformers, got"
+            f" {f'{inner!r:.60}'.splitlines()[0]} (a {type(inner).__name__}); load one with"
+            " transformers' AutoModelForCausalLM")
     kind = type(inner).__name__
     if getattr(inner.config, 'is_encoder_decoder', False): raise ValueError(
         f"a {kind} reads the question in its encoder and answers in its decoder; "
         "give a causal language model, which reads both in one row")
-    if inner.base_model is inner: raise ValueError(
-        f"the base model of this {kind} is not where transformers says it is "
-        f"({inner.base_model_prefix!r}), so its last hidden states cannot be had; take another class")
-    absent = next((name for name, p in inner.named_parameters() if p.device.type == 'meta'), None)
+    if inner.base_model is inner:
+        raise ValueError(
+            f"the base model of this {kind} is not where transformers says it is"
+            f" ({inner.base_model_prefix!r}), so its last hidden states cannot be had; take"
+            " another class")
+    on_meta = (name for name, p in inner.named_parameters() if p.device.type == 'meta')
+    absent = next(on_meta, None)
     hooked = any(hasattr(m, '_hf_hook') for m in inner.modules())
-    if absent and hooked: raise ValueError("the model is offloaded by device_map, its weights are "
-        "not in memory; load the whole model on one device")
-    if absent: raise ValueError(f"{absent} has no weights in memory (it is on the meta device, not "
-        "loaded yet); load the whole model on one device")
+    if absent and hooked:
+        raise ValueError("the model is offloaded by device_map, its weights are "
+            "not in memory; load the whole model on one device")
+    if absent:
+        raise ValueError(f"{absent} has no weights in memory (it is on the meta device, not "
+            "loaded yet); load the whole model on one device")
 
-def _sets(arguments:dict)->Iterator[tuple[str, Sequence[Example], int]]: # name, examples, most tokens to be decoded
+# %% ../nbs/02_models.ipynb #c1511575
+def _sets(
+    arguments:dict, # of a call
+)->Iterator[tuple[str, Sequence[Example], int]]: # name, examples, most tokens to be decoded
     "Find the examples among the arguments of a call"
     new = arguments.get('max_new_tokens', 0)
     for name, value in arguments.items():
         if isinstance(value, Sequence) and len(value) and isinstance(value[0], Example):
-            yield name, value, new if isinstance(new, int) else 0 # what is no number is refused later
-        elif callable(getattr(value, 'asked', None)) and not isinstance(value, nn.Module): yield from value.asked()
+            # what is no number is refused later
+            yield name, value, new if isinstance(new, int) else 0
+        elif callable(getattr(value, 'asked', None)) and not isinstance(value, nn.Module):
+            yield from value.asked()
 
 def _check_batch(batch:Batch, vocab:int, most:float)->None:
     "Refuse a batch as check_limits refuses its facts"
     low, high = batch.ids.aminmax()
     _within("the batch", Example([int(low), int(high)], 0), 0, vocab, math.inf)
-    if batch.ids.shape[1] > most: _within("the batch", Example([0] * batch.ids.shape[1], 0), 0, vocab, most)
+    if batch.ids.shape[1] > most:
+        _within("the batch", Example([0] * batch.ids.shape[1], 0), 0, vocab, most)
 
 # %% ../nbs/02_models.ipynb #d544247d
 def measuring(
@@ -724,7 +886,8 @@ def measuring(
                 _causal(model)
                 running[id(model)] = vocabulary(model), most_positions(model)
             limits = running[id(model)]
-            for name, examples, new in _sets(call.arguments): check_limits(model, examples, name, new, limits)
+            for name, examples, new in _sets(call.arguments):
+                check_limits(model, examples, name, new, limits)
             for value in call.arguments.values():
                 if isinstance(value, Batch) and not inside: _check_batch(value, *limits)
             token = _RUNNING.set(tuple(running.items()))
@@ -735,5 +898,7 @@ def measuring(
     return decorate
 
 # %% ../nbs/02_models.ipynb #62f4ebed
-logits_of, answer_hidden, answer_logits = (measuring('as called')(f) for f in (logits_of, answer_hidden, answer_logits))
-over_logits, hidden_after, mlp_outputs = (measuring('as called')(f) for f in (over_logits, hidden_after, mlp_outputs))
+logits_of, answer_hidden, answer_logits = (
+    measuring('as called')(f) for f in (logits_of, answer_hidden, answer_logits))
+over_logits, hidden_after, mlp_outputs = (
+    measuring('as called')(f) for f in (over_logits, hidden_after, mlp_outputs))

@@ -25,8 +25,8 @@ def _check_tensors(ndim:int=0, **given): # ndim: fewest axes
                 f'{name} must be a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
         if x.ndim < ndim:
             raise ValueError(
-                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got shape '
-                f'{tuple(x.shape)}')
+                f'{name} must have at least {ndim} {"axis" if ndim == 1 else "axes"}, got'
+                f' shape {tuple(x.shape)}')
 
 def _check_number(name, value, low, above=False): # above: `low` itself is refused
     "Demand a finite number from `low` on"
@@ -46,8 +46,13 @@ def _at(
     _check_tensors(values=values, mask=mask)
     shape = tuple(values.shape[:values.ndim - trailing])
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise ValueError(f'the mask must be torch.bool of shape {shape}, got {mask.dtype} {tuple(mask.shape)}: one True or False per token')
-    if not mask.any(): raise ValueError('no answer token in the mask: a mean needs at least one; leave out examples without an answer')
+        raise ValueError(
+            f'the mask must be torch.bool of shape {shape}, got {mask.dtype}'
+            f' {tuple(mask.shape)}: one True or False per token')
+    if not mask.any():
+        raise ValueError(
+            'no answer token in the mask: a mean needs at least one; leave out examples'
+            ' without an answer')
     return values[mask]
 
 def _check_sums(beta, **sums):
@@ -56,7 +61,9 @@ def _check_sums(beta, **sums):
     shapes = {name: tuple(x.shape) for name, x in sums.items()}
     first = next(iter(shapes.values()))
     if len(first) != 1 or first[0] == 0 or any(s != first for s in shapes.values()):
-        raise ValueError(f'sequence log-probabilities must share one shape [batch], batch >= 1, got {shapes}: use sequence_logprob')
+        raise ValueError(
+            'sequence log-probabilities must share one shape [batch], batch >= 1, got'
+            f' {shapes}: use sequence_logprob')
     _check_number('beta', beta, 0, above=True)
 
 def _wide(x:Tensor)->Tensor:
@@ -73,10 +80,16 @@ def token_logprob(
     _check_tensors(target=target)
     vocab = logits.shape[-1]
     if target.dtype != torch.int64 or target.shape != logits.shape[:-1]:
-        raise ValueError(f'target must be torch.int64 of shape {tuple(logits.shape[:-1])}, got {target.dtype} {tuple(target.shape)}')
+        raise ValueError(
+            f'target must be torch.int64 of shape {tuple(logits.shape[:-1])}, got'
+            f' {target.dtype} {tuple(target.shape)}')
     if ((target < 0) | (target >= vocab)).any():
-        raise ValueError(f'target ids must lie in 0 to {vocab - 1}, got {target.min().item()} to {target.max().item()}: select answer positions first')
-    return -F.cross_entropy(_wide(logits).reshape(-1, vocab), target.reshape(-1), reduction='none').view(target.shape)
+        raise ValueError(
+            f'target ids must lie in 0 to {vocab - 1}, got {target.min().item()} to'
+            f' {target.max().item()}: select answer positions first')
+    return -F.cross_entropy(
+        _wide(logits).reshape(-1, vocab), target.reshape(-1), reduction='none'
+    ).view(target.shape)
 
 # %% ../nbs/07_objectives.ipynb #d4377be8
 def sequence_logprob(
@@ -86,7 +99,9 @@ def sequence_logprob(
     "Sum the log-probability of each answer"
     _check_tensors(1, token_logprob=token_logprob, answer_mask=answer_mask)
     if answer_mask.dtype != torch.bool or answer_mask.shape != token_logprob.shape:
-        raise ValueError(f'answer_mask must be torch.bool of shape {tuple(token_logprob.shape)}, got {answer_mask.dtype} {tuple(answer_mask.shape)}')
+        raise ValueError(
+            f'answer_mask must be torch.bool of shape {tuple(token_logprob.shape)}, got'
+            f' {answer_mask.dtype} {tuple(answer_mask.shape)}')
     return token_logprob.masked_fill(~answer_mask, 0).sum(-1)
 
 # %% ../nbs/07_objectives.ipynb #c834359a
@@ -114,7 +129,8 @@ def grad_diff(
     alpha:float=1., # weight of the retain term
 )->Tensor: # [] nats per token
     "Ascend on the forget answers while descending on the retain answers"
-    return gamma * ga(forget_token_logprob, forget_mask) + alpha * nll(retain_token_logprob, retain_mask)
+    return gamma * ga(forget_token_logprob, forget_mask) + alpha * nll(
+        retain_token_logprob, retain_mask)
 
 # %% ../nbs/07_objectives.ipynb #738dcb83
 def wga(
@@ -123,7 +139,8 @@ def wga(
     beta:float=1., # exponent of the weight, at least 0
 )->Tensor: # [] nats per token, not above 0
     """Ascend on answer tokens weighted by their own probability to the power beta
-    Wang et al. 2025, "Rethinking LLM unlearning objectives: a gradient perspective and go beyond" """
+    Wang et al. 2025, "Rethinking LLM unlearning objectives: a gradient perspective and go beyond"
+    """
     _check_number('beta', beta, 0)
     logprob = _at(token_logprob, answer_mask)
     return ((beta * logprob.detach()).exp() * logprob).mean()
@@ -134,7 +151,9 @@ def npo(
     reference_logprob:Tensor, # [batch] float, nats; the same answers under the reference
     beta:float=.1, # inverse temperature, per nat; positive
 )->Tensor: # [] nats, not below 0
-    "Push each answer below its reference probability (negative preference optimisation; Zhang et al. 2024)"
+    """Push each answer below its reference probability
+
+    NPO, negative preference optimisation; Zhang et al. 2024"""
     _check_sums(beta, logprob=logprob, reference_logprob=reference_logprob)
     return -2 / beta * F.logsigmoid(-beta * (logprob - reference_logprob)).mean()
 
@@ -146,8 +165,15 @@ def dpo(
     reference_rejected:Tensor, # [batch] float, nats; answers to forget under the reference
     beta:float=.1, # inverse temperature, per nat; positive
 )->Tensor: # [] nats, not below 0
-    "Prefer the chosen answer to the rejected one by more than the reference does (direct preference optimisation; Rafailov et al. 2023)"
-    _check_sums(beta, chosen=chosen, rejected=rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected)
+    """Prefer the chosen answer to the rejected one by more than the reference does
+
+    DPO, direct preference optimisation; Rafailov et al. 2023"""
+    _check_sums(
+        beta,
+        chosen=chosen,
+        rejected=rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected)
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -2 / beta * F.logsigmoid(beta * margin).mean()
 
@@ -156,19 +182,27 @@ def rmu(
     hidden:Tensor, # [batch, seq, d] float, hidden states of one layer
     control:Tensor, # [d] steering vector, or [batch, seq, d] hidden states of the reference
     answer_mask:Tensor, # [batch, seq] bool
-    average:str='sequence', # 'sequence': mean of per-sequence means; 'token': mean over all answer tokens
+    average:str='sequence', # mean of per-'sequence' means, or of all answer 'token's
 )->Tensor: # [] squared hidden units per dimension
-    "Average the squared distance between hidden states and a control (representation misdirection; Li et al. 2024)"
-    if average not in ('sequence', 'token'): raise ValueError(f"average must be 'sequence' or 'token', got {average!r}")
+    """Average the squared distance between hidden states and a control
+
+    RMU, representation misdirection; Li et al. 2024"""
+    if average not in ('sequence', 'token'):
+        raise ValueError(f"average must be 'sequence' or 'token', got {average!r}")
     _check_tensors(hidden=hidden, control=control, answer_mask=answer_mask)
     if hidden.ndim != 3 or control.shape not in (hidden.shape, hidden.shape[-1:]):
-        raise ValueError(f'hidden must be [batch, seq, d] and control [d] or like hidden, got {tuple(hidden.shape)} and {tuple(control.shape)}')
+        raise ValueError(
+            'hidden must be [batch, seq, d] and control [d] or like hidden, got'
+            f' {tuple(hidden.shape)} and {tuple(control.shape)}')
     states = _at(hidden, answer_mask, trailing=1)
     if control.ndim == 3: control = control[answer_mask]
     error = (_wide(states) - _wide(control)).square().mean(-1)
     if average == 'token': return error.mean()
     count = answer_mask.sum(1, keepdim=True)
-    if not count.all(): raise ValueError(f"no answer token in row {count[:, 0].argmin().item()}: average='sequence' needs one in every row")
+    if not count.all():
+        raise ValueError(
+            f"no answer token in row {count[:, 0].argmin().item()}: average='sequence' needs"
+            " one in every row")
     return (error / count.expand_as(answer_mask)[answer_mask]).sum() / len(hidden)
 
 # %% ../nbs/07_objectives.ipynb #53966fb7
@@ -196,6 +230,9 @@ def kl(
     "Average KL(reference || current) over positions"
     _check_tensors(1, logits=logits, reference_logits=reference_logits)
     if logits.shape != reference_logits.shape:
-        raise ValueError(f'logits and reference_logits must have one shape, got {tuple(logits.shape)} and {tuple(reference_logits.shape)}')
-    current, reference = (_wide(_at(x, mask, trailing=1)).log_softmax(-1) for x in (logits, reference_logits))
+        raise ValueError(
+            f'logits and reference_logits must have one shape, got {tuple(logits.shape)} and'
+            f' {tuple(reference_logits.shape)}')
+    current, reference = (
+        _wide(_at(x, mask, trailing=1)).log_softmax(-1) for x in (logits, reference_logits))
     return F.kl_div(current, reference, reduction='sum', log_target=True) / len(current)

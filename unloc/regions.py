@@ -28,7 +28,10 @@ def extent(
     shape:tuple[int, ...], # (n_layers, d_ff), or (n_layers, d_model, d_ff) of single weights
 )->str:
     "Say what a region of this shape is a part of"
-    if len(shape) not in (2, 3) or 0 in shape: raise ValueError(f"a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff weights, got the shape {list(shape)}")
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(
+            "a region lies in n_layers x d_ff value vectors or n_layers x d_model x d_ff"
+            f" weights, got the shape {list(shape)}")
     return ' x '.join(map(str, shape)) + (' value vectors' if len(shape) == 2 else ' weights')
 
 def region_size(
@@ -37,53 +40,71 @@ def region_size(
 )->int: # number of value vectors or weights
     "Count the members of a region of the given fraction"
     whole = extent(shape)
-    if not (isinstance(fraction, Real) and 0 < fraction <= 1): raise ValueError(f"fraction must lie in (0, 1], got {fraction!r:.60}")
+    if not (isinstance(fraction, Real) and 0 < fraction <= 1):
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction!r:.60}")
     n = int(fraction * math.prod(shape) * (1 + 1e-14))
-    if n < 1: raise ValueError(f"fraction {fraction} of {whole} is less than one; use at least {1 / math.prod(shape):.2g}")
+    if n < 1:
+        raise ValueError(
+            f"fraction {fraction} of {whole} is less than one; use at least"
+            f" {1 / math.prod(shape):.2g}")
     return n
 
-# %% ../nbs/03_regions.ipynb #29e5ebea
-@dataclass(frozen=True, eq=False)
-class Region:
-    "A set of value vectors, or of single weights, of one model"
-    mask:Tensor # [n_layers, d_ff] bool, True at the region's value vectors; of single weights [n_layers, d_model, d_ff]
+# %% ../nbs/03_regions.ipynb #6f976fd5
+def _same_model(a, b)->Tensor:
+    "Give `b`'s mask once both regions are known to have one shape"
+    if a.shape != b.shape:
+        raise ValueError(
+            f"regions of different models or units: {extent(a.shape)} and {extent(b.shape)}")
+    return b.mask
 
-    def __post_init__(self):
-        mask = torch.as_tensor(self.mask)
-        if mask.dtype != torch.bool or mask.ndim not in (2, 3): raise ValueError(
-            f"a region's mask is bool [n_layers, d_ff], or [n_layers, d_model, d_ff] of single weights, got {mask.dtype} {list(mask.shape)}")
-        object.__setattr__(self, 'mask', mask.cpu().contiguous())
-
-    @property
-    def shape(self)->tuple[int, ...]: return tuple(self.mask.shape) # (n_layers, d_ff), or (n_layers, d_model, d_ff)
-    @property
-    def fraction(self)->float: return len(self) / self.mask.numel() # share of all value vectors or weights
-    @property
-    def index(self)->list[Tensor]: return [layer.flatten().nonzero().flatten() for layer in self.mask] # per layer: int64 [k_l], ascending; of single weights row * d_ff + column
-    @property
-    def columns(self)->list[Tensor]: # per layer: int64 [k_l], ascending
-        if len(self.shape) == 3: raise ValueError("a weight region has single weights, no columns; their places are in `index`")
-        return self.index
-    def __len__(self): return int(self.mask.sum())
-    def __bool__(self): return bool(self.mask.any())
-    def __eq__(self, other): return isinstance(other, Region) and torch.equal(self.mask, other.mask)
-    def __hash__(self): return hash(self.mask.numpy().tobytes())
-    def __repr__(self): return f"Region({len(self)} of {extent(self.shape)}, {self.fraction:.1%})"
+class _Algebra:
+    "Set algebra of regions"
     def __invert__(self): return Region(~self.mask)
     def __or__(self, other): return Region(self.mask | _same_model(self, other))
     def __and__(self, other): return Region(self.mask & _same_model(self, other))
     def __sub__(self, other): return Region(self.mask & ~_same_model(self, other))
 
-# %% ../nbs/03_regions.ipynb #6f976fd5
-def _same_model(a:Region, b:Region)->Tensor:
-    "Give `b`'s mask once both regions are known to have one shape"
-    if a.shape != b.shape: raise ValueError(f"regions of different models or units: {extent(a.shape)} and {extent(b.shape)}")
-    return b.mask
+# %% ../nbs/03_regions.ipynb #29e5ebea
+@dataclass(frozen=True, eq=False)
+class Region(_Algebra):
+    "A set of value vectors, or of single weights, of one model"
+    mask:Tensor # [n_layers, d_ff] bool; of single weights [n_layers, d_model, d_ff]
+
+    def __post_init__(self):
+        mask = torch.as_tensor(self.mask)
+        if mask.dtype != torch.bool or mask.ndim not in (2, 3):
+            raise ValueError(
+                "a region's mask is bool [n_layers, d_ff], or [n_layers, d_model, d_ff] of"
+                f" single weights, got {mask.dtype} {list(mask.shape)}")
+        object.__setattr__(self, 'mask', mask.cpu().contiguous())
+
+    @property
+    def shape(self)->tuple[int, ...]: # (n_layers, d_ff), or (n_layers, d_model, d_ff)
+        return tuple(self.mask.shape)
+    @property
+    def fraction(self)->float: # share of all value vectors or weights
+        return len(self) / self.mask.numel()
+    @property
+    def index(self)->list[Tensor]: # per layer int64 [k_l], ascending; a weight: row * d_ff + column
+        return [layer.flatten().nonzero().flatten() for layer in self.mask]
+    @property
+    def columns(self)->list[Tensor]: # per layer: int64 [k_l], ascending
+        if len(self.shape) == 3:
+            raise ValueError(
+                "a weight region has single weights, no columns; their places are in `index`")
+        return self.index
+    def __len__(self): return int(self.mask.sum())
+    def __bool__(self): return bool(self.mask.any())
+    def __eq__(self, other):
+        return isinstance(other, Region) and torch.equal(self.mask, other.mask)
+    def __hash__(self): return hash(self.mask.numpy().tobytes())
+    def __repr__(self):
+        return f"Region({len(self)} of {extent(self.shape)}, {self.fraction:.1%})"
 
 # %% ../nbs/03_regions.ipynb #d1278e58
 @checked(but=['fraction'])
 def sample_region(
-    shape:tuple[int, ...], # (n_layers, d_ff) of the model, or (n_layers, d_model, d_ff) of single weights
+    shape:tuple[int, ...], # (n_layers, d_ff), or (n_layers, d_model, d_ff) of single weights
     fraction:float, # share of all value vectors or weights, in (0, 1]
     seed:int, # of the region's own generator
     outside:Region|None=None, # members to avoid
@@ -92,10 +113,15 @@ def sample_region(
     n, free = region_size(shape, fraction), torch.ones(shape, dtype=torch.bool)
     if outside is not None: free &= ~_same_model(Region(free), outside)
     candidates = free.flatten().nonzero().flatten()
-    if n > len(candidates): raise ValueError(
-        f"cannot draw {n} of {extent(shape)} (fraction {fraction}) outside a region of {len(outside)}: {len(candidates)} are left; two disjoint regions of one size need a fraction of at most 0.5")
+    if n > len(candidates):
+        raise ValueError(
+            f"cannot draw {n} of {extent(shape)} (fraction {fraction}) outside a region of"
+            f" {len(outside)}: {len(candidates)} are left; two disjoint regions of one size"
+            " need a fraction of at most 0.5")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(candidates), generator=generator)[:n]
     mask = torch.zeros(free.numel(), dtype=torch.bool)
-    mask[candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:n]]] = True
+    mask[candidates[drawn]] = True
     return Region(mask.view(shape))
 
 # %% ../nbs/03_regions.ipynb #e71ce430
@@ -105,22 +131,31 @@ Region.sample = staticmethod(sample_region)
 def _ranking(scores)->Tensor: # of the whole model, on the CPU
     "Read one score per value vector or weight, or say why they rank nothing"
     try: layers = [torch.as_tensor(layer).cpu() for layer in scores]
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"scores must be a tensor [n_layers, d_ff] or [n_layers, d_model, d_ff], or a list of its layers, got {type(scores).__name__}") from None
-    if len(shapes := {tuple(layer.shape) for layer in layers}) != 1: raise ValueError(f"scores need layers of one shape, got {len(layers)} layers of {sorted(shapes)}")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            "scores must be a tensor [n_layers, d_ff] or [n_layers, d_model, d_ff], or a"
+            f" list of its layers, got {type(scores).__name__}") from None
+    if len(shapes := {tuple(layer.shape) for layer in layers}) != 1:
+        raise ValueError(
+            f"scores need layers of one shape, got {len(layers)} layers of {sorted(shapes)}")
     scores = torch.stack(layers)
-    if scores.dtype == torch.bool or scores.is_complex(): raise ValueError(f"scores are {scores.dtype}; a ranking needs real numbers")
-    if scores.isnan().any(): raise ValueError(f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
+    if scores.dtype == torch.bool or scores.is_complex():
+        raise ValueError(f"scores are {scores.dtype}; a ranking needs real numbers")
+    if scores.isnan().any():
+        raise ValueError(
+            f"scores hold {int(scores.isnan().sum())} NaN; a ranking needs numbers")
     return scores
 
 def top_region(
-    scores:Tensor|Sequence[Tensor], # [n_layers, d_ff] float, higher is chosen first; of single weights [n_layers, d_model, d_ff]; or a list of the layers
+    scores:Tensor|Sequence[Tensor], # [n_layers, (d_model,) d_ff] float, or layers; high ones first
     fraction:float, # share of all value vectors or weights, in (0, 1]
 )->Region:
     "Take the highest scores of the whole model"
     scores = _ranking(scores)
     n = region_size(tuple(scores.shape), fraction)
     flat = scores.flatten()
-    last = flat.kthvalue(len(flat) - n + 1).values # the n-th highest; a sort would take ten times as long
+    # the n-th highest; a sort would take ten times as long
+    last = flat.kthvalue(len(flat) - n + 1).values
     mask = flat > last
     mask[(flat == last).nonzero().flatten()[:n - int(mask.sum())]] = True
     return Region(mask.view(scores.shape))
@@ -142,12 +177,14 @@ Region.jaccard, Region.recall = jaccard, recall
 
 # %% ../nbs/03_regions.ipynb #45950d63
 def average_precision(
-    scores:Tensor|Sequence[Tensor], # as in `top_region`; ties rank by place as there, so a truth at the first places has 1 under all-equal scores
+    scores:Tensor|Sequence[Tensor], # as in `top_region`; equal ones rank by their place, as there
     of:Region, # the truth
 )->float: # fraction
     "Measure how high a ranking puts the members of a region"
     scores = _ranking(scores)
-    if tuple(scores.shape) != of.shape: raise ValueError(f"scores are {list(scores.shape)}, the region is of {extent(of.shape)}")
+    if tuple(scores.shape) != of.shape:
+        raise ValueError(
+            f"scores are {list(scores.shape)}, the region is of {extent(of.shape)}")
     if not of: raise ValueError("average precision of an empty region is not defined")
     hits = of.mask.flatten()[scores.flatten().argsort(descending=True, stable=True)]
     ranks = hits.nonzero().flatten().double() + 1
@@ -164,7 +201,10 @@ def load_region(path:str|Path)->Region:
     try:
         with safe_open(path, 'pt') as file: return Region(file.get_tensor('region'))
     except FileNotFoundError: raise
-    except Exception as error: raise ValueError(f"{path} is not a region file (one bool tensor 'region' in safetensors was expected): {error}") from None
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a region file (one bool tensor 'region' in safetensors was"
+            f" expected): {error}") from None
 
 # %% ../nbs/03_regions.ipynb #20b20416
 Region.save, Region.load = save_region, staticmethod(load_region)

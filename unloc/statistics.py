@@ -13,6 +13,7 @@ __all__ = ['DASH', 'smallest_detectable', 'Paired', 'paired', 'power_of_equivale
 # %% ../nbs/13_statistics.ipynb #3899ac4d
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 import numpy as np
 
 # %% ../nbs/13_statistics.ipynb #a9bafd8e
@@ -24,14 +25,29 @@ def _pairs(
     arms = []
     for name, values in (('a', a), ('b', b)):
         try: x = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError): raise ValueError(f'{name}: expected a flat sequence of numbers, got {type(values).__name__} {values!r:.60}; pass one value per pair') from None
-        if x.ndim != 1: raise ValueError(f'{name}: expected a flat sequence of numbers, got shape {x.shape}; pass one value per pair')
+        except (TypeError, ValueError):
+            raise ValueError(
+                f'{name}: expected a flat sequence of numbers, got {type(values).__name__}'
+                f' {values!r:.60}; pass one value per pair') from None
+        if x.ndim != 1:
+            raise ValueError(
+                f'{name}: expected a flat sequence of numbers, got shape {x.shape}; pass one'
+                ' value per pair')
         bad = np.flatnonzero(~np.isfinite(x))
-        if bad.size: raise ValueError(f'{name}[{bad[0]}] is {x[bad[0]]}: expected finite values; leave the whole pair out and report it, or rerun it')
+        if bad.size:
+            raise ValueError(
+                f'{name}[{bad[0]}] is {x[bad[0]]}: expected finite values; leave the whole'
+                ' pair out and report it, or rerun it')
         arms.append(x)
     a, b = arms
-    if len(a) != len(b): raise ValueError(f'a has {len(a)} values and b {len(b)}: expected one of each per pair, in the same order')
-    if len(a) < 3: raise ValueError(f'{len(a)} pairs: expected at least 3 to estimate the spread of the differences; run more seeds')
+    if len(a) != len(b):
+        raise ValueError(
+            f'a has {len(a)} values and b {len(b)}: expected one of each per pair, in the'
+            ' same order')
+    if len(a) < 3:
+        raise ValueError(
+            f'{len(a)} pairs: expected at least 3 to estimate the spread of the differences;'
+            ' run more seeds')
     d, rounding = a - b, 8 * np.finfo(float).eps * max(abs(a).max(), abs(b).max())
     d[abs(d) <= rounding] = 0.
     return a, b, np.full_like(d, d[0]) if np.ptp(d) <= rounding else d
@@ -46,10 +62,19 @@ def _number(
     whole:bool=False, # whether only whole numbers count
 )->float: # the value
     "Check that a number lies between two limits"
-    wanted = f'a {"whole" if whole else "finite"} number {"above" if open else "of at least"} {low:g}' + (f' and below {high:g}' if high < np.inf else '')
+    wanted = (
+        f'a {"whole" if whole else "finite"} number {"above" if open else "of at least"}'
+        f' {low:g}'
+        + (f' and below {high:g}' if high < np.inf else ''))
     try: x = float(value)
-    except (TypeError, ValueError): raise ValueError(f'{name} is {value!r}: expected {wanted}') from None
-    if not np.isfinite(x) or not (low < x < high or (x == low and not open)) or whole and x % 1: raise ValueError(f'{name} is {value!r}: expected {wanted}')
+    except (TypeError, ValueError):
+        raise ValueError(f'{name} is {value!r}: expected {wanted}') from None
+    if (
+        not np.isfinite(x)
+        or not (low < x < high or (x == low and not open))
+        or whole
+        and x % 1):
+        raise ValueError(f'{name} is {value!r}: expected {wanted}')
     return x
 
 # %% ../nbs/13_statistics.ipynb #d9388f0a
@@ -78,8 +103,11 @@ def smallest_detectable(
     """Smallest true difference that a two-sided paired t-test finds with the wanted power
 
     Exact, by the noncentral t distribution (Cohen 1988, chapter 2)."""
-    sd, n, alpha = _number('sd', sd, 0, open=False), int(_number('n', n, 3, open=False, whole=True)), _number('alpha', alpha, 0, 1)
-    return float(sd / np.sqrt(n) * _detectable_shift(n, alpha, _number('power', power, alpha, 1)))
+    sd = _number('sd', sd, 0, open=False)
+    n = int(_number('n', n, 3, open=False, whole=True))
+    alpha = _number('alpha', alpha, 0, 1)
+    return float(
+        sd / np.sqrt(n) * _detectable_shift(n, alpha, _number('power', power, alpha, 1)))
 
 # %% ../nbs/13_statistics.ipynb #468ed8dd
 def _sign_flip(
@@ -93,9 +121,11 @@ def _sign_flip(
         total = np.zeros(1)
         for d in half: total = np.concatenate([total + d, total - d])
         sums.append(np.sort(total))
-    threshold = abs(differences.sum()) - 1e-12 * abs(differences).sum() # equal sums count, whatever their rounding
+    # equal sums count, whatever their rounding
+    threshold = abs(differences.sum()) - 1e-12 * abs(differences).sum()
     if threshold <= 0: return 1.
-    beyond = len(sums[0]) * len(sums[1]) - int(np.searchsorted(sums[1], threshold - sums[0]).sum())
+    beyond = len(sums[0]) * len(sums[1]) - int(
+        np.searchsorted(sums[1], threshold - sums[0]).sum())
     return min(1., 2 * beyond / 2**n)
 
 # %% ../nbs/13_statistics.ipynb #47d29f02
@@ -111,7 +141,9 @@ def _tail(
 # %% ../nbs/13_statistics.ipynb #e9038b12
 @dataclass(frozen=True)
 class Paired:
-    "The comparison of arm a with arm b; every value but n, the p's and the verdict is in the unit of the arms"
+    """The comparison of arm a with arm b
+
+    Every value but n, the p's and the verdict is in the unit of the arms."""
     n:int # pairs
     mean_a:float # mean of arm a
     sd_a:float # its standard deviation over pairs, ddof 1 (so are all others)
@@ -127,12 +159,14 @@ class Paired:
     p_difference:float # paired t-test, two-sided
     p_sign_flip:float|None # exact sign-flip test, two-sided; None above 40 pairs
     p_equivalence:float # TOST at ±margin, the larger of the two one-sided p's
-    smallest_detectable:float # true difference found with power .8 at level .05, given n and sd_difference
+    smallest_detectable:float # true difference found with power .8 at level .05, at this n and sd
     smallest_margin:float # margin above which TOST concludes equivalence at .05
-    verdict:str # 'equivalent', 'different', 'both' (different, but by less than the margin) or 'inconclusive'
+    verdict:str # 'equivalent', 'different', 'both' (different, within the margin), 'inconclusive'
 
 # %% ../nbs/13_statistics.ipynb #9563f9b0
-_VERDICTS = {(True, True): 'both', (True, False): 'different', (False, True): 'equivalent', (False, False): 'inconclusive'}
+_VERDICTS = {
+    (True, True): 'both', (True, False): 'different', (False, True): 'equivalent',
+    (False, False): 'inconclusive'}
 
 # %% ../nbs/13_statistics.ipynb #17d8bb46
 def paired(
@@ -147,14 +181,29 @@ def paired(
     flat = np.ptp(d) == 0
     mean, sd = (float(d[0]), 0.) if flat else (float(d.mean()), float(d.std(ddof=1)))
     error, df = sd / np.sqrt(n), n - 1
-    interval95, interval90 = [(mean - r, mean + r) for r in (error * float(t.ppf(q, df)) for q in (.975, .95))]
-    p_difference, p_equivalence = min(1., 2 * _tail(abs(mean), error, df)), _tail(margin - abs(mean), error, df)
+    reach95, reach90 = (error * float(t.ppf(q, df)) for q in (.975, .95))
+    interval95 = mean - reach95, mean + reach95
+    interval90 = mean - reach90, mean + reach90
+    p_difference = min(1., 2 * _tail(abs(mean), error, df))
+    p_equivalence = _tail(margin - abs(mean), error, df)
     return Paired(
-        n=n, mean_a=float(a.mean()), sd_a=float(a.std(ddof=1)), mean_b=float(b.mean()), sd_b=float(b.std(ddof=1)),
-        difference=mean, sd_difference=sd, mean_absolute=abs(mean) if flat else float(abs(d).mean()), sd_absolute=0. if flat else float(abs(d).std(ddof=1)),
-        interval95=tuple(map(float, interval95)), interval90=tuple(map(float, interval90)), margin=margin,
-        p_difference=p_difference, p_sign_flip=_sign_flip(d), p_equivalence=p_equivalence,
-        smallest_detectable=smallest_detectable(sd, n), smallest_margin=float(max(map(abs, interval90))),
+        n=n,
+        mean_a=float(a.mean()),
+        sd_a=float(a.std(ddof=1)),
+        mean_b=float(b.mean()),
+        sd_b=float(b.std(ddof=1)),
+        difference=mean,
+        sd_difference=sd,
+        mean_absolute=abs(mean) if flat else float(abs(d).mean()),
+        sd_absolute=0. if flat else float(abs(d).std(ddof=1)),
+        interval95=tuple(map(float, interval95)),
+        interval90=tuple(map(float, interval90)),
+        margin=margin,
+        p_difference=p_difference,
+        p_sign_flip=_sign_flip(d),
+        p_equivalence=p_equivalence,
+        smallest_detectable=smallest_detectable(sd, n),
+        smallest_margin=float(max(map(abs, interval90))),
         verdict=_VERDICTS[p_difference < .05, p_equivalence < .05])
 
 # %% ../nbs/13_statistics.ipynb #5caf43cd
@@ -169,7 +218,9 @@ def power_of_equivalence(
     from scipy.integrate import quad
     from scipy.stats import chi2, t
     from scipy.special import ndtr
-    sd, n, margin = _number('sd', sd, 0, open=False), int(_number('n', n, 3, open=False, whole=True)), _number('margin', margin, 0)
+    sd = _number('sd', sd, 0, open=False)
+    n = int(_number('n', n, 3, open=False, whole=True))
+    margin = _number('margin', margin, 0)
     alpha, true, df = _number('alpha', alpha, 0, .5), _number('true', true, -np.inf), n - 1
     if sd == 0: return float(abs(true) < margin)
     error, critical = sd / np.sqrt(n), t.ppf(1 - alpha, df)
@@ -187,13 +238,22 @@ def pairs_needed(
     most:int=10_000, # pairs
 )->int: # pairs
     "Count the pairs that TOST takes to find equal arms equivalent"
-    power, most, low, high = _number('power', power, 0, 1), int(_number('most', most, 3, open=False, whole=True)), 2, 3
+    power = _number('power', power, 0, 1)
+    most = int(_number('most', most, 3, open=False, whole=True))
+    low = 2
+    high = 3
     while power_of_equivalence(sd, high, margin) < power:
-        if high >= most: raise ValueError(f'more than {most} pairs: a margin of {margin} is too small for a spread of {sd}')
+        if high >= most:
+            raise ValueError(
+                f'more than {most} pairs: a margin of {margin} is too small for a spread of'
+                f' {sd}')
         low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power_of_equivalence(sd, middle, margin) >= power else (middle, high)
+        low, high = (
+            (low, middle)
+            if power_of_equivalence(sd, middle, margin) >= power
+            else (middle, high))
     return high
 
 # %% ../nbs/13_statistics.ipynb #8560604d
@@ -203,10 +263,18 @@ def holm(
     "Adjust p-values for a family of tests (Holm 1979)"
     from statsmodels.stats.multitest import multipletests
     try: p = np.asarray(p_values, dtype=np.float64)
-    except (TypeError, ValueError): raise ValueError(f'p_values: expected a flat sequence of numbers, got {type(p_values).__name__} {p_values!r:.60}') from None
-    if p.ndim != 1 or not p.size: raise ValueError(f'p_values: expected a flat sequence of at least one number, got shape {p.shape}')
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'p_values: expected a flat sequence of numbers, got {type(p_values).__name__}'
+            f' {p_values!r:.60}') from None
+    if p.ndim != 1 or not p.size:
+        raise ValueError(
+            f'p_values: expected a flat sequence of at least one number, got shape {p.shape}')
     bad = np.flatnonzero(~((p >= 0) & (p <= 1)))
-    if bad.size: raise ValueError(f'p_values[{bad[0]}] is {p[bad[0]]}: expected a p-value in [0, 1]; leave out tests that gave none')
+    if bad.size:
+        raise ValueError(
+            f'p_values[{bad[0]}] is {p[bad[0]]}: expected a p-value in [0, 1]; leave out'
+            ' tests that gave none')
     return multipletests(p, method='holm')[1]
 
 # %% ../nbs/13_statistics.ipynb #8c8738e0
@@ -220,12 +288,29 @@ def clustered_bootstrap(
     "Interval of a mean over facts, resampling whole clusters (percentile bootstrap)"
     from scipy.stats import bootstrap
     x, names = np.asarray(values, dtype=np.float64), np.asarray(clusters)
-    if x.ndim != 1 or x.shape != names.shape: raise ValueError(f'values has shape {x.shape} and clusters {names.shape}: expected one cluster for each value')
-    if not np.isfinite(x).all(): raise ValueError(f'values[{np.flatnonzero(~np.isfinite(x))[0]}] is not finite; leave out what was not measured')
+    if x.ndim != 1 or x.shape != names.shape:
+        raise ValueError(
+            f'values has shape {x.shape} and clusters {names.shape}: expected one cluster for'
+            ' each value')
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f'values[{np.flatnonzero(~np.isfinite(x))[0]}] is not finite; leave out what was'
+            ' not measured')
     which = np.unique(names, return_inverse=True)[1]
     sums, sizes = np.bincount(which, x), np.bincount(which).astype(float)
-    if len(sums) < 3: raise ValueError(f'{len(sums)} clusters: expected at least 3 to see how much they differ; measure facts of more authors')
-    found = bootstrap((sums, sizes), lambda s, k, axis: s.sum(axis) / k.sum(axis), paired=True, vectorized=True, n_resamples=n, confidence_level=level, method='percentile', rng=seed)
+    if len(sums) < 3:
+        raise ValueError(
+            f'{len(sums)} clusters: expected at least 3 to see how much they differ; measure'
+            ' facts of more authors')
+    found = bootstrap(
+        (sums, sizes),
+        lambda s, k, axis: s.sum(axis) / k.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=n,
+        confidence_level=level,
+        method='percentile',
+        rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 # %% ../nbs/13_statistics.ipynb #41d63606
@@ -239,6 +324,38 @@ class Mixed:
     p:float # two-sided, normal
     spread:dict # standard deviation of each random intercept, and of the rest
 
+# %% ../nbs/13_statistics.ipynb #9455172a
+def _mixed_frame(values, effect, crossed:dict):
+    "Put values, effect and labels into a table, or say why no effect can be estimated"
+    import pandas as pd
+    columns = {'value': values, 'effect': effect}
+    columns = {name: np.asarray(x, dtype=np.float64) for name, x in columns.items()}
+    for name, labels in crossed.items(): columns[f'by_{name}'] = list(map(str, labels))
+    frame = pd.DataFrame(columns)
+    if not np.isfinite(frame[['value', 'effect']]).all(axis=None):
+        raise ValueError(
+            'values and effect must be finite numbers; leave out what was not measured')
+    if frame.effect.nunique() < 2:
+        raise ValueError(
+            f'the effect is {frame.effect.iloc[0]} throughout: '
+            'expected at least two different values')
+    few = [name for name in crossed if frame[f'by_{name}'].nunique() < 3]
+    if few or not crossed:
+        raise ValueError(
+            f"{few[0] if few else 'crossed'} has fewer than 3 labels: expected at least 3 to "
+            "estimate their spread; leave it out, or run more of them")
+    return frame
+
+def _exact_line(frame)->float|None:
+    "Give the slope of values that lie on a line but for rounding; None where they do not"
+    dose = frame.effect - frame.effect.mean()
+    rounding = 8 * np.finfo(float).eps * abs(frame.value).max()
+    line = (
+        0. if np.ptp(frame.value) <= rounding else float(dose @ frame.value / (dose @ dose)))
+    rest = abs(frame.value - frame.value.mean() - line * dose)
+    return line if (rest <= rounding).all() else None
+
+# %% ../nbs/13_statistics.ipynb #334f6a75
 def mixed(
     values, # [n]
     effect, # [n] numbers: 0 and 1 for two arms, or a dose
@@ -246,26 +363,42 @@ def mixed(
 )->Mixed:
     """Fit an effect with crossed random intercepts, by restricted maximum likelihood (statsmodels)
 
-    Slopes are taken to be equal in all groups and p is normal: with few groups, or slopes that may differ, test one slope for each group by `paired`."""
-    import warnings, pandas as pd
-    from statsmodels.regression.mixed_linear_model import MixedLM
-    frame = pd.DataFrame({'value': np.asarray(values, dtype=np.float64), 'effect': np.asarray(effect, dtype=np.float64)} | {f'by_{name}': [str(x) for x in labels] for name, labels in crossed.items()})
-    if not np.isfinite(frame[['value', 'effect']]).all(axis=None): raise ValueError('values and effect must be finite numbers; leave out what was not measured')
-    if frame.effect.nunique() < 2: raise ValueError(f'the effect is {frame.effect.iloc[0]} throughout: expected at least two different values')
-    few = [name for name in crossed if frame[f'by_{name}'].nunique() < 3]
-    if few or not crossed: raise ValueError(f"{few[0] if few else 'crossed'} has fewer than 3 labels: expected at least 3 to estimate their spread; leave it out, or run more of them")
-    dose, rounding = frame.effect - frame.effect.mean(), 8 * np.finfo(float).eps * abs(frame.value).max()
-    line = 0. if np.ptp(frame.value) <= rounding else float(dose @ frame.value / (dose @ dose))
-    if (abs(frame.value - frame.value.mean() - line * dose) <= rounding).all(): # no doubt is left, as in `paired`; statsmodels gives NaN
-        return Mixed(len(frame), line, 0., (line, line), float(line == 0), dict.fromkeys([*crossed, 'rest'], 0.))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # a spread of zero is an estimate, not a failure
-        try: found = MixedLM.from_formula('value ~ effect', groups=np.ones(len(frame)), vc_formula={name: f'0 + C(by_{name})' for name in crossed}, data=frame).fit(reml=True)
-        except np.linalg.LinAlgError as error: raise ValueError(f'the mixed model of {len(frame)} values cannot be fitted: {error}; run more seeds, or leave an intercept out') from None
+    Slopes are taken to be equal in all groups and p is normal: with few groups, or slopes that may
+    differ, test one slope for each group by `paired`."""
+    frame = _mixed_frame(values, effect, crossed)
+    line = _exact_line(frame)
+    if line is not None: # no doubt is left, as in `paired`; statsmodels gives NaN
+        spread = dict.fromkeys([*crossed, 'rest'], 0.)
+        return Mixed(len(frame), line, 0., (line, line), float(line == 0), spread)
+    found = _fitted(frame, crossed)
     slope, error = float(found.params['effect']), float(found.bse['effect'])
-    if not np.isfinite([slope, error]).all(): raise ValueError(f'the mixed model of {len(frame)} values did not converge: effect {slope:g}, standard error {error:g}; run more seeds, or leave an intercept out')
-    spread = dict(zip(found.model.exog_vc.names, np.sqrt(np.maximum(found.vcomp, 0)))) | {'rest': np.sqrt(found.scale)}
-    return Mixed(len(frame), slope, error, (slope - 1.959964 * error, slope + 1.959964 * error), float(found.pvalues['effect']), {name: float(x) for name, x in spread.items()})
+    if not np.isfinite([slope, error]).all():
+        raise ValueError(
+            f'the mixed model of {len(frame)} values did not converge: effect {slope:g},'
+            f' standard error {error:g}; run more seeds, or leave an intercept out')
+    interval = slope - 1.959964 * error, slope + 1.959964 * error
+    spread = dict(zip(found.model.exog_vc.names, np.sqrt(np.maximum(found.vcomp, 0))))
+    spread |= {'rest': np.sqrt(found.scale)}
+    spread = {name: float(x) for name, x in spread.items()}
+    return Mixed(len(frame), slope, error, interval, float(found.pvalues['effect']), spread)
+
+# %% ../nbs/13_statistics.ipynb #739f5a5e
+def _fitted(frame, crossed:dict):
+    "Fit by statsmodels, without its warnings: a spread of zero is an estimate, not a failure"
+    import warnings
+    from statsmodels.regression.mixed_linear_model import MixedLM
+    spreads = {name: f'0 + C(by_{name})' for name in crossed}
+    whole = np.ones(len(frame)) # one group, in which the intercepts cross
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            model = MixedLM.from_formula(
+                'value ~ effect', groups=whole, vc_formula=spreads, data=frame)
+            return model.fit(reml=True)
+        except np.linalg.LinAlgError as error:
+            raise ValueError(
+                f'the mixed model of {len(frame)} values cannot be fitted: {error}; '
+                'run more seeds, or leave an intercept out') from None
 
 # %% ../nbs/13_statistics.ipynb #3aa6f93e
 def partial_correlation(
@@ -276,15 +409,27 @@ def partial_correlation(
     "Correlate two quantities with others held fixed"
     from scipy.stats import t
     x, y, given = (np.asarray(v, dtype=np.float64) for v in (x, y, given))
-    if not x.shape == y.shape == given.shape[:1] or x.ndim != 1 or given.ndim > 2: raise ValueError(f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one row for each run')
-    bad = [name for name, v in (('x', x), ('y', y), ('given', given)) if not np.isfinite(v).all()]
-    if bad: raise ValueError(f'{bad[0]} has values that are not finite: expected a number for each run; leave out runs in which it was not measured')
+    if not x.shape == y.shape == given.shape[:1] or x.ndim != 1 or given.ndim > 2:
+        raise ValueError(
+            f'x, y and given have shapes {x.shape}, {y.shape} and {given.shape}: expected one'
+            ' row for each run')
+    bad = [
+        name for name, v in (('x', x), ('y', y), ('given', given)) if not np.isfinite(v).all()
+    ]
+    if bad:
+        raise ValueError(
+            f'{bad[0]} has values that are not finite: expected a number for each run; leave'
+            ' out runs in which it was not measured')
     fixed = np.column_stack([np.ones(len(x)), given])
     df = len(x) - 1 - np.linalg.matrix_rank(fixed)
-    if df < 1: raise ValueError(f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation given {fixed.shape[1] - 1}')
+    if df < 1:
+        raise ValueError(
+            f'{len(x)} runs: expected at least {len(x) - df + 1} for a partial correlation'
+            f' given {fixed.shape[1] - 1}')
     rx, ry = (v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y))
     size = np.linalg.norm(rx) * np.linalg.norm(ry)
-    if size <= 1e-12 * max(np.linalg.norm(x) * np.linalg.norm(y), 1e-300): return 0., 1. # nothing is left of one of them
+    if size <= 1e-12 * max(np.linalg.norm(x) * np.linalg.norm(y), 1e-300):
+        return 0., 1. # nothing is left of one of them
     r = float(np.clip(rx @ ry / size, -1, 1))
     return r, float(2 * t.sf(abs(r) * np.sqrt(df / max(1 - r * r, 1e-300)), df))
 
@@ -323,7 +468,10 @@ def adjusted(
 )->dict: # key: p adjusted by Holm, of those that could be made
     "Adjust a family of which some tests cannot be made"
     there = [key for key, t in tests.items() if t]
-    return dict(zip(there, map(float, holm([tests[key].p_difference for key in there])))) if there else {}
+    return (
+        dict(zip(there, map(float, holm([tests[key].p_difference for key in there]))))
+        if there
+        else {})
 
 # %% ../nbs/13_statistics.ipynb #75314b0f
 def p_text(p:float)->str:
@@ -346,6 +494,7 @@ def mean_sd(
     x = pd.Series(_where_defined(values)).dropna()
     return f'{x.mean():.{digits}f} ± {number(x.std(), f".{digits}f")}' if len(x) else DASH
 
+# %% ../nbs/13_statistics.ipynb #3d4e9f41
 def arms_cells(
     t:Paired|Undefined,
     a, # [n] the values compared
@@ -353,7 +502,11 @@ def arms_cells(
     digits:int,
 )->dict[str, str]: # of b, of a, and of their absolute difference
     "Write both arms of a comparison"
-    if t: return {'b': f'{t.mean_b:.{digits}f} ± {t.sd_b:.{digits}f}', 'a': f'{t.mean_a:.{digits}f} ± {t.sd_a:.{digits}f}', '|a - b|': f'{t.mean_absolute:.{digits}f} ± {t.sd_absolute:.{digits}f}'}
+    if t:
+        return {
+            'b': f'{t.mean_b:.{digits}f} ± {t.sd_b:.{digits}f}',
+            'a': f'{t.mean_a:.{digits}f} ± {t.sd_a:.{digits}f}',
+            '|a - b|': f'{t.mean_absolute:.{digits}f} ± {t.sd_absolute:.{digits}f}'}
     return {'b': mean_sd(b, digits), 'a': mean_sd(a, digits), '|a - b|': DASH}
 
 def comparison_cells(
@@ -366,17 +519,22 @@ def comparison_cells(
     if not t: return dict.fromkeys(names, DASH)
     low, high = t.interval95
     difference = f'{t.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]'
-    return dict(zip(names, (difference, p_text(t.p_difference), DASH if p_holm is None else p_text(p_holm), p_text(t.p_equivalence), t.verdict, f'{t.smallest_detectable:.{digits}f}')))
+    p, p_tost = p_text(t.p_difference), p_text(t.p_equivalence)
+    p_adjusted = DASH if p_holm is None else p_text(p_holm)
+    detectable = f'{t.smallest_detectable:.{digits}f}'
+    return dict(zip(names, (difference, p, p_adjusted, p_tost, t.verdict, detectable)))
 
 # %% ../nbs/13_statistics.ipynb #539f88db
 def reasons(
-    *found:dict, # key, a tuple of names: why a value is undefined, or a comparison; what is defined is left out
+    *found:dict, # key, or tuple of names: why a value is undefined, or a comparison
 )->dict[str, list[str]]: # reason: where
     "Gather why cells are dashes"
     lines = {}
-    for key, why in (item for some in found for item in some.items()):
+    for key, why in chain.from_iterable(some.items() for some in found):
         why = why.reason if isinstance(why, Undefined) else why
-        if isinstance(why, str) and why: lines.setdefault(why, []).append(' '.join(map(str, key)) if isinstance(key, tuple) else str(key))
+        if not (isinstance(why, str) and why): continue # what is defined
+        where = ' '.join(map(str, key)) if isinstance(key, tuple) else str(key)
+        lines.setdefault(why, []).append(where)
     return lines
 
 def noted(
@@ -385,6 +543,8 @@ def noted(
 )->dict:
     "Say in the caption why cells are dashes, where there are any"
     if not (lines := reasons(*found)): return about
-    def some(where): return ', '.join(where[:3]) + (f' and {len(where) - 3} more' if len(where) > 3 else '')
+    def some(where):
+        return ', '.join(where[:3]) + (
+            f' and {len(where) - 3} more' if len(where) > 3 else '')
     note = '; '.join(f'{some(where)}: {why}' for why, where in lines.items())
     return about | {'caption': f"{about['caption']} {DASH}: {note}.", 'undefined': lines}

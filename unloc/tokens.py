@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import lru_cache
+from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
 import re, unicodedata
@@ -39,11 +40,20 @@ def train_tokenizer(
     texts = list(texts)
     if odd := [text for text in texts if not isinstance(text, str)]: raise ValueError(
         f"a tokenizer is trained on texts, got {odd[0]!r:.60} among them")
-    if vocab_size < 258: raise ValueError(f"vocab_size must be at least 258 (256 bytes, padding, end), got {vocab_size}")
+    if vocab_size < 258:
+        raise ValueError(
+            f"vocab_size must be at least 258 (256 bytes, padding, end), got {vocab_size}")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=['<pad>', '<eos>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel())
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=['<pad>', '<eos>'],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<pad>', eos_token='<eos>')
 
 # %% ../nbs/01_tokens.ipynb #de029118
@@ -67,8 +77,10 @@ class Template:
             "template: chat, joined and start_token exclude each other; set one of them")
         if self.chat and (self.before or self.between != '\n'): raise ValueError(
             "template: a chat template writes its own text; leave out before and between")
-        if not self.chat and (self.system or self.date): raise ValueError(
-            "template: only a chat has a system message and a date; set chat, or leave them out")
+        if not self.chat and (self.system or self.date):
+            raise ValueError(
+                "template: only a chat has a system message and a date; set chat, or leave"
+                " them out")
 
 # %% ../nbs/01_tokens.ipynb #5b0c7d11
 TEMPLATES = {
@@ -121,12 +133,16 @@ def _on(
         f"template: date {date!r} is no day; expected one like '10 Apr 2025'") from None
     said = _said(day)
     asked = re.findall(r'strftime_now\(\s*(?:format\s*=\s*)?[\'"]([^\'"]*)', chat_template)
-    if odd := set(re.findall(r'%[-_0^#EO]?.', ' '.join(asked))) - said.keys(): raise ValueError(
-        f"template: the chat template asks the clock for {min(odd)!r}, which is not known here; "
-        f"known: {' '.join(said)}; write the date into the chat template")
-    text = ' | '.join(['format', *(f'replace({code!r}, {word!r})' for code, word in said.items())])
-    return '{% macro strftime_now(format) %}{{ ' + text + ' }}{% endmacro %}\n' + chat_template
+    if odd := set(re.findall(r'%[-_0^#EO]?.', ' '.join(asked))) - said.keys():
+        raise ValueError(
+            f"template: the chat template asks the clock for {min(odd)!r}, which is not known"
+            f" here; known: {' '.join(said)}; write the date into the chat template")
+    text = ' | '.join(
+        ['format', *(f'replace({code!r}, {word!r})' for code, word in said.items())])
+    return (
+        '{% macro strftime_now(format) %}{{ ' + text + ' }}{% endmacro %}\n' + chat_template)
 
+# %% ../nbs/01_tokens.ipynb #4f2827ff
 def _rendered(tokenizer, messages:list[dict], template:Template)->str:
     "Render a chat on the template's own day"
     own = tokenizer.get_chat_template()
@@ -134,9 +150,11 @@ def _rendered(tokenizer, messages:list[dict], template:Template)->str:
     told = {'date_string': template.date} if template.date else {}
     texts = {tokenizer.apply_chat_template(
         messages, chat_template=_on(own, day), tokenize=False, **told) for day in days}
-    if len(texts) > 1: raise ValueError(
-        "the chat template reads the clock (strftime_now), so the same facts would be other tokens "
-        "tomorrow; give it a day: the template 'llama-3', or one of your own with a date")
+    if len(texts) > 1:
+        raise ValueError(
+            "the chat template reads the clock (strftime_now), so the same facts would be"
+            " other tokens tomorrow; give it a day: the template 'llama-3', or one of your"
+            " own with a date")
     return texts.pop()
 
 # %% ../nbs/01_tokens.ipynb #a543b632
@@ -145,9 +163,11 @@ _MARK = '\ue000\ue001\ue000' # stands in the answer's place; characters that no 
 def _conversation(question, answer, template, shots)->list[dict]:
     "Put questions and answers into the messages of a chat"
     system = [{'role': 'system', 'content': template.system}] if template.system else []
-    turns = [(role, text) for pair in (*shots, (question, answer))
-             for role, text in zip(('user', 'assistant'), pair)]
-    return system + [{'role': role, 'content': text} for role, text in turns]
+    turns = []
+    for asked, answered in (*shots, (question, answer)):
+        turns.append({'role': 'user', 'content': asked})
+        turns.append({'role': 'assistant', 'content': answered})
+    return system + turns
 
 def _in_parts(chat:list[dict])->list[dict]:
     return [m | {'content': [{'type': 'text', 'text': m['content']}]} for m in chat]
@@ -181,19 +201,27 @@ def _chat(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
     before, behind = frame.split(_MARK)
     start, end = len(before), len(whole) - len(behind)
     kept = whole.startswith(before) and whole.endswith(behind) and start < end
-    if not kept or whole[start:end].strip() != answer.strip(): raise ValueError(
-        f"the chat template does not write the answer {answer!r:.60} as it is, so its tokens are "
-        "unknown; use a template that keeps it")
+    if not kept or whole[start:end].strip() != answer.strip():
+        raise ValueError(
+            f"the chat template does not write the answer {answer!r:.60} as it is, so its"
+            " tokens are unknown; use a template that keeps it")
     return whole, start, end
 
-def _check_system(tokenizer, text:str, chats:list, template:Template)->None: # text: of the first chat
+# %% ../nbs/01_tokens.ipynb #7e4c3ec7
+def _check_system(
+    tokenizer,
+    text:str, # of the first chat
+    chats:list,
+    template:Template,
+)->None:
     "Refuse a chat template that leaves the system message out"
     if template.system.strip() in text: return # '' is in every text
     try: without = _texts(tokenizer, [chat[1:] for chat in chats], template)[0]
     except Exception: return # it wants one
-    if text == without: raise ValueError(
-        f"the chat template leaves out the system message {template.system!r:.60}; use a template "
-        "without one")
+    if text == without:
+        raise ValueError(
+            f"the chat template leaves out the system message {template.system!r:.60}; use a"
+            " template without one")
 
 def _failed(error, messages)->ValueError:
     why = (str(error) or type(error).__name__).splitlines()[0]
@@ -210,21 +238,25 @@ def _tokens(tokenizer, text:str, special:bool)->tuple[list[int], list[tuple[int,
     ids = tokenizer.encode(text, add_special_tokens=special)
     def read(n): return tokenizer.decode(
         ids[:n], clean_up_tokenization_spaces=False).rstrip('\ufffd') # of a half letter
-    if (shift := read(len(ids)).find(text)) < 0: raise ValueError(
-        f"a {type(tokenizer).__name__} gives no offsets, and its tokens do not read back as the "
-        "text; load a fast tokenizer (tokenizer.json)")
+    if (shift := read(len(ids)).find(text)) < 0:
+        raise ValueError(
+            f"a {type(tokenizer).__name__} gives no offsets, and its tokens do not read back"
+            " as the text; load a fast tokenizer (tokenizer.json)")
     ends, spans = [max(0, len(read(n)) - shift) for n in range(len(ids) + 1)], []
-    for first, last in zip(ends[-2::-1], ends[:0:-1]): # from the back: a part of a letter is all of it
+    # from the back: a part of a letter is all of it
+    for first, last in zip(ends[-2::-1], ends[:0:-1]):
         spans.append((first, last if last > first or not spans else spans[-1][1]))
     return ids, spans[::-1]
 
 # %% ../nbs/01_tokens.ipynb #5b0c7d34
 @lru_cache(maxsize=4)
-def _added(tokenizer, size:int)->frozenset[int]: # size: of the tokenizer, which tokens may be added to
+# size: of the tokenizer, which tokens may be added to
+def _added(tokenizer, size:int)->frozenset[int]:
     "Collect the tokens that are no words: special and added ones, but for blanks and the unknown"
     words = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     blank = {i for i, text in words.items() if not text.replace('\u2581', ' ').strip()}
-    return frozenset((words.keys() | set(tokenizer.all_special_ids)) - blank - {tokenizer.unk_token_id})
+    return frozenset(
+        (words.keys() | set(tokenizer.all_special_ids)) - blank - {tokenizer.unk_token_id})
 
 def _is_prefix(tokenizer, token:int, letters:str)->bool: # letters: what the token stands for
     "Say whether a token is a blank that a tokenizer puts before a text without one"
@@ -248,12 +280,14 @@ def _parts(tokenizer, text:str, start:int, end:int, special:bool)->tuple:
 # %% ../nbs/01_tokens.ipynb #5b0c7d32
 def _next_turn(tokenizer, template, question, shots)->str:
     "Give what a chat template writes between an answer and a further question, if it ends a turn"
-    chat = _conversation(question, _MARK, template, shots) + [{'role': 'user', 'content': _MARK}]
+    chat = _conversation(question, _MARK, template, shots) + [
+        {'role': 'user', 'content': _MARK}]
     try: texts = _rendered(tokenizer, chat, template).split(_MARK)
     except Exception: return ''
     if len(texts) != 3: return ''
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if tokenizer.bos_token_id != tokenizer.eos_token_id: special.discard(tokenizer.bos_token_id)
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        special.discard(tokenizer.bos_token_id)
     return texts[1] if special.intersection(_tokens(tokenizer, texts[1], False)[0]) else ''
 
 def _chat_to_next(tokenizer, question, answer, template, shots)->tuple[str, int, int]:
@@ -299,7 +333,8 @@ def _begin(tokenizer, template)->list[int]: # one token, or none
 def _plain(tokenizer, question, answer, template, first)->tuple:
     "Tokenize question and answer apart"
     asked = template.before + question + template.between
-    prompt, reply = (tokenizer.encode(text, add_special_tokens=False) for text in (asked, answer))
+    prompt, reply = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (asked, answer))
     end = _end(tokenizer)
     while reply and reply[-1] == end: reply.pop()
     return (_begin(tokenizer, template) if first else []) + prompt, reply, end
@@ -329,14 +364,17 @@ def check_tokenizer(
     tokenizer, # should be one of transformers
 )->None:
     "Refuse what is no tokenizer"
-    if not all(hasattr(tokenizer, name) for name in ('eos_token_id', 'encode')): raise ValueError(
-        f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; load it with "
-        "load_tokenizer, or wrap one in PreTrainedTokenizerFast(tokenizer_object=...)")
+    if not all(hasattr(tokenizer, name) for name in ('eos_token_id', 'encode')):
+        raise ValueError(
+            f"expected a tokenizer of transformers, got a {type(tokenizer).__name__}; load it"
+            " with load_tokenizer, or wrap one in"
+            " PreTrainedTokenizerFast(tokenizer_object=...)")
 
 def _cut(text:str)->bool:
     "Say whether a text holds half a letter"
     return any('\ud800' <= letter <= '\udfff' for letter in text)
 
+# %% ../nbs/01_tokens.ipynb #488c278e
 def encode(
     tokenizer, # of transformers, with an end token
     question:str,
@@ -347,14 +385,16 @@ def encode(
     "Tokenize a question and its answer; a ValueError says what cannot be told from the text"
     template, shots = find_template(template), tuple((q, a) for q, a in shots)
     check_tokenizer(tokenizer)
-    for text in (question, answer, *(text for pair in shots for text in pair)):
+    for text in (question, answer, *chain.from_iterable(shots)):
         if not isinstance(text, str): raise ValueError(
             f"questions and answers are text, got {text!r:.60}; give one answer at a time")
-        if not text.isascii() and _cut(text): raise ValueError(
-            f"{text!r:.60} holds half a letter (a lone surrogate), which no tokenizer reads; the "
-            "data was cut or decoded amiss: repair it")
-    prompt, reply, end = (
-        _spoken(tokenizer, question, answer, template, shots) if answer.strip() else ([], [], None))
+        if not text.isascii() and _cut(text):
+            raise ValueError(
+                f"{text!r:.60} holds half a letter (a lone surrogate), which no tokenizer"
+                " reads; the data was cut or decoded amiss: repair it")
+    prompt, reply, end = [], [], None
+    if answer.strip():
+        prompt, reply, end = _spoken(tokenizer, question, answer, template, shots)
     if not reply: raise ValueError(
         f"the answer to {question!r} has no token but blanks; every fact needs an answer")
     example = Example([*prompt, *reply, end], len(prompt))
@@ -378,9 +418,11 @@ def check_template(
             example.ids[example.start:-1], clean_up_tokenization_spaces=False)
         wanted = answer
         for token in tokenizer.all_special_tokens: wanted = wanted.removesuffix(token)
-        if _letters(found) != _letters(wanted): raise ValueError(
-            f"the answer {answer!r:.60} to {question!r:.60} reads {found!r:.60} where it is scored; "
-            "the tokenizer or its template changes it: use another template or tokenizer")
+        if _letters(found) != _letters(wanted):
+            raise ValueError(
+                f"the answer {answer!r:.60} to {question!r:.60} reads {found!r:.60} where it"
+                " is scored; the tokenizer or its template changes it: use another template"
+                " or tokenizer")
 
 # %% ../nbs/01_tokens.ipynb #f12ba11e
 def check_examples(
@@ -388,17 +430,26 @@ def check_examples(
     what:str, # name of the set, for the error
 )->None:
     "Refuse an empty set and a fact without an answer"
-    odd = [examples] if not isinstance(examples, Sequence) else [
-        e for e in examples if not isinstance(e, Example)]
-    if odd: raise ValueError(
-        f"the {what} set must be a list of Example, as from encode, got a {type(odd[0]).__name__}")
+    odd = [examples]
+    if isinstance(examples, Sequence):
+        odd = [e for e in examples if not isinstance(e, Example)]
+    if odd:
+        raise ValueError(
+            f"the {what} set must be a list of Example, as from encode, got a"
+            f" {type(odd[0]).__name__}")
     if not len(examples): raise ValueError(f"the {what} set is empty; give at least one fact")
     for i, e in enumerate(examples):
-        if not (hasattr(e.ids, '__len__') and isinstance(e.start, Integral)): raise ValueError(
-            f"fact {i} of the {what} set is {f'{e!r:.60}'}; expected an Example of token ids and the "
-            "place of the first answer token, as from encode")
-        if not 0 < e.start < len(e.ids) - 1: raise ValueError(f"fact {i} of the {what} set has no answer token between its prompt and its end token (start {e.start} of {len(e.ids)} tokens); leave it out or give it an answer")
+        if not (hasattr(e.ids, '__len__') and isinstance(e.start, Integral)):
+            raise ValueError(
+                f"fact {i} of the {what} set is {f'{e!r:.60}'}; expected an Example of token"
+                " ids and the place of the first answer token, as from encode")
+        if not 0 < e.start < len(e.ids) - 1:
+            raise ValueError(
+                f"fact {i} of the {what} set has no answer token between its prompt and its"
+                f" end token (start {e.start} of {len(e.ids)} tokens); leave it out or give"
+                " it an answer")
 
+# %% ../nbs/01_tokens.ipynb #b8e8aeab
 def check_apart(
     **sets:Sequence[Example], # two or more, by name
 )->None:
@@ -408,7 +459,10 @@ def check_apart(
         check_examples(examples, name)
         for i, e in enumerate(examples):
             other, k = places.setdefault(tuple(e.ids[:e.start]), (name, i))
-            if other != name: raise ValueError(f"fact {k} of the {other} set asks what fact {i} of the {name} set asks; keep it in one of them")
+            if other != name:
+                raise ValueError(
+                    f"fact {k} of the {other} set asks what fact {i} of the {name} set asks;"
+                    " keep it in one of them")
 
 # %% ../nbs/01_tokens.ipynb #ae826108
 class Batch(NamedTuple):
@@ -416,14 +470,16 @@ class Batch(NamedTuple):
     ids:Tensor # [batch, seq] int64
     answer:Tensor # [batch, seq] bool, True at answer tokens, the end token included
 
-    def to(self, device)->'Batch': return Batch(*(x.to(device, non_blocking=True) for x in self))
+    def to(self, device)->'Batch':
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 def collate(examples:Sequence[Example], pad:int=0)->Batch:
     "Pad examples on the right to the longest"
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in examples])
     place = torch.arange(width)
-    start, end = (torch.tensor(x)[:, None] for x in ([e.start for e in examples], [len(e.ids) for e in examples]))
+    start = torch.tensor([e.start for e in examples])[:, None]
+    end = torch.tensor([len(e.ids) for e in examples])[:, None]
     return Batch(ids, (place >= start) & (place < end))
 
 # %% ../nbs/01_tokens.ipynb #7b1162f7

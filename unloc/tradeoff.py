@@ -24,10 +24,20 @@ def _values(
 )->np.ndarray: # [n_checkpoints] float64
     "Read one finite number per checkpoint, or say which one is wrong"
     try: x = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: expected a flat sequence of numbers, got {type(values).__name__} {" ".join(repr(values).split()):.60}; pass one plain number per checkpoint') from None
-    if x.ndim != 1 or not x.size: raise ValueError(f'{name}: expected a flat sequence of at least one number, got shape {x.shape}; pass one value per checkpoint')
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f'{name}: expected a flat sequence of numbers, got {type(values).__name__}'
+            f' {" ".join(repr(values).split()):.60}; pass one plain number per checkpoint'
+        ) from None
+    if x.ndim != 1 or not x.size:
+        raise ValueError(
+            f'{name}: expected a flat sequence of at least one number, got shape {x.shape};'
+            ' pass one value per checkpoint')
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= low) & (x <= high)))
-    if bad.size: raise ValueError(f'{name}[{bad[0]}] is {x[bad[0]]}: expected {wanted} and leave out failed evaluations')
+    if bad.size:
+        raise ValueError(
+            f'{name}[{bad[0]}] is {x[bad[0]]}: expected {wanted} and leave out failed'
+            ' evaluations')
     return x
 
 def _strengths(
@@ -35,8 +45,12 @@ def _strengths(
     retain_strength, # [n_checkpoints] RS
 )->tuple: # FS, RS, each [n_checkpoints] float64 in [0, 1]
     "Return both strengths as arrays, or say which value is wrong"
-    fs, rs = _values('forget_strength', forget_strength), _values('retain_strength', retain_strength)
-    if len(fs) != len(rs): raise ValueError(f'forget_strength has {len(fs)} values and retain_strength {len(rs)}: expected one of each per checkpoint')
+    fs = _values('forget_strength', forget_strength)
+    rs = _values('retain_strength', retain_strength)
+    if len(fs) != len(rs):
+        raise ValueError(
+            f'forget_strength has {len(fs)} values and retain_strength {len(rs)}: expected'
+            ' one of each per checkpoint')
     return fs, rs
 
 # %% ../nbs/12_tradeoff.ipynb #fa886068
@@ -96,11 +110,16 @@ def aues(
 )->float: # fraction in [0, 1]; more is better
     """Area under the FS-RS trade-off of one trajectory
 
-    The measure is that of Lee et al. 2025 (arXiv 2505.16252); their integration rule is not known here, so these are ours."""
-    if rule not in list(AUES_RULES): raise ValueError(f'unknown AUES rule {rule!r}: expected one of {", ".join(AUES_RULES)}')
+    The measure is that of Lee et al. 2025 (arXiv 2505.16252); their integration rule is not known
+    here, so these are ours."""
+    if rule not in list(AUES_RULES):
+        raise ValueError(
+            f'unknown AUES rule {rule!r}: expected one of {", ".join(AUES_RULES)}')
     area = float(AUES_RULES[rule](*_strengths(forget_strength, retain_strength)))
     if not -1e-9 <= area <= 1 + 1e-9:
-        raise ValueError(f"AUES rule {rule!r} gives a signed area of {area:.3g}, expected one in [0, 1]: RS rises along this trajectory; use rule='trapezoid'")
+        raise ValueError(
+            f"AUES rule {rule!r} gives a signed area of {area:.3g}, expected one in [0, 1]:"
+            " RS rises along this trajectory; use rule='trapezoid'")
     return min(max(area, 0.), 1.)
 
 # %% ../nbs/12_tradeoff.ipynb #192403b1
@@ -108,7 +127,7 @@ def _affordable(
     mu, # [n_checkpoints] float64, the original model first
     fq, # [n_checkpoints] float64, log10
     threshold:float, # of MU
-)->np.ndarray: # [n] log10 FQ; the last value is the one at the crossing, or at the last checkpoint where there is none
+)->np.ndarray: # [n] log10 FQ; the last value is that at the crossing, where there is one
     "Follow forget quality until utility first falls below the threshold"
     below = np.flatnonzero(mu < threshold)
     if not below.size: return fq
@@ -120,20 +139,33 @@ def _affordable(
 MU95_RULES = {'first_crossing': lambda affordable: affordable[-1], 'best': np.max}
 
 def mu95(
-    model_utility, # [n_checkpoints] MU in [0, 1], any sequence of numbers, in trajectory order, the original model first
+    model_utility, # [n_checkpoints] MU in [0, 1], in trajectory order, the original model first
     forget_quality, # [n_checkpoints] log10 FQ, at most 0, the same length
     rule:str='first_crossing', # 'first_crossing' or 'best'; part of every reported result
     share:float=.95, # of the original model's MU
 )->float: # log10 FQ, at most 0; more is better
     """Forget quality at 95 % of the original model utility
 
-    The measure is that of Lee et al. 2025 (arXiv 2505.16252); how they read it off a trajectory is not known here, so these rules are ours."""
-    if rule not in list(MU95_RULES): raise ValueError(f'unknown MU95 rule {rule!r}: expected one of {", ".join(MU95_RULES)}')
-    if not (isinstance(share, Real) and 0 < share <= 1): raise ValueError(f'share must lie in (0, 1], got {share!r:.60}: it is the part of the original model utility that must be left')
+    The measure is that of Lee et al. 2025 (arXiv 2505.16252); how they read it off a trajectory is
+    not known here, so these rules are ours."""
+    if rule not in list(MU95_RULES):
+        raise ValueError(
+            f'unknown MU95 rule {rule!r}: expected one of {", ".join(MU95_RULES)}')
+    if not (isinstance(share, Real) and 0 < share <= 1):
+        raise ValueError(
+            f'share must lie in (0, 1], got {share!r:.60}: '
+            'it is the part of the original model utility that must be left')
     mu = _values('model_utility', model_utility)
-    fq = _values('forget_quality', forget_quality, -np.inf, 0., 'a finite log10 p, at most 0; pass the logarithm of the p-value')
-    if len(mu) != len(fq): raise ValueError(f'model_utility has {len(mu)} values and forget_quality {len(fq)}: expected one of each per checkpoint')
-    if not mu[0]: raise ValueError('model_utility[0] is 0: expected the original model first, with some utility to lose; check its evaluation')
+    wanted = 'a finite log10 p, at most 0; pass the logarithm of the p-value'
+    fq = _values('forget_quality', forget_quality, -np.inf, 0., wanted)
+    if len(mu) != len(fq):
+        raise ValueError(
+            f'model_utility has {len(mu)} values and forget_quality {len(fq)}: expected one'
+            ' of each per checkpoint')
+    if not mu[0]:
+        raise ValueError(
+            'model_utility[0] is 0: expected the original model first, with some utility to'
+            ' lose; check its evaluation')
     return float(MU95_RULES[rule](_affordable(mu, fq, share * mu[0])))
 
 # %% ../nbs/12_tradeoff.ipynb #7c0e51d3
@@ -162,22 +194,40 @@ def _defined(
     try: return measure(*values, **options), ''
     except ValueError as error: return float('nan'), str(error).partition(':')[0]
 
-
+# %% ../nbs/12_tradeoff.ipynb #3142fd65
+def _reasons(
+    points, # pandas.DataFrame with FS and RS
+    full, # its rows that were judged in full, with MU and FQ
+    why:dict[str, str], # name: the reason of the measure itself
+)->dict[str, str]: # name: the reason a reader can act on
+    "Say in terms of the trajectory why a measure is undefined"
+    judged_by = ('FQ', full.FQ) if full.MU.notna().any() else ('MU', full.MU)
+    missing = {'AUES': ('RS', points.RS), 'MU95': judged_by}
+    for name, (what, values) in missing.items():
+        if values.isna().all():
+            why |= {key: f'no checkpoint has {what}' for key in why if key.startswith(name)}
+    if len(full) and full.MU.iloc[0] == 0:
+        useless = 'the original model has no utility (MU 0)'
+        why |= {key: useless for key in why if key.startswith('MU95')}
+    return why
 
 def measures(
-    points, # pandas.DataFrame with FS and RS, and MU and FQ where a checkpoint was judged in full; in trajectory order
+    points, # pandas.DataFrame with FS and RS, some rows with MU and FQ; in trajectory order
     rule:str='trapezoid', # a name in AUES_RULES
     rule_mu95:str='first_crossing', # a name in MU95_RULES
-)->tuple[dict, dict]: # AUES and MU95, and both under the other rules; of those that are undefined, NaN there, the reason
+)->tuple[dict, dict]: # AUES, MU95 and both under the other rules; NaN where undefined, and why
     "Measure a trajectory, whatever part of it is undefined"
     for what, name, known in (('AUES', rule, AUES_RULES), ('MU95', rule_mu95, MU95_RULES)):
-        if name not in known: raise ValueError(f"unknown {what} rule {name!r}: expected one of {', '.join(known)}")
+        if name not in known:
+            raise ValueError(
+                f"unknown {what} rule {name!r}: expected one of {', '.join(known)}")
     full = judged(points)
-    found = {'AUES': _defined(aues, points.FS, points.RS, rule=rule), 'MU95': _defined(mu95, full.MU, full.FQ, rule=rule_mu95),
-        'AUES step': _defined(aues, points.FS, points.RS, rule='step'), 'MU95 best': _defined(mu95, full.MU, full.FQ, rule='best')}
+    found = {
+        'AUES': _defined(aues, points.FS, points.RS, rule=rule),
+        'MU95': _defined(mu95, full.MU, full.FQ, rule=rule_mu95),
+        'AUES step': _defined(aues, points.FS, points.RS, rule='step'),
+        'MU95 best': _defined(mu95, full.MU, full.FQ, rule='best'),
+    }
     why = {name: reason for name, (_, reason) in found.items() if reason}
-    missing = {'AUES': ('RS', points.RS), 'MU95': ('FQ', full.FQ) if full.MU.notna().any() else ('MU', full.MU)}
-    for name, (what, values) in missing.items():
-        if values.isna().all(): why |= {key: f'no checkpoint has {what}' for key in why if key.startswith(name)}
-    if len(full) and full.MU.iloc[0] == 0: why |= {name: 'the original model has no utility (MU 0)' for name in why if name.startswith('MU95')}
-    return {name: value for name, (value, _) in found.items()}, why
+    values = {name: value for name, (value, _) in found.items()}
+    return values, _reasons(points, full, why)
