@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from torch import nn
-from unloc import attacks, checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, tokens, tradeoff, training
+from unloc import attacks, checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, steps, tokens, tradeoff, training
 from unloc.models import answer_logits, hidden_after, logits_of, mlp_outputs, output_projections, region_shape, tiny_model, value_vectors
 from unloc.register import methods
 from unloc.regions import Region
@@ -27,7 +27,7 @@ HOW = dict(epochs=1, lr=1e-3, batch_size=4, seed=0)
 
 def one_line(error):
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if Path(f.filename).parent == PACKAGE]
+    inside = [f for f in frames if PACKAGE in Path(f.filename).parents]
     text = str(error)
     return isinstance(error, (ValueError, OSError)) and text.strip() and "\n" not in text.strip() and frames[-1].filename == (inside[-1].filename if inside else "") and len(text) > 20
 
@@ -82,7 +82,7 @@ DOORS = {
     "objectives.wga": (objectives.wga, dict(token_logprob=torch.zeros(2, 3), answer_mask=torch.ones(2, 3, dtype=torch.bool)), dict(token_logprob=[NONE, TEXT], answer_mask=[NONE, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3)], beta=[NONE, NUMBER, TEXT])),
     "objectives.rmu": (objectives.rmu, dict(hidden=torch.zeros(2, 3, 4), control=torch.zeros(4), answer_mask=torch.ones(2, 3, dtype=torch.bool)), dict(hidden=[NONE, TEXT, MATRIX], control=[NONE, torch.zeros(5)], answer_mask=[NONE, torch.ones(3)], average=[NONE, "x"])),
     "figures.save_table": (figures.save_table, dict(rows=[{"a": "1"}], out="new", name="t", data=pd.DataFrame({"a": [1]}), about={"caption": "C."}), dict(rows=[NONE, [{"a": 1}], [{"a": "1"}, {"b": "2"}]], data=[NONE, TEXT], about=[NONE, {}])),
-    "runs.sweep": (sweep, dict(store=Store("new"), descriptions=[], compute=print), dict(compute=[NONE, TEXT], store=[NONE, TEXT, NUMBER], descriptions=[NONE, TEXT, [NONE], [{"kind": "bake"}], [{}]], jobs=[0, TEXT, NONE])),
+    "runs.sweep": (sweep, dict(store=Store("new"), descriptions=[], compute=steps.compute), dict(compute=[NONE, TEXT], store=[NONE, TEXT, NUMBER], descriptions=[NONE, TEXT, [NONE], [{"kind": "bake"}], [{}]], jobs=[0, TEXT, NONE])),
 }
 for name, method in methods("localizer").items():
     if not method.takes("forget"): continue

@@ -207,7 +207,7 @@ def test_a_node_without_the_data_is_named(on_ray, tmp_path, monkeypatch, variabl
     fails(ValueError, f"{NODE}{'UNLOC_TOFU' if variable else 'source'}={none!r}: no such folder", Store(tmp_path / "s"), [base | {"data": data}], -1)
 
 def test_a_gpu_is_one_tasks_own(on_ray, tmp_path):
-    cuda = numbered(0, 1, device="cuda")
+    cuda = numbered(0, 1, _device="cuda")
     fails(ValueError, f"the Ray cluster at RAY_ADDRESS={on_ray.address!r} has no GPU; add a node that has one (ray start --address=HOST:6379), or compute on CPUs: --set 'device=\"cpu\"'", Store(tmp_path), cuda, -1, write)
     on_ray.do("add GPUs")
     log = tmp_path / "log"

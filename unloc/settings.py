@@ -104,13 +104,15 @@ def checked(
         "give it in the profile or the parameters")
     return found
 
-# %% ../nbs/00_settings.ipynb #01442e54
+# %% ../nbs/00_settings.ipynb #a21a26ef
 def _taken(wanted)->str:
     "Name in a word or two which values a setting takes"
     kind, words, limits = _split(wanted)
     if words: return ', '.join(words)
     name = {str: 'text', bool: 'true or false', int: 'whole number', float: 'number'}[kind]
-    return f"{name} that must {_expected(limits)}" if kind in (int, float) else name
+    if kind in (str, bool): return name
+    low = 'above 0' if 'gt' in limits else 'at least 0'
+    return f"{name} {low}{', at most 1' if limits.get('le') == 1 else ''}"
 
 def reference(
     groups:Iterable[type[Settings]],

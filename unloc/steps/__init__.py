@@ -8,7 +8,7 @@ highest scores. Every kind of run is a module of this folder: it holds the setti
 # %% auto #0
 __all__ = ['kinds', 'step', 'compute', 'cost', 'groups']
 
-# %% ../../nbs/steps/steps.ipynb #6891bcd7
+# %% ../../nbs/steps/steps.ipynb #62ac52d0
 import importlib
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
+
+from ..settings import Settings, group_of
 
 # %% ../../nbs/steps/steps.ipynb #b28a6841
 _SHARED = 'common' # what all of them set up
@@ -49,10 +51,9 @@ def cost(
     "Count what a run takes, without computing it"
     return step(description['kind']).cost(models, description)
 
-# %% ../../nbs/steps/steps.ipynb #0ebbb6ad
+# %% ../../nbs/steps/steps.ipynb #ac0be6de
 def groups()->dict[str, type]: # name: its class, in the order of the classes' names
     "Gather the groups of settings of all kinds of run, and of the data"
-    from unloc.settings import Settings, group_of
     for kind in kinds(): step(kind)
     def below(group): return [x for c in group.__subclasses__() for x in (c, *below(c))]
     ours = [c for c in below(Settings) if c.__module__.startswith('unloc.')]
