@@ -125,9 +125,8 @@ def test_papermills_text_is_read_as_json(n):
         if isinstance(value, (list, dict))}
     assert [run_id(d) for d in wanted(PAGES[n], text)] == [run_id(d) for d in wanted(PAGES[n], {})]
 
-def test_facts_that_nobody_holds_out_are_needed_only_where_they_are_taught(
-    
-): # the ways of injection are attacked by forgotten facts alone
+# the ways of injection are attacked by forgotten facts alone
+def test_facts_that_nobody_holds_out_are_needed_only_where_they_are_taught():
     assert wanted(
         PAGES["31"], {"data": {"name": "world", "n_authors": 6, "n_forget": 1, "n_holdout": 0}})
 

@@ -181,9 +181,8 @@ def takes_a_model(f):
         p.annotation is nn.Module or p.name in ("model", "original") and p.annotation is not dict
         for p in parameters)
 
-def public(
-    
-): # chapter.name of every public function, class and method of a class itself that takes a model
+# chapter.name of every public function, class and method of a class itself that takes a model
+def public():
     for info in pkgutil.iter_modules(unloc.__path__):
         if info.name.startswith("_"): continue
         chapter = importlib.import_module(f"unloc.{info.name}")
