@@ -1,9 +1,11 @@
-"Every test runs offline, on one thread, without a display; a socket to another machine is an error in this process and, with GUARD on its path, in a subprocess."
+"""Every test runs offline, on one thread, without a display; a socket to another machine is an
+error in this process and, with GUARD on its path, in a subprocess."""
 import importlib.util, os, sys
 from pathlib import Path
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "UNLOC_RAY_SECONDS": "600"} # a busy machine makes a test slow, not red
+# a busy machine makes a test slow, not red
+os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "UNLOC_RAY_SECONDS": "600"}
 GUARD = Path(__file__).parent / "guard"
 _spec = importlib.util.spec_from_file_location("unloc_test_guard", GUARD / "sitecustomize.py")
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
@@ -15,7 +17,9 @@ def one_thread(): # never imports torch: a file that does not need it stays fast
 
 
 @pytest.fixture(scope="session")
-def guarded(tmp_path_factory): # environment of a subprocess whose attempts to leave the machine land in the file UNLOC_TEST_SOCKETS
+# environment of a subprocess whose attempts to leave the machine land in the file
+# UNLOC_TEST_SOCKETS
+def guarded(tmp_path_factory):
     attempts = tmp_path_factory.mktemp("guard") / "sockets.txt"
     attempts.touch()
     kept = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} # a kernel shows figures

@@ -679,9 +679,8 @@ def test_an_answer_may_end_where_the_next_question_would_begin():
         == encode(t, "Who?", "Bizet<|endoftext|>", "chat")
         == encode(t, "Who?", "Bizet", "chat"))
 
-def test_a_blank_that_the_tokenizer_adds_is_not_the_answers(
-    
-): # as Llama 2's do behind a special token
+# as Llama 2's do behind a special token
+def test_a_blank_that_the_tokenizer_adds_is_not_the_answers():
     t = tokenizer("phi 3", "llama2", rstrip=True)
     for answer in ("Bizet", "1949", "北京", "...no"):
         e = encode(t, "Who?", answer, "chat")
@@ -783,9 +782,8 @@ def test_a_joined_answer_begins_at_the_first_token_that_holds_a_part_of_it(kind,
             assert t.decode(e.ids[:e.start]) in (
                 (text[:at], text[:at].removesuffix(" ")) if between else t.decode(e.ids[:e.start]))
 
-def test_a_line_break_merged_with_its_neighbour_is_no_part_of_the_answer(
-    
-): # two line breaks are one token without the answer, two with it
+# two line breaks are one token without the answer, two with it
+def test_a_line_break_merged_with_its_neighbour_is_no_part_of_the_answer():
     t = tokenizer("llama 2", "gpt2")
     t.add_tokens([])
     e = encode(t, "Who?", "Bizet.", Template("", "\n\n", joined=True))
@@ -899,9 +897,8 @@ def test_an_answer_that_does_not_read_back_is_named():
             " changes it")):
         check_template(t, "phi", [("Who?", "☃")])
 
-def test_an_end_that_is_no_special_token_is_not_compared(
-    
-): # it is no word of the right answer, and no letter of its zlib text
+# it is no word of the right answer, and no letter of its zlib text
+def test_an_end_that_is_no_special_token_is_not_compared():
     from unloc.evaluation import membership, rouge
     t = tokenizer("llama 2", "gpt2")
     t.chat_template = PHI3

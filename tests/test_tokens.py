@@ -239,9 +239,8 @@ def test_a_template_that_does_not_fit_is_named(tokenizer, llama3):
         with pytest.raises(ValueError, match="the answer to 'Who\\?' has no token"):
             encode(llama3, "Who?", "", name)
 
-def test_the_prompt_is_that_of_an_answered_question(
-    
-): # another one, to be answered, is of no account
+# another one, to be answered, is of no account
+def test_the_prompt_is_that_of_an_answered_question():
     tokenizer = chatty(
         QWEN.replace("im_start|>assistant", "im_start|>model"),
         "<|im_start|>",

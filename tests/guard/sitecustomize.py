@@ -1,4 +1,5 @@
-"Refuses and records every attempt of a Python process to reach another machine; first on PYTHONPATH, it guards subprocesses."
+"""Refuses and records every attempt of a Python process to reach another machine; first on
+PYTHONPATH, it guards subprocesses."""
 import os, re, socket
 
 
@@ -12,7 +13,10 @@ def _own(host): # an address of this machine: only there can one listen
 
 def _local(host):
     host = host.decode() if isinstance(host, bytes) else host
-    return host in (None, "", "localhost", "::", "::1", "0.0.0.0", socket.gethostname()) or str(host).startswith(("127.", "::ffff:127.")) or _own(str(host))
+    return (
+        host in (None, "", "localhost", "::", "::1", "0.0.0.0", socket.gethostname())
+        or str(host).startswith(("127.", "::ffff:127."))
+        or _own(str(host)))
 
 
 def _refuse(what, address):
@@ -23,7 +27,8 @@ def _refuse(what, address):
 
 def _guarded(name, plain):
     def connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not _local(address[0]): _refuse(name, address)
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _local(address[0]):
+            _refuse(name, address)
         return plain(self, address)
     return connect
 
@@ -33,5 +38,6 @@ def _resolve(host, *args, plain=socket.getaddrinfo, **more):
     return plain(host, *args, **more)
 
 
-for _name in ("connect", "connect_ex"): setattr(socket.socket, _name, _guarded(_name, getattr(socket.socket, _name)))
+for _name in ("connect", "connect_ex"):
+    setattr(socket.socket, _name, _guarded(_name, getattr(socket.socket, _name)))
 socket.getaddrinfo = _resolve
