@@ -200,7 +200,7 @@ def _as_grid(given)->Grid: # given: Grid or descriptions
     raise ValueError(f"{len(told) - len(found)} descriptions have the fields of others ({', '.join(columns)}); "
                      "give a grid, whose axes tell them apart")
 
-# %% ../nbs/19_study.ipynb #bd404b56
+# %% ../nbs/19_study.ipynb #bb006fa2
 @dataclass
 class Frames:
     "The runs of a grid, as frames"
@@ -238,6 +238,12 @@ class Frames:
         import pandas
         return self.rows(lambda run: pandas.json_normalize(run.json(file)))
 
+    def curves(self): # pandas.DataFrame, one row a checkpoint; MU and FQ NaN where it was not judged in full
+        "Read the trajectories, the place on the axes last"
+        found = self.frame('trajectory.csv')
+        measured = [name for name in found if name not in self.names]
+        return found.reindex(columns=list(dict.fromkeys([*measured, *self.names, 'MU', 'FQ'])))
+
 # %% ../nbs/19_study.ipynb #9b15ba86
 def _checkpoints(run, rule:str, rule_mu95:str)->tuple[dict, dict]: # measures; of those without a value, why
     "Measure the trajectory of a run: its areas, and where it starts and ends"
@@ -265,7 +271,7 @@ def _attacked(run, only:str): # pandas.DataFrame
 
 def _region(run)->Region: return Region.load(run.file('region.safetensors'))
 
-# %% ../nbs/19_study.ipynb #2255df22
+# %% ../nbs/19_study.ipynb #de7df636
 class Runs(Frames):
     "The runs of a grid, measured"
     def tradeoff(
@@ -285,12 +291,6 @@ class Runs(Frames):
                 if name in why: self.undefined[*place.values(), seed, name] = why[name]
             return values
         return self.rows(measure)
-
-    def curves(self): # pandas.DataFrame, one row a checkpoint; MU and FQ NaN where it was not judged in full
-        "Read the trajectories, the place on the axes last"
-        found = self.frame('trajectory.csv')
-        measured = [name for name in found if name not in self.names]
-        return found.reindex(columns=list(dict.fromkeys([*measured, *self.names, 'MU', 'FQ'])))
 
     def attacks(self, only:str=''): # only: one attack; gives a pandas.DataFrame, a row for each run and attack
         "Read what was recovered, and the fields of result.json"
