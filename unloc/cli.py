@@ -65,7 +65,7 @@ def artefacts(notebook:Path)->list[str]:
     "Name what a notebook saves"
     source = ''.join(source for kind, source, _ in _cells(notebook) if kind == 'code')
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
-    calls = re.findall(r"\bsave\((\w+), study, '(\w+)'|\bsave_(figure|table)\(\w+, out, '(\w+)'", source)
+    calls = re.findall(r"\bsave\((\w+), \w+, '(\w+)'|\bsave_(figure|table)\(\w+, out, '(\w+)'", source)
     found = [(kind or own, name or other) for own, other, kind, name in calls]
     return [f"{name}.{suffixes['figure' if kind == 'figure' else 'table']}" for kind, name in found]
 
