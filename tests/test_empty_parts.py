@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import matplotlib; matplotlib.use("agg")
 from unloc import pages, runs
+from unloc.cli import SHARED, profiles
 from unloc.data import benchmark
 from unloc.plan import wanted
 from unloc.runs import Store, check_run, finished, run_id, sweep
@@ -15,7 +16,9 @@ PAGES = {p.stem[:2]: p for p in sorted(NBS.glob("[23][0-9]_*.ipynb"))}
 
 def cells(path): return [(c["metadata"].get("tags", []), "".join(c["source"])) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
 def defaults(path): return {node.target.id: ast.literal_eval(node.value) for tags, source in cells(path) if "parameters" in tags for node in ast.parse(source).body}
-PARAMETERS = {n: defaults(p) for n, p in PAGES.items()}
+SMOKE = {name: value for name, value in profiles(NBS.parent)["smoke"].items() if name in SHARED} | {"jobs": 1}
+FACTS = SMOKE.pop("attacked_data") # of the pages that teach held-out facts
+PARAMETERS = {n: SMOKE | ({"data": FACTS} if n >= "27" else {}) | defaults(p) for n, p in PAGES.items()}
 
 # --- what leaves nothing to show is refused before anything runs
 

@@ -4,6 +4,8 @@ from itertools import chain
 from pathlib import Path
 import pytest
 
+from unloc.cli import artefacts
+
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs").glob("[a-z]*/*.ipynb"))
 PAGES = [p for p in EVERY if p.stem[:2] < "20" or p.parent.name != "nbs"]
@@ -186,7 +188,7 @@ def test_a_figure_page_has_one_cell_of_literal_parameters(path):
 def test_a_figure_page_has_prose_and_saves_what_it_shows(path):
     found = cells(path)
     assert sum(len(s.split()) for k, s, _ in found if k == "markdown") > 60
-    assert re.search(r"save_(figure|table)\(\w+, out, '\w+'", "".join(s for k, s, _ in found if k == "code"))
+    assert artefacts(path), "it saves a figure or a table"
 
 # --- what is stored
 

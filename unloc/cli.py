@@ -72,7 +72,7 @@ def artefacts(notebook:Path)->list[str]:
     "Name what a notebook saves"
     source = ''.join(source for kind, source, _ in _cells(notebook) if kind == 'code')
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
-    calls = re.findall(r"\bsave\((\w+), study, '(\w+)'|\bsave_(figure|table)\(\w+, out, '(\w+)'", source)
+    calls = re.findall(r"\bsave\((\w+), \w+, '(\w+)'|\bsave_(figure|table)\(\w+, out, '(\w+)'", source)
     found = [(kind or own, name or other) for own, other, kind, name in calls]
     return [f"{name}.{suffixes['figure' if kind == 'figure' else 'table']}" for kind, name in found]
 
@@ -402,6 +402,12 @@ class Order:
     copies:Path # where executed notebooks go
     plugins:list[Path] # files that register a user's methods
 
+def _place(notebook:Path, changes:dict, place:dict)->dict:
+    "Give a notebook the places that it takes and that no change names"
+    takes = {**parameters(notebook), **(SHARED if shares(notebook) else {})}
+    return {name: value for name, value in place.items() if name in takes and name not in changes}
+
+# %% ../nbs/18_cli.ipynb #a5c0de07
 def order(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
@@ -415,9 +421,11 @@ def order(
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
     known = profiles(root)
-    values, every = dict(known[_known('profile', profile, list(known))]), {n.stem: n for n in notebooks(root)}
+    values = dict(known[_known('profile', profile, list(known))])
+    every = {n.stem: n for n in notebooks(root)}
     _folder_name(profile)
-    plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))] + [Path(file).resolve() for file in plugin]
+    plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))]
+    plugins += [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
     for name in listed: _known(f'notebook in settings.ini [{profile}]', name, list(every))
@@ -428,12 +436,10 @@ def order(
     if 'data' in changes: values.pop('attacked_data', None)
     given = assign(chosen, listed_all, _from(root, values), f'settings.ini [{profile}]')
     for notebook, more in assign(chosen, listed_all, changes, '--set').items(): given[notebook] |= more
-    store, figures = (store or root / '_runs').resolve(), out or root / ('_out' if profile == 'smoke' else 'figures')
-    figures = figures.resolve()
+    store = (store or root / '_runs').resolve()
+    figures = (out or root / ('_out' if profile == 'smoke' else 'figures')).resolve()
     place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
-    for notebook in chosen:
-        known = {**parameters(notebook), **(SHARED if shares(notebook) else {})}
-        given[notebook] |= {k: v for k, v in place.items() if k in known and k not in changes}
+    for notebook in chosen: given[notebook] |= _place(notebook, changes, place)
     return Order(given, jobs or -1, store, figures, _copies(root, profile, out), plugins)
 
 # %% ../nbs/18_cli.ipynb #dc0a50a1
