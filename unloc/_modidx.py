@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unloc.checkpoints._first_line': ('checkpoints.html#_first_line', 'unloc/checkpoints.py'),
                                    'unloc.checkpoints._fits': ('checkpoints.html#_fits', 'unloc/checkpoints.py'),
                                    'unloc.checkpoints._folder': ('checkpoints.html#_folder', 'unloc/checkpoints.py'),
+                                   'unloc.checkpoints._habits_aside': ('checkpoints.html#_habits_aside', 'unloc/checkpoints.py'),
                                    'unloc.checkpoints._header': ('checkpoints.html#_header', 'unloc/checkpoints.py'),
                                    'unloc.checkpoints._headers': ('checkpoints.html#_headers', 'unloc/checkpoints.py'),
                                    'unloc.checkpoints._hub': ('checkpoints.html#_hub', 'unloc/checkpoints.py'),

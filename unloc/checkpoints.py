@@ -355,7 +355,7 @@ def save_pretrained(
 )->None:
     "Save a model so that transformers 5 and the versions before it read the same configuration"
     check_model(model)
-    model.save_pretrained(folder, **options)
+    with _habits_aside(model, Path(folder)): model.save_pretrained(folder, **options)
     file = Path(folder) / 'config.json'
     config = _with_old_names(json.loads(file.read_text('utf-8')))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', 'utf-8')
@@ -381,6 +381,19 @@ def _with_old_names(config:dict)->dict: # as in config.json
     scaling = {key: x for key, x in full.items() if key not in ('rope_theta', 'partial_rotary_factor')}
     if config['model_type'] == 'phi3': scaling = {'type': kind} | {key: full[key] for key in ('short_factor', 'long_factor')}
     return config | {'rope_scaling': scaling}
+
+# %% ../nbs/06_checkpoints.ipynb #c5347995
+@contextmanager
+def _habits_aside(model, folder:Path):
+    "Write settings of generation as they are where transformers refuses to"
+    habits, fine = getattr(model, 'generation_config', None), True
+    try:
+        if habits is not None: habits.validate(strict=True)
+    except ValueError: fine, model.generation_config = False, type(habits)()
+    try: yield
+    finally:
+        if not fine: model.generation_config = habits
+    if not fine: habits.to_json_file(folder / 'generation_config.json', keys_to_pop=['compile_config'])
 
 # %% ../nbs/06_checkpoints.ipynb #7bb77db5
 @checked(but=['model'])
