@@ -1,4 +1,4 @@
-"A model on another device than the processor: every function that meets one mixes no tensors of two devices, and gives what it gives on the processor. No GPU is needed: tensors here only claim to be elsewhere."
+"A model on another device than the processor: every function that meets one mixes no tensors of two devices, and gives what it gives on the processor. Most need no GPU: tensors only claim to be elsewhere; where there is one, the same is asked of it."
 import math
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,6 +113,10 @@ def test_the_second_device_refuses_to_be_mixed(second):
 
 # --- everything that meets a model
 
+def another(model): # of the same first weights, on the same device
+    made = small(model.dtype)
+    return moved(made) if isinstance(next(model.parameters()), Elsewhere) else made.to(model.device)
+
 def proved(model, where, digest): # each device has its own proof
     assert digest == (locked_checksum if model.device == AWAY else locked_digest)(model, where)
 
@@ -146,7 +150,7 @@ def put(model):
     attacks.between(model, values, {layer: (index, column + 1) for layer, (index, column) in values.items()})(.5)
 
 def supervised(model):
-    found = supervise(model, region(model), GET, PROBE, mlp_targets(small(), GET), 1, 1e-3, 4, 0) # targets of a model on the processor
+    found = supervise(model, region(model), GET, PROBE, mlp_targets(small(model.dtype), GET), 1, 1e-3, 4, 0) # targets of a model on the processor
     return found.points, found.facts
 
 def all_weights(model):
@@ -157,7 +161,7 @@ def probed(model):
     return [attacks.linear_probe(model, GET, WRONG), attacks.logit_lens(model, GET), attacks.patched_logprob(model, GET, 1, states[1])]
 
 def depth(model):
-    retained, other = moved(small()) if model.device == AWAY else small(), small()
+    retained, other = another(model), small(model.dtype)
     finetune(retained, KEEP[:4], 1, 1e-2, 2, 0)
     with unlock(retained, region(retained)) as columns, torch.no_grad():
         for p in columns.parameters(): p += .5
@@ -267,3 +271,96 @@ def test_a_locked_checksum_covers_what_the_digest_covers(unit):
             assert now[0] == now[1]
             differ[now[0]] += 1
     assert min(differ.values()) > 5
+
+# --- a GPU that is there
+
+def gpu(test): return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+def near(a, b, **limits):
+    a, b = tree_leaves(a), tree_leaves(b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        if isinstance(x, (torch.Tensor, float)): torch.testing.assert_close(torch.as_tensor(y).cpu(), torch.as_tensor(x).cpu(), equal_nan=True, **limits)
+        else: assert x == y
+
+def held_by(found): # without the proofs, which differ by device
+    return [x for x in tree_leaves(found) if not isinstance(x, str)]
+
+@gpu
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "best_of"]) # which draws from the device's own generator
+def test_a_gpu_gives_what_the_processor_gives(door):
+    here, there = small(torch.float64), small(torch.float64).cuda()
+    near(held_by(DOORS[door](here)), held_by(DOORS[door](there)), rtol=1e-3, atol=1e-4)
+    near([*here.parameters()], [*there.parameters()], rtol=1e-3, atol=1e-4)
+    assert all(p.is_cuda for p in there.parameters())
+
+@gpu
+@pytest.mark.parametrize("name", [*LOCALIZERS, *OWN_UNITS])
+def test_scores_of_a_model_on_a_gpu_are_the_same_and_here(name):
+    want, got = ((LOCALIZERS | OWN_UNITS)[name](small(torch.float64).to(device), GET[:4], KEEP[:4], 0) for device in ("cpu", "cuda"))
+    assert not any(x.is_cuda for x in tree_leaves(got))
+    near(want, got, rtol=1e-4, atol=1e-8)
+
+@gpu
+@pytest.mark.parametrize("unit", ["columns", "weights", "neurons"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_locked_weights_on_a_gpu_keep_their_bits(dtype, unit):
+    model = small(dtype).cuda()
+    where = {"columns": region(model), "weights": Region.sample((2, 16, 32), .2, 0), "neurons": Neurons.sample(model, .2, 0, heads=True)}[unit]
+    start, both = small(dtype).cuda(), lambda m: (locked_digest(m, where), locked_checksum(m, where))
+    assert both(model) == both(small(dtype)), "bits are the same everywhere"
+    before = both(model)
+    trajectory, values = unlearn(model, where, GET, KEEP, PROBE, Recipe("npo", lr=1e-2, epochs=3, batch_size=4), 0)
+    assert both(model) == before and trajectory.locked_sha256 == before[1] and trajectory.live_fraction == 1
+    moved_weights = sum(int((p != q).sum()) for p, q in zip(model.parameters(), start.parameters()))
+    assert 0 < moved_weights <= sum(column.numel() for _, column in values.values())
+    put_columns(start, values)
+    assert all(torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in zip(model.parameters(), start.parameters())), "the values are the whole change"
+
+@gpu
+def test_two_runs_on_a_gpu_are_bit_equal():
+    found = []
+    for _ in range(2):
+        model = small().cuda()
+        trajectory, values = unlearn(model, region(model), GET, KEEP, PROBE, Recipe("dpo", lr=5e-3, epochs=2, batch_size=4), 0, REFUSALS)
+        found.append((trajectory.points, plain(values)))
+    assert same(*found)
+
+@gpu
+def test_a_gpu_is_not_waited_for_between_the_steps_of_an_epoch():
+    x = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    def loss(batch, epoch):
+        torch.cuda.set_sync_debug_mode("error" if batch < 4 else "default") # the last one ends the epoch
+        return x.square().sum()
+    means = []
+    try: descend([x], lambda epoch: range(5), loss, 3, .01, after_epoch=lambda epoch, mean: means.append(mean))
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert means == sorted(means, reverse=True) and len(means) == 3 and x.isfinite().all()
+
+@gpu
+def test_a_run_on_a_gpu_that_diverges_is_named_by_step_and_keeps_its_parameters():
+    kept = []
+    for device in ("cpu", "cuda"):
+        x = torch.nn.Parameter(torch.ones(2, device=device))
+        with pytest.raises(FloatingPointError, match="the loss is inf at step 3 of epoch 2 .lr 0.1."):
+            descend([x], lambda epoch: range(5), lambda batch, epoch: x.sum() * (math.inf if (epoch, batch) == (1, 2) else 1.), 3, .1)
+        kept.append(x.detach())
+    near(*kept, rtol=1e-6, atol=1e-6)
+
+@gpu
+def test_samples_of_a_gpu_depend_on_the_seed_alone():
+    model = small().cuda()
+    before, here = torch.cuda.get_rng_state(), torch.get_rng_state()
+    first, again = (attacks.best_of(model, TOKENIZER, GET[:4], n=3, temperature=2., max_new_tokens=8, seed=1) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(torch.cuda.get_rng_state(), before) and torch.equal(torch.get_rng_state(), here)
+
+@gpu
+def test_a_proof_takes_a_gpu_no_second_model():
+    model = tiny_model("llama", 8000, d_model=512, n_layers=8, d_ff=4096, n_heads=8).bfloat16().cuda()
+    where, size = region(model), sum(p.nbytes for p in model.parameters())
+    locked_checksum(model, where)
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    locked_checksum(model, where)
+    assert torch.cuda.max_memory_allocated() - start < max(size / 4, 6 * 8 * 2**22), "blocks of words at a time"
