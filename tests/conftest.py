@@ -2,6 +2,7 @@
 error in this process and, with GUARD on its path, in a subprocess."""
 import importlib.util, os, sys
 from pathlib import Path
+from shutil import which
 import pytest
 
 # a busy machine makes a test slow, not red
@@ -23,4 +24,17 @@ def guarded(tmp_path_factory):
     attempts = tmp_path_factory.mktemp("guard") / "sockets.txt"
     attempts.touch()
     kept = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} # a kernel shows figures
-    return kept | {"PYTHONPATH": str(GUARD), "UNLOC_TEST_SOCKETS": str(attempts)}
+    path = [str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])] # where the package is not installed, its place is handed on
+    return kept | {"PYTHONPATH": os.pathsep.join(path), "UNLOC_TEST_SOCKETS": str(attempts)}
+
+
+def beside(name): # the path of a command of this interpreter's environment; a machine that only computes has none
+    found = Path(sys.executable).with_name(name)
+    if not which(found): pytest.skip(f"there is no {name} beside {Path(sys.executable).name}: the package is used through PYTHONPATH, without its notebooks' libraries")
+    return found
+
+@pytest.fixture(scope="session")
+def command(): return beside("unloc")
+
+@pytest.fixture(scope="session")
+def nbdev(): return beside("nbdev-export")

@@ -294,7 +294,7 @@ def test_the_trajectory_is_that_of_masked_full_weights(name, unit):
 @SOME
 def test_a_gpu_trains_the_same(name, unit):
     found = []
-    for model in (build(name), build(name).cuda()):
+    for model in (build(name, torch.float64), build(name, torch.float64).cuda()): # in float32 Adam makes whole steps of what rounding leaves
         digest = locked_digest(model, REGION[unit](FF))
         with unlock(model, REGION[unit](FF)) as columns: steps(model, columns); found.append([values.cpu() for _, values in columns.values().values()])
         assert locked_digest(model, REGION[unit](FF)) == digest

@@ -41,7 +41,7 @@ class Checkout:
         return found
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory, guarded): return Checkout(tmp_path_factory.mktemp("cli"), guarded)
+def checkout(tmp_path_factory, guarded, command): return Checkout(tmp_path_factory.mktemp("cli"), guarded)
 
 @pytest.fixture(scope="module")
 def smoke(checkout): # the whole profile, once
@@ -310,7 +310,7 @@ SCORED = ["reproduce", "--profile", "smoke", "--only", "24_localization", "--job
 def test_nothing_to_show_is_one_line_before_anything_runs(checkout, change, says):
     refused(checkout, "reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--set", change, says=says)
 
-def test_methods_of_a_plugin_reach_kernel_and_workers(tmp_path, guarded):
+def test_methods_of_a_plugin_reach_kernel_and_workers(tmp_path, guarded, command):
     own, plugin, found = Checkout(tmp_path, guarded), tmp_path / "my methods.py", []
     plugin.write_text(PLUGIN, "utf-8")
     refused(own, *SCORED, says=r"unknown localizer 'mine'; known: activations, .*; register it in a file named by --plugin, a profile's plugins or UNLOC_PLUGINS")
@@ -337,7 +337,7 @@ def test_methods_of_a_plugin_reach_kernel_and_workers(tmp_path, guarded):
     assert own.call(*SCORED)[0] == 0 and len(recall() - runs) == 2, "an edited method gives other runs, and renames no other"
     assert found[0] == found[1] == found[2] != found[3]
 
-def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded):
+def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded, command):
     own = Checkout(tmp_path, guarded)
     words = ["reproduce", "--profile", "smoke", "--only", "21_oracle_random", "--jobs", "2", "--set", "seeds=3", 'unlearn={"wga": {"lr": 0.005, "epochs": 1}, "ga": {"lr": 1e30, "epochs": 1}}']
     code, out, err = own.call(*words)

@@ -2,8 +2,10 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import nbformat, pytest
-from nbclient import NotebookClient
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="lessons run in kernels")
+NotebookClient = pytest.importorskip("nbclient", reason="lessons run in kernels").NotebookClient
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 TRAINED = "10_training", "11_attacks", *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps") # a hundred steps of descent end in other digits on another kind of processor

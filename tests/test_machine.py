@@ -26,10 +26,10 @@ class Project:
         return done.returncode, done.stdout, done.stderr
 
 @pytest.fixture
-def project(tmp_path, guarded): return Project(tmp_path, guarded)
+def project(tmp_path, guarded, command): return Project(tmp_path, guarded)
 
 @pytest.fixture(scope="module")
-def usual(tmp_path_factory, guarded): # one figure, on this machine as it is
+def usual(tmp_path_factory, guarded, command): # one figure, on this machine as it is
     folder = tmp_path_factory.mktemp("usual")
     status, out, err = Project(folder, guarded).call(*ONE, place=folder)
     assert status == 0, err
@@ -61,7 +61,7 @@ sys.addaudithook(ask)
 @pytest.fixture
 def no_linux(tmp_path, guarded): # a variable that takes from every Python what Linux alone has
     (tmp_path / "bare").mkdir()
-    guard = (Path(guarded["PYTHONPATH"]) / "sitecustomize.py").read_text("utf-8")
+    guard = (Path(guarded["PYTHONPATH"].split(os.pathsep)[0]) / "sitecustomize.py").read_text("utf-8")
     (tmp_path / "bare" / "sitecustomize.py").write_text(guard + LINUX, "utf-8")
     return {"PYTHONPATH": str(tmp_path / "bare")}
 
@@ -212,7 +212,7 @@ STRICT = "import sys, warnings\nwarnings.filterwarnings('error', category=Encodi
 
 def test_no_text_is_read_or_written_in_the_encoding_of_the_machine(project, usual, tmp_path): # the interpreter itself looks
     (tmp_path / "strict").mkdir()
-    guard = (Path(project.env["PYTHONPATH"]) / "sitecustomize.py").read_text("utf-8")
+    guard = (Path(project.env["PYTHONPATH"].split(os.pathsep)[0]) / "sitecustomize.py").read_text("utf-8")
     (tmp_path / "strict" / "sitecustomize.py").write_text(STRICT + guard, "utf-8")
     strict = {"PYTHONPATH": str(tmp_path / "strict"), "PYTHONWARNDEFAULTENCODING": "1"}
     probe = subprocess.run([PYTHON, "-c", "from pathlib import Path; Path('x').write_text('x')"], cwd=tmp_path, env=project.env | strict, capture_output=True, encoding="utf-8")

@@ -2,11 +2,13 @@
 import shutil, subprocess, sys
 import copy
 from collections import Counter
+from contextlib import nullcontext
 import pytest, torch, transformers
+from unloc import masked
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
-from unloc.masked import Neurons, in_float32, locked_digest, put_columns, unlock
+from unloc.masked import Neurons, in_float32, locked_digest, put_columns, still, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
 from unloc.regions import Region
 
@@ -547,3 +549,44 @@ def test_wider_weights_are_left_alone(dtype):
     model = small(dtype=dtype)
     memory = [p.data_ptr() for p in model.parameters()]
     with in_float32(model): assert [p.data_ptr() for p in model.parameters()] == memory and not torch.is_autocast_enabled("cpu")
+
+# --- columns that stay are written once
+
+@pytest.fixture
+def writes(monkeypatch):
+    done = []
+    for kind in (masked._Unlocked, masked._UnlockedWeights):
+        plain = kind.write
+        monkeypatch.setattr(kind, "write", lambda self, plain=plain: done.append(self) or plain(self))
+    return done
+
+@both
+def test_columns_that_stay_are_written_once(region, writes):
+    model = small()
+    def written(block):
+        writes.clear()
+        block()
+        return len(writes)
+    with unlock(model, region) as columns, torch.no_grad():
+        for p in columns.parameters(): p += 1
+        def asked(times=3):
+            for _ in range(times): logits(model)
+        assert written(asked) == 6, "without a promise, before every product of both layers"
+        with still():
+            assert written(asked) == 2 and written(asked) == 0
+            with still(): assert written(asked) == 0, "a promise inside is the same one"
+            def reference():
+                with columns.reference(): asked()
+            assert written(reference) == 4 and written(asked) == 0, "the start, and back again"
+        for p in columns.parameters(): p.data += 1 # leaves no trace
+        with still(): assert written(asked) == 2
+    assert not torch.equal(logits(model), logits(small()))
+
+def test_a_promise_changes_no_generated_token():
+    tokens = []
+    for promise in (still, nullcontext):
+        model = small()
+        with unlock(model, REGION) as columns:
+            train(model, columns)
+            with promise(): tokens.append(model.generate(IDS, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*tokens)

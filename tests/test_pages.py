@@ -207,7 +207,7 @@ def test_stored_outputs_hold_nothing_of_one_machine(path):
 # --- the package
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+def fresh(tmp_path_factory, nbdev):
     copy = tmp_path_factory.mktemp("export")
     for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))

@@ -74,10 +74,13 @@ def test_predicted_memory_is_what_a_process_takes(measured, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", REAL)
 def test_predicted_memory_is_what_a_gpu_allocates(name):
-    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda") # what the library of products keeps for itself
+    gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
     REAL[name](build().cuda())
     peak = rehearse(build, lambda model: ACTS[name](model, ROWS, WIDTH, ROWS * (WIDTH - START)))
-    assert replace(LARGE, device="gpu").memory_of(peak) == pytest.approx(torch.cuda.max_memory_allocated(), rel=.15)
+    assert start <= 2**26, "what is added for the libraries is enough"
+    assert replace(LARGE, device="gpu").memory_of(peak) - 2**26 == pytest.approx(torch.cuda.max_memory_allocated() - start, rel=.15)
 
 def test_memory_counts_storages_once_and_until_the_last_view_is_gone():
     x = []

@@ -71,7 +71,7 @@ LOOKING = {place(method): scored_by(name) for name, method in methods("localizer
     "attacks.patched_logprob": lambda m: attacks.patched_logprob(m, GET, 1, STATES[1]), "attacks.unlearning_depth": lambda m: attacks.unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "attacks.best_of": lambda m: attacks.best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
     "masked.is_unlocked": masked.is_unlocked, "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(m, folder / "whole"),
-    "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),
+    "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.locked_checksum": lambda m: masked.locked_checksum(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),
     "masked.Neurons.sample": lambda m: len(masked.Neurons.sample(m, .2, 0)), "masked.AllWeights": lambda m: len(masked.AllWeights(m).values()), "masked.in_float32": within(masked.in_float32),
     "checkpoints.recompute": lambda m: (checkpoints.recompute(m), evaluation.score(m, GET), checkpoints.recompute(m, False))[1], "checkpoints.save_model": lambda m, folder: checkpoints.save_model(m, folder / "whole"),
     "checkpoints.save_change": saved, "checkpoints.apply_change": saved,

@@ -475,3 +475,17 @@ def test_a_quantized_model_is_not_taught_as_a_whole():
     model = small()
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(48, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="a parameter of torch.int8 cannot be trained; load the model unquantized"): finetune(model, GET, 1, 1e-3, 4, 0)
+
+def test_no_hook_stays_on_the_weights(): # of a run that trains them all
+    model = small()
+    unlearn(model, None, GET, KEEP, Probe(GET, KEEP[:3]), Recipe("ga", lr=1e-3, epochs=1), 0)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+def test_gradients_are_watched_until_every_column_has_had_one(monkeypatch):
+    asked, looked, plain = [], [], training.evaluate
+    register = torch.Tensor.register_post_accumulate_grad_hook
+    monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", lambda p, note: register(p, lambda p: looked.append(len(asked)) or note(p)))
+    monkeypatch.setattr(training, "evaluate", lambda *a, **k: asked.append(1) or plain(*a, **k))
+    model = small()
+    trajectory, _ = unlearn(model, region(model), GET, KEEP, Probe(GET, KEEP[:3]), Recipe("ga", lr=1e-3, epochs=3, batch_size=5), 0)
+    assert trajectory.live_fraction == 1 and looked == [1] * 8, "two steps, four layers, the first epoch alone"

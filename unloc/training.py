@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .arguments import checked
 from . import objectives
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
-from .masked import AllWeights, Columns, Neurons, in_float32, locked_digest, unlock
+from .masked import AllWeights, Columns, Neurons, in_float32, locked_checksum, locked_digest, still, unlock
 from .models import answer_hidden, check_limits, hidden_after, logits_of, measuring, mlp_outputs, output_projections, over_logits, region_shape, value_vectors
 from .regions import Region
 from .tokens import Batch, Example, batch_tokens, by_length, check_apart, check_examples, collate, shuffled
@@ -63,6 +63,38 @@ def _learning(parameters:Sequence[nn.Parameter], model:nn.Module|None=None)->Ite
             p.requires_grad_(flag)
             p.grad = gradient
 
+# %% ../nbs/10_training.ipynb #45047a48
+def _stays(value:Tensor)->bool: return value.is_cuda # whether to read it makes the processor wait
+
+class _Losses:
+    "The losses of one epoch"
+    def __init__(self, optimizer:torch.optim.Optimizer, epoch:int, lr:float):
+        self.optimizer, self.epoch, self.lr, self.values = optimizer, epoch, lr, []
+
+    def add(self, value:Tensor)->None: # scalar
+        "Keep a loss; no step is made from the first on that is no number"
+        if not _stays(value):
+            self.values.append(value.item())
+            self._check(len(self.values))
+            return
+        self.values.append(value.detach())
+        bad, before = (~value.detach().isfinite()).float(), getattr(self.optimizer, 'found_inf', None)
+        self.optimizer.found_inf = bad if before is None else torch.maximum(before, bad) # where it is 1, a fused optimizer does nothing
+
+    def total(self)->float:
+        "Add the losses up in their order"
+        if self.values and isinstance(self.values[0], Tensor):
+            self.values = torch.stack(self.values).tolist()
+            for step in range(1, len(self.values) + 1): self._check(step)
+        total = 0.
+        for value in self.values: total += value # one by one: `sum` rounds otherwise in some versions of Python
+        return total
+
+    def _check(self, step:int)->None:
+        value = self.values[step - 1]
+        if not math.isfinite(value): raise FloatingPointError(
+            f"the loss is {value} at step {step} of epoch {self.epoch + 1} (lr {self.lr}); lower the learning rate")
+
 # %% ../nbs/10_training.ipynb #cec05dde
 def descend(
     parameters:Sequence[nn.Parameter],
@@ -82,11 +114,11 @@ def descend(
     with _learning(parameters):
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
         for epoch in range(checkpoint.restore(parameters, optimizer) if checkpoint else 0, epochs):
-            work, total = batches(epoch), 0.
+            work, losses = batches(epoch), _Losses(optimizer, epoch, lr)
             for i, batch in enumerate(work):
                 for group in optimizer.param_groups: group['lr'] = lr * SCHEDULES[schedule]((epoch * len(work) + i + .5) / (epochs * len(work)))
                 value = loss(batch, epoch)
-                if not math.isfinite(value.item()): raise FloatingPointError(f"the loss is {value.item()} at step {i + 1} of epoch {epoch + 1} (lr {lr}); lower the learning rate")
+                losses.add(value)
                 if not value.requires_grad: raise ValueError(
                     "the loss does not depend on what is to be trained; see that the model calls its "
                     "output projections, and that the parameters belong to this model")
@@ -94,8 +126,8 @@ def descend(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.)
                 optimizer.step()
                 optimizer.zero_grad()
-                total += value.item()
                 if progress: progress((epoch + (i + 1) / len(work)) / epochs)
+            total = losses.total()
             if checkpoint: checkpoint.keep(parameters, optimizer, epoch + 1)
             if after_epoch: after_epoch(epoch + 1, total / len(work))
 
@@ -171,11 +203,12 @@ def held(model:nn.Module, region:Region|Neurons|None): # None: every weight may 
     if region is None:
         with _learning(list(model.parameters())), in_float32(model): yield AllWeights(model)
         return
-    before = locked_digest(model, region)
+    digest = locked_checksum if model.device.type == 'cuda' else locked_digest # a GPU proves it without moving its weights
+    before = digest(model, region)
     with unlock(model, region) as columns:
         columns.locked_sha256 = before # for the result, once the check below has passed
         yield columns
-    if (after := locked_digest(model, region)) != before: raise RuntimeError(f"weights outside the region changed: digest {before} became {after}")
+    if (after := digest(model, region)) != before: raise RuntimeError(f"weights outside the region changed: digest {before} became {after}")
 
 # %% ../nbs/10_training.ipynb #6bf6f338
 @measuring('on')
@@ -230,7 +263,7 @@ class Unlearning:
         n_layers, d_model = region_shape(model)[0], model.config.get_text_config().hidden_size
         self.layer = min(int(layer * n_layers), n_layers - 1) # block whose output RMU steers
         self.control = objectives.rmu_control(d_model, torch.Generator().manual_seed(seed), coefficient).to(model.device)
-        self._kept = {}
+        self._kept, self._found = {}, None # answer: its row; [rows] nats
 
     def batch(self, examples:Sequence[Example])->Batch: return collate(examples).to(self.model.device)
     def reference_logprob(self, examples:Sequence[Example])->Tensor: # [batch] nats
@@ -238,8 +271,11 @@ class Unlearning:
         keys = [(tuple(e.ids), e.start) for e in examples]
         if new := [i for i, key in enumerate(keys) if key not in self._kept]:
             with self.columns.reference(): found = objectives.sequence_logprob(*answers_logprob(self.model, [examples[i] for i in new]))
-            self._kept |= {keys[i]: value for i, value in zip(new, found)}
-        return torch.stack([self._kept[key] for key in keys])
+            rows = 0 if self._found is None else len(self._found)
+            self._found = found if self._found is None else torch.cat([self._found, found])
+            self._kept |= {keys[i]: row for row, i in enumerate(new, rows)}
+        rows = torch.tensor([self._kept[key] for key in keys])
+        return self._found[rows.to(self._found.device, non_blocking=True)]
     def refuse(self, examples:Sequence[Example], rows:Sequence[int], epoch:int)->list[Example]:
         "Answer each question with a refusal drawn anew in each epoch"
         if not self.refusals: raise ValueError("DPO prefers a refusal to the answer, and there are no refusals; give some")
@@ -260,10 +296,12 @@ def weighted_sum(
     "Ask the model once for all terms, and add what they make of it"
     sets = [examples for _, term in terms for examples in term.asked]
     answers = iter([])
-    if sets:
-        logprob, there = answers_logprob(model, [e for examples in sets for e in examples])
-        answers = iter(zip(logprob.split([len(x) for x in sets]), there.split([len(x) for x in sets])))
-    return sum(weight * term.value(*(next(answers) for _ in term.asked)) for weight, term in terms)
+    with still(): # no step is made in between
+        if sets:
+            logprob, there = answers_logprob(model, [e for examples in sets for e in examples])
+            sizes = [len(x) for x in sets]
+            answers = iter(zip(logprob.split(sizes), there.split(sizes)))
+        return sum(weight * term.value(*(next(answers) for _ in term.asked)) for weight, term in terms)
 
 # %% ../nbs/10_training.ipynb #184ea3c1
 def _total(answers): return objectives.sequence_logprob(*answers) # [batch] nats
@@ -325,11 +363,17 @@ class _Recorder:
 @contextmanager
 def _watch_gradients(columns):
     "Note which of the columns ever receive a gradient"
-    live = [torch.zeros(len(p), dtype=torch.bool, device=p.device) for p in columns.parameters()]
-    for p, seen in zip(columns.parameters(), live):
+    parameters, hooks = columns.parameters(), {}
+    live = [torch.zeros(len(p), dtype=torch.bool, device=p.device) for p in parameters]
+    def share()->float: # looks no more at a layer of which every column has had one
+        for i in [i for i in hooks if live[i].all()]: hooks.pop(i).remove()
+        return sum(int(seen.sum()) for seen in live) / sum(map(len, live))
+    for i, (p, seen) in enumerate(zip(parameters, live)):
         def note(p, seen=seen): seen |= (p.grad != 0).reshape(len(p), -1).any(1)
-        p.register_post_accumulate_grad_hook(note)
-    yield lambda: sum(int(seen.sum()) for seen in live) / sum(map(len, live))
+        hooks[i] = p.register_post_accumulate_grad_hook(note)
+    try: yield share
+    finally:
+        for hook in hooks.values(): hook.remove()
 
 # %% ../nbs/10_training.ipynb #0e1bc817
 @checked
@@ -389,6 +433,9 @@ def unlearn(
     def batches(epoch):
         partners = _partners(len(forget), retain, seed, epoch)
         return [(rows, [partners[i] for i in rows if partners]) for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
+    def after_epoch(epoch, loss):
+        live()
+        record(epoch, loss)
     with held(model, region) as columns, _watch_gradients(columns) as live:
         run = Unlearning(model, columns, seed, refusals, recipe.layer, recipe.coefficient)
         def loss(batch, epoch):
@@ -396,7 +443,7 @@ def unlearn(
             terms = [(recipe.gamma, FORGET[recipe.objective](run, [forget[i] for i in rows], rows, epoch))]
             if recipe.retain != 'none': terms.append((recipe.alpha, RETAIN[recipe.retain](run, kept)))
             return weighted_sum(model, terms)
-        descend(columns.parameters(), batches, loss, recipe.epochs, recipe.lr, after_epoch=record, progress=progress)
+        descend(columns.parameters(), batches, loss, recipe.epochs, recipe.lr, after_epoch=after_epoch, progress=progress)
         return record.trajectory(columns, live), columns.values()
 
 # %% ../nbs/10_training.ipynb #044cc6ff
@@ -448,6 +495,9 @@ def supervise(
     def loss(rows, epoch):
         written = mlp_outputs(model, collate([forget[i] for i in rows]).to(model.device))
         return sum((w - torch.cat([targets[i][layer] for i in rows]).to(w.device)).square().sum(-1).mean() for layer, w in enumerate(written))
+    def after_epoch(epoch, loss):
+        live()
+        record(epoch, loss)
     with held(model, region) as columns, _watch_gradients(columns) as live:
-        descend(columns.parameters(), lambda epoch: shuffled(forget, batch_size, seed, epoch), loss, epochs, lr, after_epoch=record, progress=progress)
+        descend(columns.parameters(), lambda epoch: shuffled(forget, batch_size, seed, epoch), loss, epochs, lr, after_epoch=after_epoch, progress=progress)
         return record.trajectory(columns, live)
