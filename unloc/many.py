@@ -126,7 +126,7 @@ def _begin(layer:_ManyUnlocked, run:int, index:Tensor, columns:Tensor)->None: # 
     layer.start[run, place[index.to(place.device)]] = columns.to(layer.start)
     layer.columns[run] = layer.start[run].to(layer.columns.dtype)
 
-# %% ../nbs/11_many.ipynb #86a9ae14
+# %% ../nbs/11_many.ipynb #5a04e2c3
 class _Runs(NamedTuple):
     numbers:tuple[int, ...]
     at:Tensor|None # the numbers on the model's device; None: all runs
@@ -145,6 +145,7 @@ class _Mode:
             self.known[numbers] = _Runs(numbers, at)
         return self.known[numbers]
 
+# %% ../nbs/11_many.ipynb #2a95fd44
 class ManyColumns:
     "The trainable columns of many runs of one unlocked model"
     def __init__(self, unlocked:dict[int, _ManyUnlocked], mode:_Mode):
@@ -200,6 +201,7 @@ def _lists(
     rows = [torch.cat([needed, left[:width - len(needed)]]) for needed, left in listed]
     return torch.stack(rows), list(map(len, own))
 
+# %% ../nbs/11_many.ipynb #b5e75859
 def _check_regions(model, regions, originals)->None:
     "Refuse regions that are not of this model, or that are no value vectors"
     if not len(regions): raise ValueError("there is no region to unlock; give at least one")
@@ -294,6 +296,7 @@ def _answers(
 def _where(touched:set[int], rates:Sequence[float])->list[float]:
     return [rate if run in touched else 0. for run, rate in enumerate(rates)]
 
+# %% ../nbs/11_many.ipynb #18b07acd
 class _ManyAdamW:
     "AdamW and clipping, for each run on its own"
     def __init__(self, columns:ManyColumns, weight_decay=.01, betas=(.9, .999), eps=1e-8):
@@ -362,6 +365,7 @@ def _hidden(model, columns, asked:dict[int, Sequence[Example]], layer:int|None)-
     return {run: tuple(x[i * n:i * n + len(own)] for x in (hidden, batch.answer))
         for i, (run, own) in enumerate(asked.items())}
 
+# %% ../nbs/11_many.ipynb #3c44230a
 def _read(
     model, columns, terms:dict[int, list],
 )->dict[tuple[int, int], tuple]: # (run, number of the term): arguments of its value
@@ -379,6 +383,7 @@ def _read(
             found[run, j] = hidden, start[run][0] if start else None, answer
     return found
 
+# %% ../nbs/11_many.ipynb #09d73bb3
 def _asked(own:list[tuple[float, Term]])->list[Sequence[Example]]:
     return [examples for _, t in own if isinstance(t, Term) for examples in t.asked]
 
@@ -475,6 +480,7 @@ def _state(model)->list[_Weight]:
     return [_Weight(name, x.detach().cpu(), *views.get(x.data_ptr(), (None, None)))
         for name, x in model.state_dict().items()]
 
+# %% ../nbs/11_many.ipynb #4a6ad370
 def _digest(
     state:Sequence[_Weight],
     region:Region|None=None, # None: every weight counts
@@ -532,6 +538,7 @@ def _as_original(model, original:dict)->Iterator[None]:
 def _shared_progress(progress, start:int, n:int, whole:int): # of runs start to start + n
     return progress and (lambda share: progress((start + share * n) / whole))
 
+# %% ../nbs/11_many.ipynb #c44cdcc8
 def _in_groups(
     model, n:int, at_once:int,
     alone:Callable, # (run, progress) -> its result
@@ -587,6 +594,7 @@ def inject_many(
     at_once = runs_at_once(model, regions, step, at_once)
     return _in_groups(model, n, at_once, alone, together, originals, progress)
 
+# %% ../nbs/11_many.ipynb #884e2f7d
 def _taught(examples, beside, epochs, lr, batch_size, seed)->_Run:
     "Describe a run that learns examples, as finetune learns them"
     def batches(epoch):
@@ -618,6 +626,7 @@ def bytes_of_a_run(
     activations = sum(storage.nbytes() for storage in kept.values())
     return int(1.25 * activations * len(step)) + copies # a quarter more for what passes by
 
+# %% ../nbs/11_many.ipynb #ca2a4594
 def _free_bytes(device:torch.device)->float: # infinity where nobody says
     if device.type != 'cuda': return math.inf
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -639,6 +648,7 @@ def runs_that_fit(
         f"{model.device} has {_gib(free)} free; make the batches smaller")
     return int(min(fit, len(regions)))
 
+# %% ../nbs/11_many.ipynb #982843d8
 def runs_at_once(
     model:nn.Module,
     regions:Sequence[Region],
@@ -717,6 +727,7 @@ def _sounds(scores:Scores)->Scores|Diverged:
     except Diverged as error: return error
     return scores
 
+# %% ../nbs/11_many.ipynb #40bc3487
 @measuring()
 def evaluate_many(
     model:nn.Module,
@@ -761,6 +772,7 @@ _WITH_REFERENCE = {training._npo, training._dpo}
 _OF_LOGPROB = { # need nothing else
     training._ga, training._wga, training._retain_nll, *_WITH_REFERENCE}
 
+# %% ../nbs/11_many.ipynb #3cec0183
 class _ManyUnlearning(Unlearning):
     "One of many unlearning runs, as its objective sees it"
     def __init__(self, model, columns, number, recipe, seed, refusals, kept, home):
@@ -908,6 +920,7 @@ def unlearn_many(
     at_once = runs_at_once(model, regions, step, at_once)
     return _in_groups(model, n, at_once, alone, together, originals, progress)
 
+# %% ../nbs/11_many.ipynb #6f1f1ce3
 def _check_recipes(model, forget, retain, recipes, refusals)->list[Example]:
     "Refuse recipes that cannot share a pass, and give the examples of the longest step"
     for recipe in recipes: training._check_sets(forget, retain, recipe)
