@@ -296,6 +296,12 @@ def _answers(
 def _where(touched:set[int], rates:Sequence[float])->list[float]:
     return [rate if run in touched else 0. for run, rate in enumerate(rates)]
 
+def _clip(gradients:Sequence[Tensor])->None: # per layer: [n_runs, k, d_model]
+    "Scale the gradient of each run to norm 1 where it is longer, as clip_grad_norm_ does"
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0) # [n_runs]
+    share = (1 / (norms + 1e-6)).clamp(max=1.)
+    for g in gradients: g.mul_(share[:, None, None])
+
 # %% ../nbs/11_many.ipynb #18b07acd
 class _ManyAdamW:
     "AdamW and clipping, for each run on its own"
@@ -305,11 +311,6 @@ class _ManyAdamW:
         self.first, self.second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
         self.live = [p.new_zeros(p.shape[:2], dtype=torch.bool) for p in parameters]
 
-    def _clip(self, gradients)->None:
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0) # [n_runs]
-        share = (1 / (norms + 1e-6)).clamp(max=1.)
-        for g in gradients: g.mul_(share[:, None, None])
-
     @torch.no_grad()
     def step(self, rates:Sequence[float])->None: # [n_runs] learning rates
         self.steps += 1
@@ -318,7 +319,7 @@ class _ManyAdamW:
             for x in ([u.columns for u in self.layers], self.first, self.second))
         gradients = [p.grad for p in parameters]
         for i, g in zip(moved, gradients): self.live[i] |= (g != 0).any(-1)
-        self._clip(gradients)
+        _clip(gradients)
         (a, b), n = self.betas, self.steps
         torch._foreach_lerp_(first, gradients, 1 - a)
         torch._foreach_mul_(second, b)
