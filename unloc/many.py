@@ -15,6 +15,7 @@ __all__ = ['ManyColumns', 'unlock_many', 'inject_many', 'bytes_of_a_run', 'runs_
 import hashlib
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .arguments import checked
 from . import evaluation, objectives, training
 from unloc.evaluation import (
     Diverged, Evaluation, Probe, Scores, _asked_once, _packed_hidden, _sound, answer_token_logprob,
-    evaluate)
+    greedy, plainly)
 from .masked import _Unlocked, _fitting, _stepping, is_unlocked, put_columns
 from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import (
@@ -505,7 +506,7 @@ def _held_many(
 )->Iterator[tuple[ManyColumns, list]]: # and of each run a future digest
     "Unlock many regions and, on leaving, prove that every weight kept its bits"
     state = _state(model)
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         before = pool.submit(_digest, state)
         own = [pool.submit(_digest, state, *x) for x in zip(regions, originals)]
         with unlock_many(model, regions, originals) as columns: yield columns, own
@@ -728,6 +729,68 @@ def _sounds(scores:Scores)->Scores|Diverged:
     except Diverged as error: return error
     return scores
 
+# %% ../nbs/11_many.ipynb #b4646173
+class _Greedy(Exception):
+    "What is to be decoded before a judgement can go on"
+    def __init__(self, model, prompts, limits, ends):
+        self.prompts, self.limits, self.ends = prompts, limits, ends
+        self.found = [[] for _ in prompts]
+
+    def orders(self)->Iterator[tuple[int, list[int]]]: # an end token, and prompts that stop there
+        due = [i for i, limit in enumerate(self.limits) if limit > 0]
+        for end in dict.fromkeys(self.ends[i] for i in due):
+            own = [i for i in due if self.ends[i] == end]
+            yield end, sorted(own, key=lambda i: (self.limits[i], len(self.prompts[i]), i))
+
+    def keep(self, i:int, tokens:list[int], end:int)->None:
+        said = tokens[:tokens.index(end)] if end in tokens else tokens
+        self.found[i] = said[:self.limits[i]]
+
+def _decode(model, columns, asked:dict[int, _Greedy], part:dict[int, list[int]], end:int)->None:
+    "Continue some prompts of each run by the most likely token, as greedy does of one"
+    most = max(map(len, part.values()))
+    rows = [(run, i) for run, own in part.items() for i in own + own[-1:] * (most - len(own))]
+    prompts = [asked[run].prompts[i] for run, i in rows]
+    new = max(asked[run].limits[i] for run, i in rows)
+    width = max(map(len, prompts))
+    if width + new - 1 > most_positions(model):
+        return _decode_alone(model, columns, asked, part, end)
+    before = [width - len(p) for p in prompts] # padding stands on the left
+    ids = torch.tensor([[0] * n + list(p) for n, p in zip(before, prompts)]).to(model.device)
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(before, prompts)]).to(model.device)
+    with columns.only(part), plainly(model):
+        found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new,
+            eos_token_id=end, pad_token_id=0, use_cache=True)[:, width:].tolist()
+    for (run, i), tokens in zip(rows, found): asked[run].keep(i, tokens, end)
+
+def _decode_alone(model, columns, asked, part, end)->None:
+    "Decode run by run where prompts of all runs together would grow past the positions"
+    for run, own in part.items():
+        prompts, limits = ([x[i] for i in own] for x in (asked[run].prompts, asked[run].limits))
+        with columns.only([run]): found = greedy(model, prompts, limits, end)
+        for i, tokens in zip(own, found): asked[run].found[i] = tokens
+
+# %% ../nbs/11_many.ipynb #9c1659b2
+def _decode_all(model, columns, asked:dict[int, _Greedy], max_rows:int=512)->None: # of all runs
+    "Decode what the judgements of all runs wait for"
+    orders = {}
+    for run, own in asked.items():
+        for end, order in own.orders(): orders.setdefault(end, {})[run] = order
+    for end, own in orders.items():
+        size = max(1, min(64, max_rows // len(own)))
+        for start in range(0, max(map(len, own.values())), size):
+            part = {run: order[start:start + size] for run, order in own.items()}
+            _decode(model, columns, asked, {run: rows for run, rows in part.items() if rows}, end)
+
+def _evaluating_with(score:Callable, greedy:Callable)->Callable: # evaluate
+    "Give the judgement of the chapter before its scores and its greedy answers"
+    names = dict(vars(evaluation))
+    for name in ('evaluate', '_rouges', 'rouge', 'greedy_answers'):
+        plain = inspect.unwrap(names[name])
+        names[name] = FunctionType(plain.__code__, names, name, plain.__defaults__)
+    names |= {'score': score, 'greedy': greedy}
+    return names['evaluate']
+
 # %% ../nbs/11_many.ipynb #40bc3487
 @measuring()
 def evaluate_many(
@@ -738,19 +801,19 @@ def evaluate_many(
 )->list[Evaluation|Diverged]: # of the runs in columns.running
     "Judge the models of all runs"
     runs, known = columns.running, {}
-    def judged(run):
+    def judge(run, greedy):
         def score(model, examples):
-            if not known:
-                with columns.only(runs): found = score_many(model, columns, examples)
-                known.update(zip(runs, found))
+            if not known: known.update(zip(runs, score_many(model, columns, examples)))
             if isinstance(known[run], Diverged): raise known[run]
             return known[run]
-        plain = inspect.unwrap(evaluate) # the same function with other scores
-        own = FunctionType(plain.__code__, vars(evaluation) | {'score': score})
-        try:
-            with columns.only([run]): return own(model, probe, full)
-        except Diverged as error: return error
-    return [judged(run) for run in runs]
+        try: return _evaluating_with(score, greedy)(model, probe, full)
+        except (Diverged, _Greedy) as open: return open
+    def ask(*what): raise _Greedy(*what)
+    found = {run: judge(run, ask) for run in runs}
+    asked = {run: open for run, open in found.items() if isinstance(open, _Greedy)}
+    _decode_all(model, columns, asked)
+    for run, own in asked.items(): found[run] = judge(run, lambda *_: own.found)
+    return list(found.values())
 
 # %% ../nbs/11_many.ipynb #2287d448
 def _rmu(run, examples):
