@@ -190,11 +190,12 @@ def _listed(
     return torch.cat([own, more]), left.nonzero().flatten()
 
 def _lists(
-    regions, originals, layer:int, d_ff:int,
+    indexes:Sequence[list[Tensor]], # per run what Region.index gives
+    originals, layer:int, d_ff:int,
 )->tuple[Tensor, list[int]]: # [n_runs, k], and how many of each run, the first ones, are trained
     "Give each run a list of columns of one layer, all of one length"
     nothing = torch.empty(0, dtype=torch.int64)
-    own = [region.index[layer] for region in regions]
+    own = [index[layer] for index in indexes]
     more = [o[layer][0].cpu() if layer in o else nothing for o in originals]
     listed = [_listed(a, b, d_ff) for a, b in zip(own, more)]
     longest = max(len(needed) for needed, _ in listed)
@@ -249,11 +250,12 @@ def unlock_many(
     if torch.is_inference_mode_enabled(): raise ValueError(
         "nothing can be trained inside torch.inference_mode; leave it before `unlock_many`")
     trainable, unlocked = [p for p in model.parameters() if p.requires_grad], {}
-    mode = _Mode(len(regions), model.device)
+    mode, indexes = _Mode(len(regions), model.device), [region.index for region in regions]
     model.requires_grad_(False)
     try:
         for layer, projection in enumerate(output_projections(model)):
-            index, counts = _lists(regions, originals, layer, value_vectors(projection).shape[1])
+            d_ff = value_vectors(projection).shape[1]
+            index, counts = _lists(indexes, originals, layer, d_ff)
             if index.shape[1]: unlocked[layer] = _ManyUnlocked(projection, index, counts, mode)
         for run, values in enumerate(originals):
             for layer, own in values.items(): _begin(unlocked[layer], run, *own)
