@@ -542,10 +542,23 @@ def save_pretrained(
 )->None:
     "Save a model so that transformers 5 and the versions before it read the same configuration"
     check_model(model)
-    model.save_pretrained(folder, **options)
+    with _habits_aside(model, Path(folder)): model.save_pretrained(folder, **options)
     file = Path(folder) / 'config.json'
     config = _with_old_names(json.loads(file.read_text('utf-8')))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', 'utf-8')
+
+# %% ../nbs/06_checkpoints.ipynb #c5347995
+@contextmanager
+def _habits_aside(model, folder:Path):
+    "Write settings of generation as they are where transformers refuses to"
+    habits, fine = getattr(model, 'generation_config', None), True
+    try:
+        if habits is not None: habits.validate(strict=True)
+    except ValueError: fine, model.generation_config = False, type(habits)()
+    try: yield
+    finally:
+        if not fine: model.generation_config = habits
+    if not fine: habits.to_json_file(folder / 'generation_config.json', keys_to_pop=['compile_config'])
 
 # %% ../nbs/06_checkpoints.ipynb #6bab8f33
 def _pattern(config:dict)->int|None:

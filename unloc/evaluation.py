@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .arguments import checked
 from . import metrics
 from .facts import author_world
+from .masked import still
 from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import (
     answer_hidden, check_limits, mask_limit, measuring, most_positions, over_logits, own_mask)
@@ -240,7 +241,8 @@ def plainly(model:nn.Module):
     "Generate without a checkpoint's own habits: penalties for repetition, suppressed tokens"
     from transformers import GenerationConfig
     habits, model.generation_config = model.generation_config, GenerationConfig()
-    try: yield
+    try:
+        with still(): yield
     finally: model.generation_config = habits
 
 # %% ../nbs/09_evaluation.ipynb #856af656
