@@ -249,12 +249,10 @@ def _inject(m, d)->Cost:
     if style != 'with room': return cost
     return cost + _learned(m, [x for name in ('retain', 'real_authors', 'world_facts') for x in m.examples[name]], m.base['retain'] | {'epochs': d['room']})
 
-_SETS = { # objective: sets of facts in a step (with retain facts, refusals), and when the reference is asked about the answers
-    'ga': (2, 'never'), 'grad_diff': (2, 'never'), 'wga': (2, 'never'), 'npo': (2, 'once'), 'dpo': (3, 'each epoch'), 'rmu': (1, 'never')}
-
 def _unlearn(m, d)->Cost:
     forget, retain, recipe = m.examples['forget'], m.examples['retain'], d['recipe']
-    sets, asked = _SETS.get(d['objective'], _SETS['ga']) if 'objective' in d.get('added', {}) else _SETS[d['objective']]
+    about = find('objective', d['objective']).about
+    sets, asked = about['sets'], about['reference']
     size, epochs = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size)), recipe['epochs']
     mean = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
@@ -375,8 +373,7 @@ def rows_of(
 def _uncounted(descriptions)->list[str]: # lines
     "Name the methods whose cost nobody knows"
     own = {(what, name) for d in descriptions for part in _line(d) for what, some in part.get('added', {}).items() for name in some}
-    kinds = {'localizer': 'one gradient of the forget set', 'objective': 'two sets of facts in a step'}
-    return [f"{what} {name}: your own, counted as {kinds[what]}" for what, name in sorted(own) if what in kinds]
+    return [f"{what} {name}: your own, counted as it says of itself" for what, name in sorted(own) if what in ('localizer', 'objective')]
 
 def _line(description)->list[dict]: # a run's description, and those of the runs it builds on
     return [description, *_line(description['parent'])] if 'parent' in description else [description]
