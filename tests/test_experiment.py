@@ -77,13 +77,13 @@ def test_names_are_those_of_training():
     *((lambda f=f: injection(JUDGED, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
     (lambda: injection(JUDGED, 0, {"epochs": 1}), "inject lacks batch_size, fraction, lr; give it"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"lr": .1}), "unlearn lacks epochs"),
     (lambda: injection(JUDGED, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain term 'l2'; known: embed_diff, kl, kl_all, nll, none"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simdpo", {}), "unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff, npo, pdu, rmu, satimp, simnpo, undial, wga; register it"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"coefficient": 1.}), "unlearn: objective npo has no option 'coefficient'; known: beta"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
     (lambda: standard(BASE, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard(BASE, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
-    (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: random, activations, memflex"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
+    (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: activations, fisher, fisher_ratio, gradient"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
     (lambda: localized_unlearning(LOCALIZED, .1, "simdpo", UNLEARN, 0), "unknown objective 'simdpo'"),
     (lambda: supervision(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection(JUDGED, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
 def test_a_bad_word_is_one_line(bad, says):
@@ -93,6 +93,11 @@ def test_a_bad_word_is_one_line(bad, says):
 def test_one_half_still_has_a_random_region():
     assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": .5}), "Random", "npo", UNLEARN)["arm"] == "Random"
     assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", UNLEARN)["arm"] == "Oracle"
+
+def test_options_of_an_objective_stand_beside_the_recipes_own():
+    injected = injection(JUDGED, 0, INJECT)
+    for objective, more, want in (("npo", {"beta": 1}, {"beta": 1.}), ("rmu", {"coefficient": 10, "layer": .5}, {"coefficient": 10., "layer": .5}), ("simnpo", {"gamma": 1, "delta": .5}, {"gamma": 1., "delta": .5})):
+        assert unlearning(injected, "Oracle", objective, UNLEARN | more)["recipe"] == UNLEARN | want and all(type(v) is float for v in want.values())
 
 # --- descriptions
 
