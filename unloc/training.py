@@ -29,8 +29,8 @@ from . import objectives
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
 from .masked import AllWeights, Columns, Neurons, in_float32, locked_digest, unlock
 from .models import (
-    answer_hidden, check_limits, hidden_after, logits_of, measuring, mlp_outputs,
-    output_projections, over_logits, region_shape, value_vectors)
+    answer_hidden, check_limits, measuring, mlp_outputs, output_projections, region_shape,
+    value_vectors)
 from .register import GIVEN, Method, find, methods
 from .regions import Region
 from .tokens import (

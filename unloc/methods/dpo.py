@@ -7,7 +7,7 @@ The formula is `unloc.objectives.dpo`, in nats, on sums over answers. Each quest
 # %% auto #0
 __all__ = ['dpo_term']
 
-# %% ../../nbs/methods/dpo.ipynb #17d00c1f
+# %% ../../nbs/methods/dpo.ipynb #4447d0fe
 from collections.abc import Sequence
 
 from .. import objectives
@@ -15,9 +15,9 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning
 
-# %% ../../nbs/methods/dpo.ipynb #4b8deba6
+# %% ../../nbs/methods/dpo.ipynb #d26e093e
 @objective(label='DPO', name='dpo', limits={'beta': (0, None)}, sets=3,
-    reference='each epoch',
+    reference='each epoch', published={'lr': 1e-5, 'epochs': 10},
     source='Rafailov et al. 2023, "Direct preference optimization"; refusals of Maini et al. 2024')
 def dpo_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,

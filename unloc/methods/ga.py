@@ -7,7 +7,7 @@ The formula is `unloc.objectives.ga`: the negative mean token loss, in nats, unb
 # %% auto #0
 __all__ = ['ga_term']
 
-# %% ../../nbs/methods/ga.ipynb #68107526
+# %% ../../nbs/methods/ga.ipynb #c7e03d59
 from collections.abc import Sequence
 
 from .. import objectives
@@ -15,8 +15,9 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning
 
-# %% ../../nbs/methods/ga.ipynb #0389318f
-@objective(label='GA', name='ga', retain='none', source='Jang et al. 2023, "Knowledge unlearning"')
+# %% ../../nbs/methods/ga.ipynb #6e88b030
+@objective(label='GA', name='ga', retain='none', published={'lr': 1e-5, 'epochs': 10},
+    source='Jang et al. 2023, "Knowledge unlearning"')
 def ga_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,
 )->Term:

@@ -7,7 +7,7 @@ The forget term is that of gradient ascent; the weights of both terms are the re
 # %% auto #0
 __all__ = ['grad_diff_term']
 
-# %% ../../nbs/methods/grad_diff.ipynb #58ec136b
+# %% ../../nbs/methods/grad_diff.ipynb #8b92e3f3
 from collections.abc import Sequence
 
 from .. import objectives
@@ -15,8 +15,9 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning
 
-# %% ../../nbs/methods/grad_diff.ipynb #ccdc20eb
-@objective(label='GradDiff', name='grad_diff', source='Maini et al. 2024, "TOFU"')
+# %% ../../nbs/methods/grad_diff.ipynb #cb9d4690
+@objective(label='GradDiff', name='grad_diff', published={'lr': 1e-5, 'epochs': 10},
+    source='Maini et al. 2024, "TOFU"')
 def grad_diff_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,
 )->Term:

@@ -7,7 +7,7 @@ The formula is `unloc.objectives.npo`, in nats, on sums over answers. The origin
 # %% auto #0
 __all__ = ['npo_term']
 
-# %% ../../nbs/methods/npo.ipynb #d78da6ae
+# %% ../../nbs/methods/npo.ipynb #02eb35b1
 from collections.abc import Sequence
 
 from .. import objectives
@@ -15,8 +15,9 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning
 
-# %% ../../nbs/methods/npo.ipynb #51091141
+# %% ../../nbs/methods/npo.ipynb #d1b10b22
 @objective(label='NPO', name='npo', limits={'beta': (0, None)}, reference='once',
+    published={'lr': 1e-5, 'epochs': 10},
     source='Zhang et al. 2024, "Negative preference optimization"')
 def npo_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,

@@ -7,7 +7,7 @@ The formula is `unloc.objectives.rmu`, in squared hidden units. Layers above the
 # %% auto #0
 __all__ = ['rmu_term']
 
-# %% ../../nbs/methods/rmu.ipynb #6cf56f0f
+# %% ../../nbs/methods/rmu.ipynb #44bf6d14
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +19,10 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning
 
-# %% ../../nbs/methods/rmu.ipynb #79b55547
+# %% ../../nbs/methods/rmu.ipynb #c900d659
 @objective(label='RMU', name='rmu', limits={'layer': (0, 1), 'coefficient': (0, None)},
-    retain='embed_diff', sets=1, source='Li et al. 2024, "The WMDP benchmark"')
+    retain='embed_diff', sets=1, published={'lr': 1e-5, 'epochs': 10},
+    source='Li et al. 2024, "The WMDP benchmark"')
 def rmu_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,
     layer:float=.25, # block it steers, as a fraction of the depth

@@ -7,10 +7,9 @@ The loss is a cross-entropy in nats per answer token. Published code averages ov
 # %% auto #0
 __all__ = ['undial', 'undial_term']
 
-# %% ../../nbs/methods/undial.ipynb #65bc2462
+# %% ../../nbs/methods/undial.ipynb #0af4d9c7
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from ..register import objective
 from ..tokens import Example
 from ..training import Term, Unlearning, reference_hidden
 
-# %% ../../nbs/methods/undial.ipynb #69afd409
+# %% ../../nbs/methods/undial.ipynb #e9baa7fe
 def undial(
     logits:Tensor, # [n, vocab] float
     teacher_logits:Tensor, # [n, vocab] float, of the original model
