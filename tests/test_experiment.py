@@ -80,7 +80,7 @@ def test_names_are_those_of_training():
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain term 'l2'; known: embed_diff, kl, kl_all, nll, none"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simdpo", {}), "unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff, npo, pdu, rmu, satimp, simnpo, undial, wga; register it"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"coefficient": 1.}), "unlearn: objective npo has no option 'coefficient'; known: beta"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"coefficient": 1.}), "unlearn has no setting 'coefficient'; known: lr, epochs, batch_size, retain, gamma, alpha, full_every, beta"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
     (lambda: standard(BASE, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard(BASE, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
     (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: activations, fisher, fisher_ratio, gradient"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),

@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from .facts import Benchmark, author_world, own_facts, tofu
-from .register import find
+from .register import find, methods
 from .registers import additions, check_name, load_plugins, names, written
 from .runs import Run, public, run_id
 
@@ -274,6 +274,11 @@ def _unlearning(objective, unlearn, parent)->dict:
     "Describe how a run unlearns, and which of its methods are a user's"
     from unloc.training import Recipe
     given = unlearn if isinstance(unlearn, dict) else settings('unlearn', unlearn)
+    method = find('objective', objective)
+    kept = methods('retain').get(given.get('retain', method.about['retain']))
+    known = *SETTINGS['unlearn'], *dict(method.options, **(kept.options if kept else {}))
+    for name in given:
+        if name not in known: raise ValueError(f"unlearn has no setting {name!r}; known: {', '.join(known)}")
     own = settings('unlearn', {k: v for k, v in given.items() if k in SETTINGS['unlearn']})
     try: recipe = Recipe.of(objective, own | {k: v for k, v in given.items() if k not in own})
     except ValueError as error: raise ValueError(f"unlearn: {error}") from None
