@@ -20,7 +20,8 @@ from unloc.regions import Region
 from unloc.pages import sweep
 from unloc.runs import Store
 from unloc.tokens import encode, train_tokenizer
-from unloc.training import RETAIN, Recipe, finetune, unlearn
+from unloc.register import methods
+from unloc.training import Recipe, finetune, unlearn
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -159,7 +160,7 @@ def test_unlearning_without_a_retain_set(model, objective):
         assert math.isnan(trajectory.points[-1]["RS"]) and trajectory.points[-1]["FS"] >= trajectory.points[0]["FS"]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(ends[0].values(), ends[1].values()))
 
-@pytest.mark.parametrize("retain", RETAIN)
+@pytest.mark.parametrize("retain", methods("retain"))
 def test_a_retain_term_without_facts_is_one_line(model, retain):
     with pytest.raises(ValueError, match=f"^the retain set is empty, and the retain term '{retain}' of ga needs facts; give retain facts, or the recipe retain='none'$"):
         unlearn(model, Region.sample(region_shape(model), .3, 0), GET, [], Probe(GET, ()), Recipe("ga", 1e-2, 1, retain=retain), 0)

@@ -225,7 +225,7 @@ def test_a_malformed_profile_is_one_line(smoke, content, says):
 def changed(**values): return ["--set", *(f"{name}={json.dumps(value)}" for name, value in values.items())]
 INJECT = {"fraction": .1, "epochs": 6, "lr": 1e-2, "batch_size": 4}
 LATE = {
-    "objective": ("21_oracle_random", changed(unlearn={"simnpo": {"lr": 1e-3, "epochs": 1}}), "ValueError: unknown objective 'simnpo'; known: ga, grad_diff"), "setting": ("21_oracle_random", changed(unlearn={"wga": {"beta": 1.}}), "unlearn has no setting 'beta'"),
+    "objective": ("21_oracle_random", changed(unlearn={"simdpo": {"lr": 1e-3, "epochs": 1}}), "ValueError: unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff"), "setting": ("21_oracle_random", changed(unlearn={"wga": {"coefficient": 1.}}), "unlearn has no setting 'coefficient'; known: lr, .*, beta"),
     "fraction 0": ("21_oracle_random", changed(inject=INJECT | {"fraction": 0}), r"inject: fraction must lie in \(0, 1\], got 0"), "fraction 1.5": ("21_oracle_random", changed(inject=INJECT | {"fraction": 1.5}), r"fraction must lie in \(0, 1\], got 1.5"),
     "no disjoint region": ("21_oracle_random", changed(inject=INJECT | {"fraction": .6}), "no random region of fraction 0.6 is disjoint .* at most 0.5"), "ratio": ("20_injection_ratio", changed(ratios=[.1, 2]), r"fraction must lie in \(0, 1\], got 2"),
     "no TOFU folder": ("21_oracle_random", changed(data={"name": "tofu", "forget": "forget01", "n_authors": 20}, source=f"{__file__}.d/none"), rf"source='{__file__}.d/none': no such folder; expected a folder"),

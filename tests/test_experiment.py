@@ -2,10 +2,11 @@
 import dataclasses, inspect, json, math, msgspec, os, pandas, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
-from unloc import attribution, training
+from unloc import training
 from unloc.evaluation import Probe, evaluate, score
 from unloc.data import benchmark, data_description
 from unloc.pages import provenance, sweep
+from unloc.register import methods
 from unloc.settings import checked, reference
 from unloc.steps import compute, groups
 from unloc.steps.attack import MEASURES, RELEARNING, _brought_to, _teach_again, attacking
@@ -52,7 +53,7 @@ def settings(group, given): return checked(GROUPS[group], given)
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
     often = {"every", "full_every"}
-    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "layer", "coefficient"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
             ("inject", training.inject, {"fraction": float, "others": bool, "unit": str, "style": str, "room": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
@@ -113,7 +114,7 @@ def test_an_option_of_an_objective_is_checked_like_a_setting(name):
         assert str(error.value) == f"unlearn: {name} must {says}"
 
 def test_words_are_those_of_the_registers_and_the_steps():
-    for group, name, what in (("pretrain", "schedule", training.SCHEDULES), ("unlearn", "retain", (*training.RETAIN, "none"))):
+    for group, name, what in (("pretrain", "schedule", training.SCHEDULES), ("unlearn", "retain", (*methods("retain"), "none"))):
         for word in what: assert settings(group, {k: 1 for k in REQUIRED[group]} | {name: word})[name] == word
         with pytest.raises(ValueError, match=f"^{group}: unknown {name} 'x'; known: {', '.join(what)}; register it"): settings(group, {name: "x"})
     assert typing.get_args(typing.get_args(FIELDS["inject"]["style"].type)[0]) == STYLES and typing.get_args(typing.get_args(FIELDS["attack"]["by"].type)[0]) == MEASURES
@@ -130,14 +131,14 @@ def test_words_are_those_of_the_registers_and_the_steps():
     *((lambda f=f: injection(JUDGED, 0, INJECT | {"fraction": f}), f"inject: fraction must lie in (0, 1], got {float(f)}") for f in (0, -.1, 1.5, float("nan"))),
     (lambda: injection(JUDGED, 0, {"epochs": 1}), "inject lacks batch_size, fraction, lr; give it"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"lr": .1}), "unlearn lacks epochs"),
     (lambda: injection(JUDGED, 0, INJECT | {"schedule": "cosine"}), "inject: unknown schedule 'cosine'; known: constant, linear, one-cycle"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain 'l2'; known: nll, kl, embed_diff, none"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simnpo", {}), "unknown objective 'simnpo'; known: ga, grad_diff, wga, npo, dpo, rmu"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN | {"retain": "l2"}), "unlearn: unknown retain term 'l2'; known: embed_diff, kl, kl_all, nll, none"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simdpo", {}), "unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff, npo, pdu, rmu, satimp, simnpo, undial, wga; register it"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "oracle", "npo", UNLEARN), "unknown arm 'oracle'; known: Oracle, Random"),
-    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"beta": .1}), "unlearn has no setting 'beta'"),
+    (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"coefficient": 1.}), "unlearn has no setting 'coefficient'; known: lr, epochs, batch_size, retain, gamma, alpha, full_every, beta"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN), "no random region of fraction 0.6 is disjoint from the target region; inject with a fraction of at most 0.5"),
     (lambda: standard(BASE, {"retain": 3}), "evaluate lacks utility; give it"), (lambda: standard(BASE, JUDGE | {"retain": 0}), "evaluate: retain must be positive and finite, got 0"),
-    (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: random, activations, memflex"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
-    (lambda: localized_unlearning(LOCALIZED, .1, "simnpo", UNLEARN, 0), "unknown objective 'simnpo'"),
+    (lambda: localization(teaching(JUDGED), "compass"), "unknown localizer 'compass'; known: activations, fisher, fisher_ratio, gradient"), (lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0), "fraction must lie in (0, 1], got 1.5"),
+    (lambda: localized_unlearning(LOCALIZED, .1, "simdpo", UNLEARN, 0), "unknown objective 'simdpo'"),
     (lambda: supervision(injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", SUPERVISE), "no random region of fraction 0.6"), (lambda: supervision(injection(JUDGED, 0, INJECT), "Oracle", {"gamma": 1.}), "supervise has no setting 'gamma'")])
 def test_a_bad_word_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
@@ -146,6 +147,11 @@ def test_a_bad_word_is_one_line(bad, says):
 def test_one_half_still_has_a_random_region():
     assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": .5}), "Random", "npo", UNLEARN)["arm"] == "Random"
     assert unlearning(injection(JUDGED, 0, INJECT | {"fraction": 1.}), "Oracle", "npo", UNLEARN)["arm"] == "Oracle"
+
+def test_options_of_an_objective_stand_beside_the_recipes_own():
+    injected = injection(JUDGED, 0, INJECT)
+    for objective, more, want in (("npo", {"beta": 1}, {"beta": 1.}), ("rmu", {"coefficient": 10, "layer": .5}, {"coefficient": 10., "layer": .5}), ("simnpo", {"gamma": 1, "delta": .5}, {"gamma": 1., "delta": .5})):
+        assert unlearning(injected, "Oracle", objective, UNLEARN | more)["recipe"] == UNLEARN | want and all(type(v) is float for v in want.values())
 
 # --- descriptions
 

@@ -15,7 +15,7 @@ from unloc.methods.memflex import memflex_score
 from unloc.methods.random import random_scores
 from unloc.methods.wagle import POOLS, wagle_product
 from unloc.methods.wanda import wanda_score
-from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model, value_vectors
+from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.register import METHODS, localizer, methods
 from unloc.regions import Region, region_size
 from unloc.tokens import Example

@@ -64,7 +64,7 @@ LOOKING = {place(method): scored_by(name) for name, method in methods("localizer
     "evaluation.rouge": lambda m: evaluation.rouge(m, TOKENIZER, GET, KNOWN, 6), "evaluation.membership": lambda m: evaluation.membership(m, TOKENIZER, GET), "evaluation.evaluate": lambda m: evaluation.evaluate(m, PROBE),
     "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"), "evaluation.choose": lambda m: evaluation.choose(m, evaluation.Options([GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]])),
     "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
-    "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).control.device.type,
+    "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
     "attacks.relearn": lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "attacks.quantized": within(lambda m: attacks.quantized(m, 4)), "attacks.library_quantized": within(lambda m: attacks.library_quantized(m, 8)),
     "attacks.between": lambda m: attacks.between(m, {0: (torch.arange(2), torch.ones(2, 16))}, {0: (torch.arange(2), torch.ones(2, 16))}) and 0, "attacks.final_norm": lambda m: type(attacks.final_norm(m)).__name__,
     "attacks.hidden_states": lambda m: attacks.hidden_states(m, GET), "attacks.logit_lens": lambda m: attacks.logit_lens(m, GET), "attacks.linear_probe": lambda m: attacks.linear_probe(m, GET, WRONG, folds=2),

@@ -35,8 +35,6 @@ REGISTERS = { # what a name names: the chapter and the dictionary that hold it
     'finder': ('models', 'PROJECTIONS'),
     'architecture': ('models', 'ARCHITECTURES'),
     'template': ('tokens', 'TEMPLATES'),
-    'objective': ('training', 'FORGET'),
-    'retain': ('training', 'RETAIN'),
     'schedule': ('training', 'SCHEDULES'),
 }
 

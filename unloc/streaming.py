@@ -168,6 +168,7 @@ def output_gradients(
 def _token_nll(logits:Tensor, target:Tensor)->Tensor:
     return F.cross_entropy(logits, target, reduction='none')
 
+# %% ../nbs/04_streaming.ipynb #b35053ac
 @measuring('on')
 def mean_gradients(
     model:nn.Module, examples:Sequence[Example], max_tokens:int|None=None, progress:Progress=None,
@@ -230,6 +231,7 @@ def per_layer_gradients(
             del kept
         return found
 
+# %% ../nbs/04_streaming.ipynb #05f4d13d
 def _check_disk(model, folder)->None:
     "Demand room for the gradients of all output projections"
     weights = [value_vectors(p) for p in output_projections(model)]
@@ -285,6 +287,7 @@ def ordinary_tokens(
     if len(tokens): return tokens
     raise ValueError(f"`special` leaves none of the {n} tokens to be drawn; name fewer")
 
+# %% ../nbs/04_streaming.ipynb #ede42438
 @measuring()
 def corrupted_copies(
     model:nn.Module,
@@ -315,6 +318,7 @@ def unit_of(scores:Tensor|Sequence[Tensor])->str: # a name in UNITS
     raise ValueError("scores must be [n_layers, d_ff], [n_layers], or a list with [d_model, d_ff] "
         f"for each layer, got {got}")
 
+# %% ../nbs/04_streaming.ipynb #1ae9e54f
 def check_scores(
     scores:Tensor|Sequence[Tensor], # what a localizer gave
     model:nn.Module,

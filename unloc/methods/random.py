@@ -7,16 +7,16 @@ Every order of all units is equally likely, drawn by a generator of its own. The
 # %% auto #0
 __all__ = ['random_scores', 'random_vectors', 'random_weights', 'random_projections']
 
-# %% ../../nbs/methods/random.ipynb #02ae0deb
+# %% ../../nbs/methods/random.ipynb #b80f18a3
 import torch
 from torch import Tensor, nn
 
-from ..models import output_projections, region_shape, value_vectors
+from ..models import measuring, output_projections, region_shape, value_vectors
 from ..register import localizer
 from ..regions import Region
 from ..streaming import check_orderable
 
-# %% ../../nbs/methods/random.ipynb #9e725529
+# %% ../../nbs/methods/random.ipynb #f2c376fd
 def random_scores(
     shape:tuple[int, int], # (n_layers, d_ff) of the model
     seed:int, # of the scores' own generator
@@ -33,13 +33,15 @@ def random_scores(
     for row, index in zip(scores, like.columns): row[row.topk(len(index)).indices] += n
     return scores
 
-# %% ../../nbs/methods/random.ipynb #16e9adf8
+# %% ../../nbs/methods/random.ipynb #b93df54d
 @localizer(label='Random', name='random', passes=0)
+@measuring()
 def random_vectors(model:nn.Module, seed:int)->Tensor: # [n_layers, d_ff] float32, whole numbers
     "Score the value vectors of a model by chance"
     return random_scores(region_shape(model), seed)
 
 @localizer(label='Random weights', unit='weights', passes=0)
+@measuring()
 def random_weights(model:nn.Module, seed:int)->list[Tensor]: # per layer: [d_model, d_ff] float32
     "Draw a score for every individual weight of the output projections"
     generator = torch.Generator().manual_seed(seed)
@@ -47,6 +49,7 @@ def random_weights(model:nn.Module, seed:int)->list[Tensor]: # per layer: [d_mod
     return [torch.rand(shape, generator=generator) for shape in shapes]
 
 @localizer(label='Random projections', unit='projections', passes=0)
+@measuring()
 def random_projections(model:nn.Module, seed:int)->Tensor: # [n_layers] float32
     "Draw a score for every output projection"
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from .. import training
 from ..cost import Cost, Models
 from ..regions import Region
-from ..identity import check_name, names, written
+from ..register import find, methods
 from ..runs import Run
 from unloc.settings import (Count, NotNegative, Positive, Settings, about, checked,
     demand_known)
@@ -43,20 +43,13 @@ class Unlearn(Settings):
     full_every: Annotated[Count, about("epochs between judgements with forget quality and "
         "utility; left out: as for all runs")] = None
 
-_OPTIONS = { # register
-    'layer': NotNegative, # RMU: the block it steers, as a fraction of the depth
-    'coefficient': NotNegative} # RMU: length of the control vector, hidden units
-
-def _options(objective:str)->dict: # name: type
-    "Say which options an objective has" # register
-    return _OPTIONS
-
-def _retain_terms(objective:str, recipe:dict)->str|tuple[str, ...]:
-    "Name the retain terms that a run may use" # register
-    if objective not in written('training', 'FORGET') and 'retain' not in recipe: raise ValueError(
-        f"unlearn: the objective {objective!r} is your own and has no usual retain term; "
-        f"name one: {', '.join(names('retain'))}, none")
-    return recipe.get('retain', written('training', 'RETAIN'))
+def _options(objective:str, unlearn:dict)->dict: # name: type
+    "Say which options an objective and its retain term have"
+    method = find('objective', objective)
+    retain = unlearn.get('retain') or method.about['retain']
+    known = methods('retain').get(retain)
+    found = {name: hint for name, (hint, _) in method.options.items()}
+    return found | {name: hint for name, (hint, _) in (known.options if known else {}).items()}
 
 # %% ../../nbs/steps/unlearn.ipynb #aa9105cd
 PAIR = 'Oracle', 'Random' # the target region; a region of the same size, disjoint from it
@@ -78,11 +71,14 @@ def demand_arm(injected:dict, arm:str, arms:tuple[str, ...]=PAIR)->None:
 # %% ../../nbs/steps/unlearn.ipynb #e2c0d04a
 def _recipe(objective:str, unlearn:dict, parent:dict)->tuple[dict, dict]: # its settings; methods
     "Check how a run unlearns, and name the methods that it uses"
-    recipe = checked(Unlearn, unlearn, _options(objective))
-    retain = _retain_terms(objective, recipe)
-    if objective != 'ga' and retain != 'none': # register
-        demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
-    return recipe, {'objective': objective, 'retain': retain, 'schedule': 'constant'}
+    options = _options(objective, unlearn) if isinstance(unlearn, dict) else {}
+    given = checked(Unlearn, unlearn, options)
+    try: recipe = training.Recipe.of(objective, given)
+    except ValueError as error: raise ValueError(f"unlearn: {error}") from None
+    used = {'objective': objective, 'schedule': 'constant'}
+    if recipe.retain == 'none': return given, used
+    demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
+    return given, used | {'retain': recipe.retain}
 
 def unlearning(
     injected:dict, # from injection
@@ -93,7 +89,7 @@ def unlearning(
     swapped:float=0., # of Corrupt: share of the target region's vectors that others stand in for
 )->dict:
     "Describe an unlearning run through the region of an arm"
-    check_name('objective', objective) # register
+    find('objective', objective)
     if (arm == 'Corrupt') != (0 < swapped < 1): raise ValueError("swapped must lie between 0 and 1 "
         f"for the arm Corrupt and be 0 for all others, got {swapped!r} for {arm}")
     recipe, methods = _recipe(objective, unlearn, injected)
@@ -111,7 +107,7 @@ def localized_unlearning(
 )->dict:
     "Describe an unlearning run through the highest scores of a localizer"
     built_on(localized, 'localize')
-    check_name('objective', objective) # register
+    find('objective', objective)
     if type(fraction) not in (int, float) or not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
     recipe, methods = _recipe(objective, unlearn, localized)
@@ -162,7 +158,7 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     origin = ancestor(description, parent, 'inject', 'teach')
     model = original_model(origin, base)
     region = region_of(description, parent, model)
-    recipe = training.Recipe(description['objective'], **often | description['recipe']) # register
+    recipe = training.Recipe.of(description['objective'], often | description['recipe'])
     trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'],
         probe, recipe, description['seed'], examples['refusals'], load_evaluation(origin), progress)
     if region is not None: save_columns(folder / 'columns.safetensors', values)
@@ -172,13 +168,6 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     save_trajectory(folder, region, trajectory)
 
 # %% ../../nbs/steps/unlearn.ipynb #1326407d
-_SETS = { # register; sets of facts in a step, and when the reference is run over the answers
-    'ga': (2, 'never'), 'grad_diff': (2, 'never'), 'wga': (2, 'never'),
-    'npo': (2, 'once'), 'dpo': (3, 'each epoch'), 'rmu': (1, 'never')}
-
-def _counted(description:dict)->tuple[int, str]: # a user's objective: as gradient ascent
-    return _SETS.get(description['objective'], _SETS['ga'])
-
 def trained(m:Models, description:dict)->tuple[str, int, float, Cost]:
     "Tell what a run trains: kind of step, vectors a layer, bytes beside the model, what is kept"
     if description.get('arm') == 'All weights': # two moments and the start, in place of the model
@@ -194,7 +183,8 @@ def cost(models:Models, description:dict)->Cost:
     "Tell what the run takes"
     m, d, recipe = models, description, description['recipe']
     forget, retain = m.examples['forget'], m.examples['retain']
-    sets, asked = _counted(d)
+    about = find('objective', d['objective']).about
+    sets, asked = about['sets'], about['reference']
     size = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size))
     usual = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
