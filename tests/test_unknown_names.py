@@ -1,8 +1,7 @@
 "A name that nobody registered is one line; one that a user registered is known in every process and has the user's code in the name of its runs."
-import functools, importlib, json, os, subprocess, sys, textwrap
-from pathlib import Path
-import pytest, torch
-from unloc import identity, models, tokens, training
+import dataclasses, functools, importlib, os, subprocess, sys, textwrap, threading
+import numpy as np, pytest, torch
+from unloc import identity, models, register, tokens, training
 from unloc.data import benchmark, data_description
 from unloc.pages import sweep
 from unloc.steps.attack import _brought_to, attacking
@@ -10,9 +9,10 @@ from unloc.steps.base import base_models
 from unloc.steps.inject import draw, injection
 from unloc.steps.judge import standard
 from unloc.steps.localize import localization
-from unloc.steps.teach import teaching
 from unloc.steps.unlearn import localized_unlearning, unlearning
-from unloc.identity import REGISTERS, added, code_of, demand, digest_of, names, receive, shipment, written
+from unloc.identity import (REGISTERS, added, demand, digest_of, names,
+    receive, shipment, written)
+from unloc.register import METHODS, Method, find, localizer, objective, retain_term
 from unloc.runs import Store, run_id
 from unloc.steps import compute
 
@@ -28,11 +28,19 @@ def origin(arch="llama", **more): return injection(standard(base_models(data_des
 
 @pytest.fixture(autouse=True)
 def as_they_were(): # the registers, whatever a test does to them
-    kept = {what: dict(getattr(importlib.import_module(f"unloc.{chapter}"), name)) for what, (chapter, name) in REGISTERS.items()}
+    places = REGISTERS.values()
+    tables = [getattr(importlib.import_module(f"unloc.{place}"), name) for place, name in places]
+    tables += [register._executed, *METHODS.values()]
+    register.load()
+    kept = [dict(table) for table in tables]
     yield
-    for what, (chapter, name) in REGISTERS.items():
-        register = getattr(importlib.import_module(f"unloc.{chapter}"), name)
-        register.clear(); register.update(kept[what])
+    for table, before in zip(tables, kept):
+        table.clear()
+        table.update(before)
+
+def hold(name, function, kind="localizer"): # as a register may hold it, whatever it is
+    METHODS[kind][name] = Method(kind, name, name, function, about=METHODS[kind][USUAL[kind]].about)
+USUAL = {"localizer": "wagle", "objective": "npo", "retain": "kl"}
 
 def backwards(model, forget, retain, seed): # this file's own localizer
     n_layers, d_ff = models.region_shape(model)
@@ -46,50 +54,80 @@ def test_names_read_without_torch_are_those_registered(what):
     assert sorted(written(chapter, name)) == sorted(getattr(identity._own(chapter), name)) and set(written(chapter, name)) <= set(names(what))
 
 def test_nothing_of_the_package_is_taken_for_a_users():
-    for what in REGISTERS:
+    for what in (*REGISTERS, *METHODS):
         for name in names(what): assert added(what, name) == "", (what, name)
 
-def test_names_and_additions_need_no_torch():
-    code = "import sys; from unloc.data import *; from unloc.identity import *; [additions(**{w: names(w)}) for w in REGISTERS if w != 'finder']; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout == "False\n"
+def test_names_and_their_code_need_no_torch():
+    code = """if True:
+        import sys
+        from unloc.data import *
+        from unloc.identity import *
+        for what in REGISTERS:
+            if what != 'finder': code_of(**{what: names(what)})
+        print('torch' in sys.modules)
+    """
+    asked = [sys.executable, "-c", code]
+    assert subprocess.run(asked, capture_output=True, encoding="utf-8").stdout == "False\n"
 
 # --- a user's method names its runs
 
+def four(one): # runs that no method of a user's is part of
+    return [one, localization(one, "wagle"), localization(one, "random", 3),
+        unlearning(one, "Oracle", "npo", UNLEARN)]
+
 def test_a_users_localizer_is_in_the_name_and_no_other_run_is_renamed():
     one = origin()
-    before = [run_id(d) for d in (one, localization(one, "wagle"), localization(one, "random", 3), unlearning(one, "Oracle", "npo", UNLEARN))]
-    attribution.LOCALIZERS["mine"] = backwards
+    before = [run_id(d) for d in four(one)]
+    hold("mine", backwards)
     described = localization(one, "mine", 3)
-    assert list(described["added"]["localizer"]) == ["mine"] and described["seed"] == 3, "whether it draws is not known, so it gets the seed"
-    assert [run_id(d) for d in (origin(), localization(origin(), "wagle"), localization(origin(), "random", 3), unlearning(origin(), "Oracle", "npo", UNLEARN))] == before
-    attribution.LOCALIZERS["mine"] = lambda model, forget, retain, seed: -backwards(model, forget, retain, seed)
+    assert set(described["code"]) == {"steps.localize", "localizer mine"}
+    assert described["seed"] == 3, "it names the seed"
+    assert [run_id(d) for d in four(origin())] == before
+    hold("mine", lambda model, forget, retain, seed: -backwards(model, forget, retain, seed))
     assert run_id(localization(one, "mine", 3)) != run_id(described)
 
 def test_a_replaced_entry_of_the_package_gives_other_runs():
     one = origin()
-    plain = localization(one, "wagle")
-    attribution.LOCALIZERS["wagle"] = attribution.LOCALIZERS["fisher"]
-    assert run_id(localization(one, "wagle")) != run_id(plain) and "added" not in localization(one, "fisher") and "added" not in origin()
-    unlearned = unlearning(one, "Oracle", "npo", UNLEARN)
-    training.RETAIN["nll"] = training.RETAIN["kl"]
-    assert run_id(unlearning(one, "Oracle", "npo", UNLEARN)) != run_id(unlearned), "the usual retain term, not named by anybody"
+    plain, fisher = localization(one, "wagle"), localization(one, "fisher")
+    held = METHODS["localizer"]
+    held["wagle"] = dataclasses.replace(held["fisher"], name="wagle")
+    assert run_id(localization(one, "wagle")) != run_id(plain)
+    assert localization(one, "fisher") == fisher and origin() == one
+    unlearned, kept = unlearning(one, "Oracle", "npo", UNLEARN), METHODS["retain"]
+    kept["nll"] = dataclasses.replace(kept["kl"], name="nll", function=lambda run, facts: None)
+    again = unlearning(one, "Oracle", "npo", UNLEARN)
+    assert run_id(again) != run_id(unlearned), "the usual retain term, not named by anybody"
 
-@pytest.mark.parametrize("register, name, entry, describe", [
-    (training.SCHEDULES, "one-cycle", lambda t: 1 - t, origin), (tokens.TEMPLATES, "plain", tokens.Template(between=" "), origin),
-    (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj"), origin), (models.ARCHITECTURES, "llama", "Qwen2", origin)])
-def test_every_register_counts(register, name, entry, describe):
-    before = run_id(describe())
+@pytest.mark.parametrize("register, name, entry", [
+    (training.SCHEDULES, "one-cycle", lambda t: 1 - t),
+    (tokens.TEMPLATES, "plain", tokens.Template(between=" ")),
+    (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj")),
+    (models.ARCHITECTURES, "llama", "Qwen2")])
+def test_every_register_counts(register, name, entry):
+    before = run_id(origin())
     register[name] = entry
-    assert run_id(describe()) != before
+    assert run_id(origin()) != before
 
 def test_a_users_architecture_objective_retain_term_and_schedule():
     models.ARCHITECTURES["qwen2"] = "Qwen2"
     one = origin("qwen2")
-    assert list(one["parent"]["parent"]["added"]["architecture"]) == ["qwen2"]
-    training.FORGET["mine"], training.RETAIN["ours"], training.SCHEDULES["flat"] = training.FORGET["npo"], training.RETAIN["kl"], lambda t: .5
-    with pytest.raises(ValueError, match="the objective 'mine' is your own and has no usual retain term; name one: nll, kl, embed_diff, ours, none"): unlearning(one, "Oracle", "mine", UNLEARN)
-    assert set(unlearning(one, "Oracle", "mine", UNLEARN | {"retain": "ours"})["added"]) == {"objective", "retain"}
-    assert "schedule" in injection(one["parent"], 0, INJECT | {"schedule": "flat"})["added"]
+    assert set(one["parent"]["parent"]["code"]) == {"steps.base", "architecture qwen2"}
+    training.SCHEDULES["flat"] = lambda t: .5
+    assert "schedule flat" in injection(one["parent"], 0, INJECT | {"schedule": "flat"})["code"]
+    @retain_term(label="Ours")
+    def ours(run, facts): "Keep nothing"
+    @objective(label="Mine", retain="ours")
+    def mine(run, facts, rows, epoch): "Forget nothing"
+    used = unlearning(one, "Oracle", "mine", UNLEARN)["code"]
+    assert {"objective mine", "retain ours"} < set(used), "the usual term is the decorator's"
+    named = unlearning(one, "Oracle", "mine", UNLEARN | {"retain": "kl"})["code"]
+    assert {"objective mine", "retain kl"} < set(named) and "retain ours" not in named
+
+def test_an_objective_with_an_unknown_usual_term_is_refused():
+    @objective(label="Mine", retain="l2")
+    def mine(run, facts, rows, epoch): "Forget nothing"
+    with pytest.raises(ValueError, match="^unlearn: unknown retain term 'l2'; known: .*none$"):
+        unlearning(origin(), "Oracle", "mine", UNLEARN)
 
 # --- what an edit is
 
@@ -147,70 +185,119 @@ def test_whatever_a_function_holds_is_read(text, old, new): # the same again is 
 
 @pytest.mark.parametrize("entry", [3, "wagle", None])
 def test_what_cannot_be_called_is_refused_before_anything_runs(entry):
-    attribution.LOCALIZERS["mine"] = entry
-    with pytest.raises(ValueError, match=f"^the localizer 'mine' is {entry!r}, which cannot be called; register a function$"): localization(origin(), "mine")
-    training.FORGET["mine"] = entry
-    with pytest.raises(ValueError, match="^the objective 'mine' is .*, which cannot be called"): unlearning(origin(), "Oracle", "mine", UNLEARN | {"retain": "nll"})
+    says = f"^the localizer 'mine' is {entry!r}, which cannot be called; register a function$"
+    with pytest.raises(ValueError, match=says):
+        register.register("localizer", entry, "Mine", name="mine")
+    assert "mine" not in METHODS["localizer"]
+    with pytest.raises(ValueError, match=says): digest_of("localizer", "mine", entry)
+    training.SCHEDULES["mine"] = entry
+    with pytest.raises(ValueError, match="^the schedule 'mine' is .*, which cannot be called"):
+        injection(origin()["parent"], 0, INJECT | {"schedule": "mine"})
+
+@pytest.mark.parametrize("entry", [len, torch.relu, "".join, np.exp, dict])
+def test_what_has_no_python_code_is_refused_in_one_line(entry):
+    says = ("^the localizer 'mine' is .* has no Python code to name its runs by; "
+        "wrap it into a function of your own$")
+    with pytest.raises(ValueError, match=says):
+        register.register("localizer", entry, "Mine", name="mine")
+    assert "mine" not in METHODS["localizer"]
+    if entry in (np.exp, dict): return # a plain register may hold what pickle gives back
+    with pytest.raises(ValueError, match=says): digest_of("localizer", "mine", entry)
 
 def test_a_method_that_changes_what_it_holds_is_told_so(tmp_path):
     seen = {}
+    @localizer(label="Mine")
     def mine(model, forget, retain, seed):
+        "Count the calls"
         seen[seed] = 1
         return backwards(model, forget, retain, seed)
-    attribution.LOCALIZERS["mine"] = mine
-    with pytest.raises(ValueError, match="describe the run again, and let a method change nothing that it holds$"): sweep(Store(tmp_path), [localization(origin(), "mine", seed) for seed in (0, 1)], 1)
-
-@pytest.mark.parametrize("entry", [len, torch.relu, "".join])
-def test_what_has_no_python_code_is_refused_in_one_line(entry):
-    attribution.LOCALIZERS["mine"] = entry
-    with pytest.raises(ValueError, match="^the localizer 'mine' is .* has no Python code to name its runs by; wrap it into a function of your own$"): localization(origin(), "mine")
+    wanted = [localization(origin(), "mine", seed) for seed in (0, 1)]
+    says = "describe the run again, and let a method change nothing that it holds$"
+    with pytest.raises(ValueError, match=says): sweep(Store(tmp_path), wanted, 1)
 
 # --- workers
 
 def scores(run): return run.tensors("scores.safetensors")["all.scores"]
 
 def test_workers_know_a_users_localizer_and_finder(tmp_path):
-    attribution.LOCALIZERS["mine"] = backwards
+    hold("mine", backwards)
     models.PROJECTIONS["llama"] = models.in_blocks("model.layers", "mlp.down_proj")
     wanted = [localization(origin(), "mine", seed) for seed in (0, 1)]
     found = sweep(Store(tmp_path), wanted + [localized_unlearning(d, .25, "wga", UNLEARN, 0) for d in wanted], 2)
     for seed, run in enumerate(found[:2]): assert torch.equal(scores(run), torch.arange(64.).view(2, 32).flip(1) + seed)
     before = [scores(run) for run in found[:2]]
-    attribution.LOCALIZERS["mine"] = lambda model, forget, retain, seed: -backwards(model, forget, retain, seed) # edited: workers that served before get the new one
+    hold("mine", lambda model, forget, retain, seed: -backwards(model, forget, retain, seed))
+    # edited: workers that served before get the new one
     for old, run in zip(before, sweep(Store(tmp_path), [localization(origin(), "mine", seed) for seed in (0, 1)], 2)): assert torch.equal(scores(run), -old)
 
+def test_workers_know_options_in_a_name(tmp_path): # of the package's, and of a user's
+    @localizer(label="Mine")
+    def mine(model, forget, seed, times:float=1.):
+        "Score by number"
+        return backwards(model, forget, None, seed) * times
+    names = ["mine", "mine(times=2)", "random", "wanda"]
+    names += [name for name in ("wagle", "wagle(gamma=0.1)")]
+    found = sweep(Store(tmp_path), [localization(origin(), name) for name in names], 2)
+    plain, twice, *_, usual, other = map(scores, found)
+    assert torch.equal(twice, 2 * plain) and not torch.equal(usual, other)
+
 def test_a_worker_takes_back_what_it_was_sent():
-    attribution.LOCALIZERS["mine"], attribution.LOCALIZERS["wagle"] = backwards, backwards
+    held = METHODS["localizer"]
+    hold("mine", backwards)
+    hold("wagle", backwards)
     sent = shipment()
-    attribution.LOCALIZERS.pop("mine"); attribution.LOCALIZERS["wagle"] = own = lambda model, forget, retain, seed: None
+    del held["mine"]
+    hold("wagle", lambda model, forget, retain, seed: None)
+    own = held["wagle"]
     receive(identity.Shipment(("elsewhere",), sent.plugins, sent.entries))
-    assert attribution.LOCALIZERS["mine"](models.tiny_model("llama", 8, 8, 1, 4, 2), [], [], 0).tolist() == [[3., 2., 1., 0.]]
+    given = dict(model=models.tiny_model("llama", 8, 8, 1, 4, 2), forget=[], retain=[], seed=0)
+    assert held["mine"](**given).tolist() == [[3., 2., 1., 0.]]
     receive(identity.Shipment(("elsewhere",)))
-    assert "mine" not in attribution.LOCALIZERS and attribution.LOCALIZERS["wagle"] is own
+    assert "mine" not in held and held["wagle"] is own
 
 def test_what_cannot_be_sent_is_named_where_it_is_needed(tmp_path):
-    attribution.LOCALIZERS["mine"] = backwards
-    described = localization(origin(), "mine")
-    receive(identity.Shipment(("elsewhere",), (), {}, {("localizer", "mine"): "cannot pickle a lock"}))
-    with pytest.raises(ValueError, match="^the localizer 'mine' cannot be sent to a worker .cannot pickle a lock.; register it, .*--plugin.*UNLOC_PLUGINS, or let runs happen one at a time$"): demand(described)
+    @localizer(label="Mine")
+    def mine(model, forget, power:float=1.): "Score nothing"
+    described = [localization(origin(), name) for name in ("mine", "mine(power=2)")]
+    stays = {("localizer", "mine"): "cannot pickle a lock"}
+    receive(identity.Shipment(("elsewhere",), (), {}, stays))
+    says = ("^the localizer 'mine' cannot be sent to a worker .cannot pickle a lock.; register it, "
+        ".*--plugin.*UNLOC_PLUGINS, or let runs happen one at a time$")
+    for one in described:
+        with pytest.raises(ValueError, match=says): demand(one)
     receive(identity.Shipment(("elsewhere",)))
-    del attribution.LOCALIZERS["mine"]
-    with pytest.raises(ValueError, match="^this process does not know the localizer 'mine'; register it, unloc.attribution.LOCALIZERS"): Store(tmp_path).do(described, compute)
+    for one in described: demand(one)
+    del METHODS["localizer"]["mine"]
+    says = "^this process does not know the localizer 'mine'; register it, @unloc.register.localizer"
+    for one in described:
+        with pytest.raises(ValueError, match=says): Store(tmp_path).do(one, compute)
+
+def test_what_a_method_holds_may_not_be_sendable(tmp_path): # and it is needed, or not
+    lock = threading.Lock()
+    hold("mine", lambda model, forget, retain, seed: lock)
+    assert ("localizer", "mine") in shipment().unsendable
+    with pytest.raises(ValueError, match="the localizer 'mine' cannot be named: it holds a lock"):
+        localization(origin(), "mine")
+    wanted = [localization(origin(), "random", seed) for seed in (0, 1)]
+    assert all(not run.diverged for run in sweep(Store(tmp_path), wanted, 2))
 
 def test_a_method_edited_after_the_description_is_refused(tmp_path):
-    attribution.LOCALIZERS["mine"] = backwards
+    hold("mine", backwards)
     described = localization(origin(), "mine")
-    attribution.LOCALIZERS["mine"] = lambda *_: None
-    with pytest.raises(ValueError, match="the localizer 'mine' is not the one that the run was described with; describe the run again"): Store(tmp_path).do(described, compute)
+    hold("mine", lambda model, forget, retain, seed: None)
+    says = ("the localizer 'mine' is not the one that the run was described with; "
+        "describe the run again")
+    with pytest.raises(ValueError, match=says): Store(tmp_path).do(described, compute)
 
 @pytest.mark.parametrize("gives, says", [("None", "scores must be"), ("torch.ones(3, 3)", "gave scores of shape"), ("torch.full((2, 32), float('nan'))", "gave 64 scores that are NaN or infinite"), ("[torch.ones(3)]", "scores must be"), ("torch.ones(2, 32) > 0", "gave scores of torch.bool; a ranking needs real numbers")])
 def test_scores_of_no_unit_are_refused(gives, says, tmp_path):
-    attribution.LOCALIZERS["my_weights"] = eval(f"lambda model, forget, retain, seed: {gives}", {"torch": torch})
+    hold("my_weights", eval(f"lambda model, forget, retain, seed: {gives}", {"torch": torch}))
     with pytest.raises(ValueError, match=f"localizer 'my_weights'.*{says}"): Store(tmp_path).do(localization(origin(), "my_weights"), compute)
 
 def test_a_name_says_nothing_about_the_unit(tmp_path): # 'my_weights' scores value vectors, 'rows' single weights
-    attribution.LOCALIZERS["my_weights"] = backwards
-    attribution.LOCALIZERS["rows"] = lambda model, forget, retain, seed: [p.weight.detach().clone() for p in models.output_projections(model)]
+    def rows(model): return [p.weight.detach().clone() for p in models.output_projections(model)]
+    hold("my_weights", backwards)
+    hold("rows", rows)
     store, one = Store(tmp_path), origin()
     vectors, weights = (store.do(localized_unlearning(localization(one, name), .25, "wga", UNLEARN, 0), compute) for name in ("my_weights", "rows"))
     assert vectors.json()["region"] == 16 and weights.json()["region"] == 2 * 16 * 32 // 4
@@ -218,7 +305,15 @@ def test_a_name_says_nothing_about_the_unit(tmp_path): # 'my_weights' scores val
 
 # --- plugins
 
-PLUGIN = "import torch\nfrom unloc import attribution, models\ndef mine(model, forget, retain, seed): return torch.ones(models.region_shape(model)).cumsum(1) * VALUE\nVALUE = 2.\nattribution.LOCALIZERS['plugged'] = mine\n"
+PLUGIN = """import torch
+from unloc import models
+from unloc.register import localizer
+@localizer(label='Plugged')
+def plugged(model, forget, retain, seed):
+    'Score by number'
+    return torch.ones(models.region_shape(model)).cumsum(1) * VALUE
+VALUE = 2.
+"""
 
 def test_a_plugin_is_executed_once_where_runs_are_described_and_in_workers(tmp_path, monkeypatch):
     (tmp_path / "my plugin.py").write_text(PLUGIN + f"open({str(tmp_path / 'pids')!r}, 'a').write(str(__import__('os').getpid()) + '\\n')\n", "utf-8")
@@ -246,13 +341,32 @@ def test_a_bad_plugin_is_one_line(text, says, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"^the plugin .*bad.py {says}.*$") as error: origin()
         assert "\n" not in str(error.value)
 
+def plugins(monkeypatch, *files): # named by the variable
+    monkeypatch.setenv("UNLOC_PLUGINS", os.pathsep.join(map(str, files)))
+
 def test_two_plugins_may_not_register_one_name(tmp_path, monkeypatch):
-    for file, value in (("a.py", "2."), ("b.py", "4.")): (tmp_path / file).write_text(PLUGIN.replace("2.", value), "utf-8")
-    monkeypatch.setenv("UNLOC_PLUGINS", os.pathsep.join(str(tmp_path / file) for file in ("a.py", "b.py")))
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text(PLUGIN, "utf-8")
+    b.write_text(PLUGIN.replace("2.", "4."), "utf-8")
+    plugins(monkeypatch, a, b)
+    says = (r"^the plugin .*b.py fails: ValueError: the localizer 'plugged' is registered twice, "
+        r"here and in a.py, line 4; rename one of them \(b.py, line 4\); correct the file$")
     for _ in range(2):
-        with pytest.raises(ValueError, match="^the plugins .*a.py and .*b.py both register the localizer 'plugged'; rename one of them$"): origin()
-    monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "b.py"))
-    assert localization(origin(), "plugged")["added"], "one after the other is another matter: an edit"
+        with pytest.raises(ValueError, match=says): origin()
+    found = []
+    for file in (b, a, b): # one after the other is another matter: an edit
+        plugins(monkeypatch, file)
+        found.append(run_id(localization(origin(), "plugged")))
+    assert found[0] == found[2] != found[1]
+
+def test_two_plugins_may_not_register_one_finder(tmp_path, monkeypatch):
+    text = "from unloc import models\nmodels.PROJECTIONS['mine'] = lambda model: NUMBER\n"
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    for n, file in enumerate(files): file.write_text(text.replace("NUMBER", str(n)), "utf-8")
+    plugins(monkeypatch, *files)
+    says = "^the plugins .*a.py and .*b.py both register the finder 'mine'; rename one of them$"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says): origin()
 
 # --- no else that stands for an unknown name
 
@@ -262,10 +376,10 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
     with pytest.raises(ValueError, match="unknown benchmark 'wmdp'; known: world, tofu"): benchmark({"name": "wmdp"})
     with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): draw(shape, one | {"unit": "head"}, 0)
     with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): compute(one | {"style": "quick"}, None, None, None)
-    with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): _localizer("compass")
+    with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): find("localizer", "compass")
     with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): _brought_to(None, {"by": "MU"}, None, None)
     with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
     with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
     with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: attack, base, inject"): Store(tmp_path).do({"kind": "settings"}, compute)
-    with pytest.raises(ValueError, match="unknown localizer 'mine'; known: .*; register it, unloc.attribution.LOCALIZERS\\['mine'\\] = .*--plugin"):
+    with pytest.raises(ValueError, match="unknown localizer 'mine'; known: .*; register it in a file named by --plugin.*@localizer.label='…'.$"):
         localization(one, "mine")

@@ -72,7 +72,8 @@ def remedy(what:str, name:str)->str:
     "Say how a name becomes known everywhere"
     where = ("before runs are described; for the command and for notebooks in a file named by --plugin, "
         "by a profile's plugins or by UNLOC_PLUGINS")
-    if what not in REGISTERS: return f"register it, @unloc.register.{what}(label=…), {where}"
+    if what not in REGISTERS:
+        return f"register it, @unloc.register.{methods.decorator_of(what)}(label='…'), {where}"
     chapter, dictionary = REGISTERS[what]
     return f"register it, unloc.{chapter}.{dictionary}[{name!r}] = ..., {where}"
 
@@ -85,6 +86,9 @@ def check_name(
     "Refuse a name that is not registered"
     known = (*names(what), *also)
     if name in known: return
+    if what not in REGISTERS and methods.registered_name(what, name) in known:
+        methods.find(what, name) # it refuses options that there are not
+        return
     raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}{more}; {remedy(what, name)}")
 
 # %% ../nbs/14_identity.ipynb #a1c04e19
@@ -351,8 +355,9 @@ def method_digest(kind:str, name:str)->str: # '' for an entry of a plain registe
     "Digest a method, the package's or a user's"
     if kind in REGISTERS: return added(kind, name)
     method = methods.find(kind, name)
-    key = kind, name
-    if key in _brought and _brought[key][0] is method: return _brought[key][1]
+    plain = methods.registered_name(kind, name)
+    entry, digest = _brought.get((kind, plain), (None, ''))
+    if entry is METHODS[kind][plain]: return digest
     if not method.own: return digest_of(kind, name, method.function)
     return page_digest(method.function.__module__.removeprefix('unloc.'))
 
@@ -388,7 +393,7 @@ def shipment()->Shipment:
             try:
                 if digest := added(what, name): entries[what, name] = digest, _pickled(_register(what)[name])
             except Exception as error: unsendable[what, name] = ' '.join(str(error).split())[:200]
-    return Shipment(_here(), tuple(methods.executed().values()), entries, unsendable)
+    return Shipment(_here(), tuple(methods.executed().items()), entries, unsendable)
 
 def _pickled(entry)->bytes:
     "Pickle an entry with all code of the user's that it reads, by value"
@@ -435,12 +440,14 @@ _AGAIN = ('is not the one that the run was described with; describe the run agai
 
 def _demand_method(what:str, name:str, digest:str)->None:
     "Demand that this process has a method, and no other of its name"
+    whole, entries = name, _imported(what)
+    if what not in REGISTERS: name = methods.registered_name(what, name)
     if why := _missing.get((what, name)): raise ValueError(
         f"the {what} {name!r} cannot be sent to a worker ({why}); {remedy(what, name)}, "
         "or let runs happen one at a time")
-    if name not in _imported(what) and name not in names(what): raise ValueError(
+    if name not in entries and name not in names(what): raise ValueError(
         f"this process does not know the {what} {name!r}; {remedy(what, name)}")
-    if method_digest(what, name) != digest: raise ValueError(f"the {what} {name!r} {_AGAIN}")
+    if method_digest(what, whole) != digest: raise ValueError(f"the {what} {name!r} {_AGAIN}")
 
 def demand(description:dict)->None:
     "Demand that this process computes a run by the code that it was described with"

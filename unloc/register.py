@@ -9,7 +9,7 @@ a user's come from plugin files and from entry points of the group `unloc.method
 # %% auto #0
 __all__ = ['GIVEN', 'METHODS', 'WATCHERS', 'Method', 'register', 'localizer', 'objective', 'retain_term', 'editor', 'attack',
            'metric', 'dataset', 'architecture', 'source_digest', 'executed', 'execute_plugin', 'plugin_files',
-           'load_plugins', 'load', 'methods', 'find', 'label']
+           'load_plugins', 'load', 'methods', 'registered_name', 'decorator_of', 'find', 'label']
 
 # %% ../nbs/00_register.ipynb #269e0d37
 import ast
@@ -19,9 +19,10 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import cache, partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +62,7 @@ class Method:
     def seeded(self)->bool: return self.takes('seed')
     @property
     def own(self)->bool: # the package's
-        return self.function.__module__.partition('.')[0] == 'unloc'
+        return str(self.function.__module__).partition('.')[0] == 'unloc'
 
     def __call__(self, *, options:Mapping=MappingProxyType({}), **given):
         "Call the function with the arguments that it names, and with options"
@@ -81,30 +82,36 @@ def _plain(hint)->bool:
 
 def _options_of(kind:str, function:Callable)->dict: # name: (type, default)
     "Read the options of a method from its signature"
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    found = {}
+    try: parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except Exception as error: _refuse(kind, function,
+        f"has types that cannot be read, {_why(error)}; name types that its file knows")
     for p in parameters:
-        if p.name in GIVEN[kind]: continue
-        if why := _unfit(p): _refuse(kind, function, why)
-        found[p.name] = p.annotation, p.default
-    return found
+        if why := _unfit(kind, p): _refuse(kind, function, why)
+    return {p.name: (p.annotation, p.default) for p in parameters if p.name not in GIVEN[kind]}
 
-def _unfit(p:inspect.Parameter)->str: # '': it is an option
+def _unfit(kind:str, p:inspect.Parameter)->str: # '': it can be given
+    if p.kind is p.POSITIONAL_ONLY: return f"takes {p.name} without its name; leave out the /"
     if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): return f"takes {p}; name each option"
+    if p.name in GIVEN[kind]: return ''
     if p.default is p.empty: return f"has an option without a default: {p.name}"
     if p.annotation is p.empty: return f"has an option without a type: {p.name}"
     if _plain(p.annotation): return ''
     return (f"has an option whose type a profile cannot write: {p.name}; "
         "take bool, int, float, str, list or dict")
 
-def _refuse(kind, function, why)->None:
-    raise ValueError(f"the {kind} {function.__name__!r} {why} ({_place(function)})")
+def _why(error:BaseException)->str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-def _place(function)->str:
-    code = getattr(inspect.unwrap(function), '__code__', None)
+def _refuse(kind:str, function:Callable, why:str)->None:
+    name = getattr(function, '__name__', type(function).__name__)
+    raise ValueError(f"the {kind} {name!r} {why} ({_place(function)})")
+
+def _place(function:Callable)->str:
+    code = getattr(_core(function), '__code__', None)
     if code is None: return function.__module__
     return f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
 
+# %% ../nbs/00_register.ipynb #5b1d7c02
 def _checked(self, options:Mapping)->dict:
     "Compare options with the signature; whole numbers become floats where floats are wanted"
     found = {}
@@ -127,6 +134,49 @@ Method.checked = _checked
 # %% ../nbs/00_register.ipynb #5d9dc9f8
 METHODS = {kind:{} for kind in GIVEN} # kind: name: Method
 
+def _core(function:Callable)->Callable:
+    "Find the Python function that a callable ends in; one without is given back"
+    function = inspect.unwrap(function)
+    if isinstance(function, partial): return _core(function.func)
+    if inspect.isroutine(function) or isinstance(function, type): return function
+    return getattr(type(function), '__call__', function)
+
+def _demand_code(kind:str, name:str, function)->None:
+    "Demand a callable with Python code"
+    said = f"the {kind} {name!r}" if name else f"the {kind}"
+    if not callable(function): raise ValueError(
+        f"{said} is {function!r:.60}, which cannot be called; register a function")
+    if not hasattr(_core(function), '__code__'): raise ValueError(
+        f"{said} is {function!r:.60}, which has no Python code to name its runs by; "
+        "wrap it into a function of your own")
+
+def _demand_words(kind:str, name:str, function:Callable, label:str)->None:
+    "Demand a label, a docstring and a name that profiles can write"
+    if not (isinstance(label, str) and label.strip()):
+        _refuse(kind, function, "lacks a label; name how tables call it: label='…'")
+    if not (function.__doc__ or '').strip():
+        _refuse(kind, function, "lacks a docstring; say in one line what it does")
+    if not (isinstance(name, str) and name.isidentifier()): _refuse(kind, function,
+        f"cannot be called {name!r}; give it a name of letters, digits and _: name='…'")
+
+# %% ../nbs/00_register.ipynb #2f9d0b61
+def _module(function:Callable)->ModuleType|None:
+    "Find the module that a callable was written in"
+    while isinstance(function, partial): function = function.func
+    return sys.modules.get(function.__module__)
+
+def _plugin(function:Callable)->str: # '': it comes from no plugin
+    "Name the plugin that a callable comes from"
+    module = _module(function)
+    return module.__file__ if hasattr(module, '__unloc_plugin__') else ''
+
+def _replaces(new:Callable, old:Callable)->bool:
+    "Say whether a method takes the place of another"
+    before, now = _plugin(old), _plugin(new)
+    if not before: return not now and _module(new) is _module(old)
+    if before == now: return _core(new).__globals__ is not _core(old).__globals__
+    return before not in {str(file.resolve()) for file in plugin_files()}
+
 def register(
     kind:str, # a name in GIVEN
     function:Callable,
@@ -136,21 +186,22 @@ def register(
     **about, # what is particular to the kind
 )->Callable: # the function itself
     "Note a function as a method"
-    name = name or function.__name__
-    if not (isinstance(label, str) and label.strip()):
-        _refuse(kind, function, "lacks a label; name how tables call it: label='…'")
-    if not (function.__doc__ or '').strip():
-        _refuse(kind, function, "lacks a docstring; say in one line what it does")
-    before = METHODS[kind].get(name)
-    if before and _home(before.function) != _home(function): _refuse(kind, function,
-        f"is registered twice, here and in {_place(before.function)}; rename one of them")
-    options = _options_of(kind, function)
+    _demand_kind(kind)
+    _demand_code(kind, name, function)
+    name = name or getattr(function, '__name__', '')
+    _demand_words(kind, name, function, label)
+    options, before = _options_of(kind, function), METHODS[kind].get(name)
+    if before and not _replaces(function, before.function): raise ValueError(
+        f"the {kind} {name!r} is registered twice, here and in {_place(before.function)}; "
+        f"rename one of them ({_place(function)})")
+    if before and (file := _plugin(before.function)) != _plugin(function):
+        _executed.pop(file, None) # to be executed when it is named again
     METHODS[kind][name] = Method(kind, name, label, function, source, about, options)
     return function
 
-def _home(function)->str: # of a plugin its file, which may have been edited
-    place = inspect.unwrap(function).__globals__
-    return place['__file__'] if '__unloc_plugin__' in place else function.__module__
+def _demand_kind(kind:str)->None:
+    if isinstance(kind, str) and kind in GIVEN: return
+    raise ValueError(f"unknown kind of method {kind!r}; known: {', '.join(GIVEN)}")
 
 def _decorator(kind, **about):
     def decorate(function): return register(kind, function, **about)
@@ -228,31 +279,46 @@ def source_digest(source:str|bytes)->str: # hexadecimal
 def _comment(statement:ast.stmt)->bool: # such as a docstring
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
-_executed = {} # digest: name of a file and its bytes
-def _key(file, content): return hashlib.sha256(file.encode() + b'|' + content).hexdigest()
-def executed()->dict: return dict(_executed)
+# %% ../nbs/00_register.ipynb #b3a85e17
+_executed = {} # file: its content
+def executed()->dict[str, bytes]: # file: its content
+    "Give the plugins that were executed in this process"
+    return dict(_executed)
+
+@contextmanager
+def _whole()->Iterator[None]:
+    "Take back what was registered when something fails"
+    tables = _executed, *METHODS.values()
+    before = [dict(table) for table in tables]
+    try: yield
+    except BaseException:
+        for table, entries in zip(tables, before):
+            table.clear()
+            table.update(entries)
+        raise
+
+def _module_for(file:str, content:bytes)->ModuleType:
+    "Make an empty module for a plugin"
+    stem = ''.join(c if c.isalnum() else '_' for c in Path(file).stem)
+    key = hashlib.sha256(file.encode() + b'|' + content).hexdigest()[:8]
+    module = ModuleType(f'unloc_plugin_{stem}_{key}')
+    module.__file__, module.__unloc_plugin__ = file, source_digest(content)
+    return module
 
 def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
     "Execute a plugin, once in this process"
-    key = _key(file, content)
-    if key in _executed: return
-    stem = ''.join(c if c.isalnum() else '_' for c in Path(file).stem)
-    module = ModuleType(f"unloc_plugin_{stem}_{key[:8]}")
-    module.__file__ = file
-    kept = {kind: dict(methods) for kind, methods in METHODS.items()}
-    _executed[key] = file, content # before it runs, since it may ask for names itself
+    if _executed.get(file) == content: return
+    module = None
     try:
-        module.__unloc_plugin__ = source_digest(content)
-        sys.modules[module.__name__] = module
-        exec(compile(content, file, 'exec'), vars(module))
+        with _whole():
+            module = _module_for(file, content)
+            code = compile(content, file, 'exec')
+            _executed[file] = content # before it runs, since it may ask for names itself
+            sys.modules[module.__name__] = module
+            exec(code, vars(module))
     except (Exception, SystemExit) as error:
-        sys.modules.pop(module.__name__, None)
-        del _executed[key]
-        for kind, methods in kept.items():
-            METHODS[kind].clear()
-            METHODS[kind].update(methods)
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the plugin {file} fails: {why}; correct the file") from None
+        if module: sys.modules.pop(module.__name__, None)
+        raise ValueError(f"the plugin {file} fails: {_why(error)}; correct the file") from None
 
 # %% ../nbs/00_register.ipynb #6f03675a
 def plugin_files()->list[Path]:
@@ -268,13 +334,11 @@ def load_plugins()->None:
         except OSError as error: raise ValueError(
             f"the plugin {file} cannot be read: {error.strerror}; "
             "name a Python file with --plugin, a profile's plugins or UNLOC_PLUGINS") from None
-        execute_plugin(str(file.resolve()), content)
-        try:
+        with _whole(): # a plugin that is refused is refused again
+            execute_plugin(str(file.resolve()), content)
             for watch in WATCHERS: watch(str(file))
-        except ValueError:
-            _executed.pop(_key(str(file.resolve()), content)) # to be refused again
-            raise
 
+# %% ../nbs/00_register.ipynb #e0c6215d
 @cache
 def _load_package()->None:
     "Import the modules of unloc.methods, and what other packages offer"
@@ -283,11 +347,11 @@ def _load_package()->None:
     for module in sorted(m.name for m in pkgutil.iter_modules(places)):
         importlib.import_module(f'unloc.methods.{module}')
     for point in entry_points(group='unloc.methods'):
-        try: point.load()
-        except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        try:
+            with _whole(): point.load()
+        except (Exception, SystemExit) as error:
             raise ValueError(f"the entry point {point.name} = {point.value} of the group "
-                f"unloc.methods fails: {why}; mend or remove that package") from None
+                f"unloc.methods fails: {_why(error)}; mend or remove that package") from None
 
 def load()->None:
     "Make all methods known: the package's, those of other packages, and those of plugins"
@@ -297,8 +361,7 @@ def load()->None:
 # %% ../nbs/00_register.ipynb #11e20b8f
 def methods(kind:str)->dict[str, Method]: # a name in GIVEN -> by name, in the order of their names
     "List the methods of a kind"
-    if kind not in GIVEN:
-        raise ValueError(f"unknown kind of method {kind!r}; known: {', '.join(GIVEN)}")
+    _demand_kind(kind)
     load()
     return dict(sorted(METHODS[kind].items()))
 
@@ -306,10 +369,22 @@ def _call(name:str)->tuple[str, dict]: # 'wagle(gamma=1)' -> 'wagle', {'gamma': 
     "Take a name with options apart"
     try: node = ast.parse(name, mode='eval').body
     except (SyntaxError, ValueError): return name, {}
-    if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name): return name, {}
-    try: return node.func.id, {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+    plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
+    if not plain: return name, {}
+    try: given = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
     except ValueError: return name, {}
+    whole = None not in given and len(given) == len(node.keywords) # none starred, none twice
+    return (node.func.id, given) if whole else (name, {})
 
+def registered_name(kind:str, name:str)->str: # 'wagle(gamma=1)' -> 'wagle'
+    "Give the name under which a method stands"
+    return name if name in METHODS[kind] else _call(str(name))[0]
+
+def decorator_of(kind:str)->str:
+    "Name the decorator that registers methods of a kind"
+    return 'retain_term' if kind == 'retain' else kind
+
+# %% ../nbs/00_register.ipynb #94f7d3ce
 def _bound(method:Method, name:str, given:dict)->Method:
     "Give a method some of whose options are set by its name"
     options = method.checked(given)
@@ -322,9 +397,8 @@ def find(kind:str, name:str)->Method: # name: also with options, as in 'wagle(ga
     known, (plain, given) = methods(kind), _call(str(name))
     if name in known: return known[name]
     if plain in known and given: return _bound(known[plain], name, given)
-    decorator = 'retain_term' if kind == 'retain' else kind
     raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}; register it in a file "
-        f"named by --plugin, a profile's plugins or UNLOC_PLUGINS: @{decorator}(label='…')")
+        f"named by --plugin, a profile's plugins or UNLOC_PLUGINS: @{decorator_of(kind)}(label='…')")
 
 def label(kind:str, name:str)->str:
     "Give the name of a method in tables; a name that stands for no method is its own label"
