@@ -2,8 +2,10 @@
 import ast, codecs, json, os, re, shutil, socket, subprocess, sys, threading, warnings
 from pathlib import Path
 import pytest
-from unloc import cli, cluster, figures, runs
-from unloc.runs import Store, code_fingerprint, cores, in_checkout, machines, processor, run_id, sweep
+from unloc import cli, cluster, figures, identity, runs, steps
+from unloc.identity import page_digest, pages_behind
+from unloc.project import in_checkout
+from unloc.runs import Store, cores, libraries, machines, processor, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -191,14 +193,45 @@ def test_executed_notebooks_have_a_place_where_the_checkout_is_read_only(tmp_pat
 
 @pytest.mark.parametrize("change", [lambda b: b.replace(b"\n", b"\r\n"), lambda b: codecs.BOM_UTF8 + b, lambda b: codecs.BOM_UTF8 + b.replace(b"\n", b"\r\n")], ids=["CRLF", "BOM", "both"])
 def test_the_name_of_a_run_does_not_see_line_ends_or_marks(change, tmp_path, monkeypatch):
-    before = code_fingerprint()
-    for module in runs.CODE: (tmp_path / f"{module}.py").write_bytes(change((ROOT / "unloc" / f"{module.replace('.', '/')}.py").read_bytes()))
-    class Spec:
-        def __init__(self, name): self.origin = tmp_path / f"{name.removeprefix('unloc.')}.py"
-    monkeypatch.setattr(runs, "find_spec", Spec)
-    assert code_fingerprint.__wrapped__() == before
+    pages = [f"steps.{kind}" for kind in steps.kinds()]
+    before = {page: page_digest(page) for page in pages}
+    for module in {name for page in pages for name in pages_behind(page)}:
+        file = identity._file(module)
+        copy = tmp_path / file.relative_to(identity._ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(change(file.read_bytes()))
+    monkeypatch.setattr(identity, "_ROOT", tmp_path)
+    assert {page: fresh(page) for page in pages} == before
+
+def fresh(page): # as a process reads it that has read nothing
+    identity._read.cache_clear()
+    try: return page_digest.__wrapped__(page)
+    finally: identity._read.cache_clear()
 
 LOCALES = {"ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}, "cp1252": {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}}
+
+DIGESTS = """
+import sys
+from unloc.identity import page_digest
+print(*(page_digest(page) for page in sys.argv[1:]))
+"""
+PYTHONS = [PYTHON, *(f"python3.{minor}" for minor in range(11, 16))]
+
+def digests_of(python, folder, pages, env): # in a process of its own; digests need no library
+    (folder / "msgspec.py").write_text("class UnsetType: pass\n", "utf-8")
+    path = os.pathsep.join([str(ROOT), *([] if python == PYTHON else [str(folder)])])
+    asked = subprocess.run([python, "-c", DIGESTS, *pages], env=env | {"PYTHONPATH": path},
+        capture_output=True, encoding="utf-8")
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout.split()
+
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda name: Path(name).name)
+def test_every_python_and_locale_gives_the_same_digests(python, tmp_path, guarded):
+    there = shutil.which(python) and not subprocess.run([python, "-c", ""]).returncode
+    if not there: pytest.skip(f"there is no {python}")
+    pages = [f"steps.{kind}" for kind in steps.kinds()]
+    wanted = [page_digest(page) for page in pages]
+    for env in LOCALES.values(): assert digests_of(python, tmp_path, pages, guarded | env) == wanted
 
 @pytest.mark.parametrize("locale", LOCALES)
 def test_an_encoding_changes_no_byte_and_ends_no_command(locale, project, usual, tmp_path):
@@ -375,8 +408,8 @@ def test_a_run_says_what_computed_it_outside_its_name(tmp_path, monkeypatch):
     there = Store(tmp_path / "there").do(one, compute)
     assert here.path.name == there.path.name and (here.json("description.json")["machine"], there.json("description.json")["machine"]) == (processor(), "arm64")
 
-def test_runs_of_two_kinds_are_told_and_so_is_their_table(tmp_path, monkeypatch):
-    import pandas
+@pytest.fixture
+def two_kinds(tmp_path, monkeypatch): # a store with a run of another processor, and its grid
     monkeypatch.setattr(runs, "_met", set())
     store, grid = Store(tmp_path / "s"), [{"kind": "a", "n": n} for n in range(2)]
     monkeypatch.setattr(runs, "processor", lambda: "x86-64 AVX2")
@@ -385,12 +418,49 @@ def test_runs_of_two_kinds_are_told_and_so_is_their_table(tmp_path, monkeypatch)
         sweep(store, grid[:1], compute=compute)
     assert machines() == ["x86-64 AVX2"]
     monkeypatch.setattr(runs, "processor", lambda: "arm64")
-    with pytest.warns(UserWarning, match=r"several kinds of machine \(arm64, x86-64 AVX2\)"): sweep(store, grid, compute=compute)
+    return store, grid
+
+SEVERAL = r"several kinds of machine or library versions \(arm64 with .*; x86-64 AVX2 with .*\)"
+
+def test_runs_of_two_kinds_are_refused_before_anything_is_computed(two_kinds):
+    store, grid = two_kinds
+    before = files(store.root)
+    says = f"^these runs come from {SEVERAL}.*; compute them anew in a store.*--set mixed=true$"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says): sweep(store, grid, compute=compute)
+    assert files(store.root) == before and machines() == ["x86-64 AVX2"]
+
+def test_runs_of_two_kinds_are_told_where_allowed_and_so_is_their_table(two_kinds, tmp_path, monkeypatch):
+    import pandas
+    store, grid = two_kinds
+    with pytest.warns(UserWarning, match=SEVERAL): sweep(store, grid, compute=compute, mixed=True)
     figures.save_table([{"a": "1"}], tmp_path / "out", "t", pandas.DataFrame({"x": [1]}), {"caption": "One."})
     assert json.loads((tmp_path / "out" / "machine.json").read_text("utf-8")) == {"t": "arm64 and x86-64 AVX2"}
     monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events"))
-    sweep(store, grid, compute=compute)
+    sweep(store, grid, compute=compute, mixed=True)
     assert [cli._lines(json.loads(line), tmp_path) for line in (tmp_path / "events").read_text("utf-8").splitlines()][-1][0].startswith("  note: these runs come from several kinds")
+
+def test_a_store_of_another_kind_is_found_whole(two_kinds): # nothing of it is computed here
+    store, grid = two_kinds
+    def never(*_): pytest.fail("it is there")
+    assert [run.json() for run in sweep(store, grid[:1], compute=never)] == [{"n": 0}]
+    assert machines() == ["x86-64 AVX2"]
+
+def test_runs_of_other_versions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_met", set())
+    store, grid = Store(tmp_path / "s"), [{"kind": "a", "n": n} for n in range(2)]
+    sweep(store, grid[:1], compute=compute)
+    here = runs._versions()
+    monkeypatch.setattr(runs, "_versions", lambda: here | {"torch": "0.1"})
+    assert sweep(store, grid[:1], compute=compute)[0].json() == {"n": 0}, "it has its name still"
+    says = rf"several kinds of machine or library versions \(.*torch 0.1, .*; .*torch {re.escape(here['torch'])}, "
+    with pytest.raises(ValueError, match=says): sweep(store, grid, compute=compute)
+    with pytest.warns(UserWarning, match=says): sweep(store, grid, compute=compute, mixed=True)
+    assert len(libraries()) == 2 and any("torch 0.1" in versions for versions in libraries())
+
+def test_a_run_on_one_of_another_kind_is_refused(two_kinds): # what it builds on counts
+    store, grid = two_kinds
+    with pytest.raises(ValueError, match=SEVERAL): sweep(store, [{"kind": "b", "n": 2, "parent": grid[0]}], compute=compute)
 
 def test_machine_json_keeps_what_other_pages_wrote(tmp_path):
     import pandas

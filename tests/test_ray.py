@@ -188,9 +188,10 @@ def test_a_store_whose_locks_end_at_the_node_is_named(on_ray, tmp_path, monkeypa
     monkeypatch.setattr(runs, "_locked", lambda path: contextlib.nullcontext())
     fails(OSError, f"{NODE}locks on {tmp_path} do not reach from node to node", Store(tmp_path), numbered(1), -1, write)
 
-def test_a_node_with_other_code_is_named(on_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_versions", lambda: {"torch": "0"})
-    fails(RuntimeError, f"{NODE}this node has other code of unloc or other libraries", Store(tmp_path), numbered(1), -1, write)
+def test_a_node_with_other_code_is_named(on_ray, tmp_path):
+    described = numbered(1, code={"steps.base": "0" * 16}) # as a driver with another page says
+    fails(RuntimeError, f"{NODE}this node has other code of unloc (steps.base) than the run was described with; install the same on every node", Store(tmp_path), described, -1, write)
+    assert lines(tmp_path / "log") == [] and described[0] not in Store(tmp_path)
 
 def test_a_node_without_the_package_is_named(on_ray, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text("def compute(*_): pass", "utf-8")
@@ -230,7 +231,7 @@ def test_a_silent_address_is_given_up_in_time(silent, monkeypatch):
     (["--engine", "ray"], "no ray", "the engine ray needs the package ray; install it in the checkout: pip install -e '.[ray]'"),
     ([], ("UNLOC_ENGINE", "rey"), "unknown engine 'rey'")], ids=["engine", "address", "not installed", "variable"])
 def test_a_command_without_a_cluster_is_one_line(words, change, says, tmp_path, monkeypatch, capsys):
-    if change == "no ray": monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    if change == "no ray": monkeypatch.setattr("unloc.cluster.find_spec", lambda name: None)
     elif change: monkeypatch.setenv(*change)
     before = os.environ.get("UNLOC_ENGINE")
     assert cli.main(["reproduce", "--profile", "smoke", *words, "--store", str(tmp_path / "s"), "--out", str(tmp_path / "o")]) == 1
@@ -258,19 +259,29 @@ def test_the_command_gives_the_bytes_of_one_machine(nodes, tmp_path):
 
 # --- a user's own methods
 
+OWN = """from unloc.register import localizer
+@localizer(label='Plugged')
+def plugged(model, forget, word:str='plugged'):
+    'Say a word'
+    return word
+"""
+
 def test_a_users_method_and_plugin_reach_the_nodes(on_ray, tmp_path, monkeypatch):
-    from unloc import attribution
-    from unloc.identity import added, additions
-    (tmp_path / "own.py").write_text("from unloc import attribution\nattribution.LOCALIZERS['plugged'] = lambda *_: 'plugged'\n", "utf-8")
+    from unloc import register
+    from unloc.identity import code_of
+    held = register.METHODS["localizer"]
+    (tmp_path / "own.py").write_text(OWN, "utf-8")
     monkeypatch.setenv("UNLOC_PLUGINS", str(tmp_path / "own.py"))
-    monkeypatch.setitem(attribution.LOCALIZERS, "mine", lambda *_: "mine")
-    described = [{"kind": "number", "n": n, "name": name} | additions(localizer=name) for n, name in enumerate(("mine", "plugged"))]
+    monkeypatch.setitem(held, "mine", register.Method("localizer", "mine", "Mine", lambda model, forget: "mine"))
+    names = ["mine", "plugged", "plugged(word='other')"]
+    described = [{"kind": "number", "n": n, "name": name, "code": code_of(localizer=name)} for n, name in enumerate(names)]
     (tmp_path / "own.py").rename(tmp_path / "gone"); monkeypatch.delenv("UNLOC_PLUGINS")
     def compute(description, parent, folder, progress):
-        from unloc import attribution
-        (folder / "result.json").write_text(json.dumps(attribution.LOCALIZERS[description["name"]]()), "utf-8")
-    assert [run.json() for run in sweep(Store(tmp_path / "s"), described, -1, compute)] == ["mine", "plugged"]
-    attribution.LOCALIZERS.pop("plugged")
+        from unloc.register import find
+        found = find("localizer", description["name"])(model=None, forget=None, retain=None, seed=0)
+        (folder / "result.json").write_text(json.dumps(found), "utf-8")
+    assert [run.json() for run in sweep(Store(tmp_path / "s"), described, -1, compute)] == ["mine", "plugged", "other"]
+    held.pop("plugged")
 
 def test_a_run_that_diverges_on_a_node_costs_no_other(on_ray, tmp_path):
     def compute(description, parent, folder, progress):

@@ -2,8 +2,9 @@
 import errno, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from unloc import runs, steps
-from unloc.runs import DamagedRun, Store, check_run, code_fingerprint, public, run_id, stages, sweep
+from unloc import identity, runs, steps
+from unloc.identity import APART, page_digest, pages_behind
+from unloc.runs import DamagedRun, Store, check_run, public, run_id, stages, sweep
 
 GRID = [{"kind": "leaf", "n": n, "parent": {"kind": "root", "n": n % 2, "_slow": .1}, "_slow": .1} for n in range(6)]
 COMPUTE = '''
@@ -196,10 +197,12 @@ def test_store_gives_what_was_written(tmp_path):
         pandas.DataFrame({"x": [.1 + .2, 1 / 3]}).to_csv(folder / "trajectory.csv", index=False)
         save_file({"a": torch.tensor([1., 2.])}, folder / "t.safetensors")
         compute(description, parent, folder, progress)
-    run = Store(tmp_path).do({"kind": "a", "n": 1, "_where": "here"}, write)
+    code = {"steps.base": page_digest("steps.base")}
+    run = Store(tmp_path).do({"kind": "a", "n": 1, "_where": "here", "code": code}, write)
     assert run.json() == {"n": 1} and run.table().x.tolist() == [.1 + .2, 1 / 3] and run.tensors("t.safetensors")["a"].tolist() == [1, 2]
     whole = json.loads(run.file("description.json").read_text("utf-8"))
-    assert whole["description"] == {"kind": "a", "n": 1} and whole["code"] == code_fingerprint() and set(whole["libraries"]) == set(runs.LIBRARIES)
+    assert whole["description"] == {"kind": "a", "n": 1, "code": code}
+    assert set(whole["libraries"]) == set(runs.LIBRARIES)
     assert set(json.loads(run.file("manifest.json").read_text("utf-8"))["files"]) == {"trajectory.csv", "t.safetensors", "result.json", "description.json"}
 
 # --- names
@@ -219,34 +222,99 @@ EDITS = {"comment": ("x + 1 # one more", "x + 1 # two more"), "docstring": ('"Ad
 CHANGES = {"number": ("x + 1", "x + 2"), "operator": ("x + 1", "x - 1"), "name": ("def f", "def g"), "default": ("y=0", "y=1"), "text": ("'told'", "'said'"), "order": ("a, b = 1, 2", "b, a = 1, 2")}
 MODULE = '"A module"\n# a comment line\na, b = 1, 2\ndef f(x):\n    "Add one"\n    return x + 1 # one more\nclass C:\n    "Nothing"\n    def m(self, y=0): return \'told\'\n'
 
-@pytest.mark.parametrize("edit, same", [*((e, True) for e in EDITS), *((e, False) for e in CHANGES)])
-def test_fingerprint_sees_code_and_only_code(edit, same, tmp_path, monkeypatch):
-    class Spec: origin = tmp_path / "module.py"
-    monkeypatch.setattr(runs, "find_spec", lambda name: Spec)
-    def fingerprint(text): Spec.origin.write_text(text, "utf-8"); return code_fingerprint.__wrapped__(("module",))
-    old, new = (EDITS if same else CHANGES)[edit]
-    assert old in MODULE and (fingerprint(MODULE) == fingerprint(MODULE.replace(old, new, 1))) is same
+@pytest.fixture
+def pages(tmp_path, monkeypatch): # a copy of the package's modules, to be edited
+    copy = tmp_path / "unloc"
+    shutil.copytree(identity._ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(identity, "_ROOT", copy)
+    forget()
+    yield copy
+    forget()
 
-def test_fingerprint_covers_every_module_a_result_depends_on():
-    import ast, unloc
-    folder = Path(unloc.__file__).parent
+def forget(): # what was read
+    for read in (identity._read, page_digest): read.cache_clear()
+
+def digests():
+    forget()
+    return {module: page_digest(module) for module in every()}
+
+def every(): # each module that a run is computed by
+    methods = [f"methods.{f.stem}" for f in sorted((identity._ROOT / "methods").glob("[a-z]*.py"))]
+    return [f"steps.{kind}" for kind in steps.kinds()] + methods
+
+@pytest.mark.parametrize("edit, same", [*((e, True) for e in EDITS), *((e, False) for e in CHANGES)])
+def test_a_digest_sees_code_and_only_code(edit, same, pages):
+    old, new = (EDITS if same else CHANGES)[edit]
+    def digest(text):
+        (pages / "module.py").write_text(text, "utf-8")
+        forget()
+        return page_digest("module")
+    assert old in MODULE
+    assert (digest(MODULE) == digest(MODULE.replace(old, new, 1))) is same
+
+def renamed(pages, file): # modules whose digests change with a statement more in a file
+    before = digests()
+    with open(pages / file, "a", encoding="utf-8") as f: f.write("\nNEW = 1\n")
+    return {module for module, digest in digests().items() if digest != before[module]}
+
+def test_an_edited_page_renames_its_own_runs_and_no_others(pages):
+    assert renamed(pages, "steps/unlearn.py") == {"steps.unlearn"} | {
+        m for m in every() if "steps.unlearn" in pages_behind(m)}
+    assert "steps.base" not in renamed(pages, "steps/attack.py")
+    assert renamed(pages, "methods/wagle.py") == {"methods.wagle"}
+
+def test_a_page_that_all_import_renames_all_and_one_apart_none(pages):
+    assert {f"steps.{kind}" for kind in ("base", "inject", "unlearn")} <= renamed(pages, "models.py")
+    for module in APART: assert renamed(pages, f"{module}.py") == set(), module
+
+def test_another_method_page_renames_nothing(pages):
+    before = digests()
+    (pages / "methods" / "another.py").write_text("def another(): return 1\n", "utf-8")
+    after = digests()
+    assert {m: after[m] for m in before} == before and set(after) - set(before) == {"methods.another"}
+
+def test_what_is_built_on_an_edited_page_has_another_name(pages):
+    from unloc.steps.common import described
+    def line(): # a base, a run on it, and one on that
+        forget()
+        base = described("base", None)
+        injected = described("inject", base)
+        return [run_id(d) for d in (base, injected, described("unlearn", injected))]
+    before = line()
+    with open(pages / "steps" / "inject.py", "a", encoding="utf-8") as f: f.write("\nNEW = 1\n")
+    same = [old == new for old, new in zip(before, line())]
+    assert same == [True, False, False]
+
+def test_every_module_that_a_result_depends_on_is_behind_its_page():
+    import ast
+    folder = identity._ROOT
     def file(module): return folder / f"{module.replace('.', '/')}.py"
     def absolute(module, node): # of an import that may be relative
         above = f"unloc.{module}".split(".")[:-node.level] if node.level else []
         return ".".join([*above, node.module] if node.module else above)
     def imported(module):
-        nodes = [n for n in ast.walk(ast.parse(file(module).read_text("utf-8"))) if isinstance(n, ast.ImportFrom)]
+        tree = ast.parse(file(module).read_text("utf-8"))
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         names = [(absolute(module, n), a.name) for n in nodes for a in n.names]
-        return {(name if place == "unloc" else place.removeprefix("unloc.")) for place, name in names if place.split(".")[0] == "unloc"}
-    seen, todo = set(), [f"steps.{kind}" for kind in steps.kinds()]
-    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if file(i).exists() and i not in seen]
-    assert seen - {"runs", "progress", "cost", "settings"} <= {*runs.CODE, *runs.ALSO["attack"]} and {"masked", "metrics", "tokens", "attacks"} <= seen # these only store, report, count and check
+        ours = [(place, name) for place, name in names if place.split(".")[0] == "unloc"]
+        both = [x for place, name in ours for x in (place, f"{place}.{name}")]
+        return {x.removeprefix("unloc.") for x in both}
+    for page in every():
+        seen, todo = set(), [page]
+        while todo:
+            seen |= {module := todo.pop()}
+            found = imported(module) - seen - set(APART)
+            todo += [name for name in found if file(name).exists()]
+        assert seen == set(pages_behind(page)), page
+    behind = {kind: set(pages_behind(f"steps.{kind}")) for kind in steps.kinds()}
+    assert {"masked", "metrics", "tokens", "training"} <= behind["unlearn"]
+    assert "attacks" in behind["attack"] and "attacks" not in behind["inject"]
 
-def test_a_kind_that_needs_more_code_has_more_of_it_in_its_name(monkeypatch):
-    one, other = {"kind": "unlearn", "n": 1}, {"kind": "attack", "n": 1}
-    before = run_id(one), run_id(other)
-    monkeypatch.setattr(runs, "ALSO", {})
-    assert run_id(one) == before[0] and run_id(other) != before[1]
+def test_what_is_apart_only_stores_reports_counts_and_checks():
+    used = {"steps", "methods"} # folders of pages
+    modules = {f.stem for f in identity._ROOT.glob("[a-z]*.py")} - set(APART)
+    behind = set().union(*(pages_behind(page) for page in every()))
+    assert modules - used - behind <= {"statistics", "tradeoff", "many"}, "nothing computes with them"
 
 # --- the order of work
 

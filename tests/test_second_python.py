@@ -16,7 +16,7 @@ def called(*words):
     return done.returncode, done.stdout + done.stderr
 
 def test_the_package_is_that_of_this_checkout_and_imports_no_notebook():
-    code = "import sys, unloc, unloc.cli, unloc.experiment, unloc.plan; print(unloc.__file__, [m for m in ('papermill', 'nbclient', 'IPython', 'typst', 'nbdev') if m in sys.modules])"
+    code = "import sys, unloc, unloc.cli, unloc.steps, unloc.study, unloc.plan; print(unloc.__file__, [m for m in ('papermill', 'nbclient', 'IPython', 'typst', 'nbdev') if m in sys.modules])"
     assert called("-c", code) == (0, f"{ROOT / 'unloc' / '__init__.py'} []\n")
 
 @pytest.mark.slow
