@@ -10,7 +10,8 @@ __all__ = ['notebooks', 'promise', 'parameters', 'artefacts', 'shares', 'assign'
            'compile_paper', 'show_plan', 'compute', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #7ae02dd8
-import argparse, ast, contextlib, inspect, json, os, re, shutil, sys, tempfile, textwrap, threading, time
+import argparse, ast, contextlib, inspect, json, os, re
+import shutil, sys, tempfile, textwrap, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def assign(
     names = sorted({name for taken in takes.values() for name in taken})
     for name, value in values.items():
         known_name(f'parameter in {where}', name, names)
-        if name in SHARED and any(map(shares, every)): check_type(where, name, value, SHARED[name], 'the study')
+        if name in SHARED and any(map(shares, every)):
+            check_type(where, name, value, SHARED[name], 'the study')
         for notebook, cell in cells.items():
             if name in cell: check_type(where, name, value, cell[name], notebook.stem)
     found = {}

@@ -146,6 +146,7 @@ ALL = { # parameter that may be "all": the register it chooses from
     'archs': 'architecture', 'scored': 'localizer', 'localizers': 'localizer',
     'share_localizers': 'localizer', 'graded_localizers': 'localizer'}
 
+# %% ../nbs/16_profiles.ipynb #b6a00014
 def check_type(where:str, name:str, value, wanted:type, of:str)->None:
     "Demand a value of the parameter's type"
     if type(value) is wanted or wanted is float and type(value) is int: return
