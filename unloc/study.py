@@ -15,11 +15,11 @@ from functools import cached_property
 from itertools import product
 
 from . import runs
-from .cli import ALL, SHARED, _known, overlaid, profiles, project_root
 from .cluster import engine
 from .data import benchmark, data_description
 from .identity import added, names
 from .pages import page_parameters, provenance, unjudged
+from .profiles import ALL, SHARED, known_name, overlaid, profiles, project_root
 from .register import find
 from .regions import Region
 from .statistics import number
@@ -50,8 +50,8 @@ def _parameters(
 )->dict: # name: value
     "Read a profile over smoke and changes over both, and check all of it"
     known = profiles(project_root())
-    section = known[_known('profile', profile, list(known))]
-    for name in changes: _known('parameter of the study', name, [*SHARED])
+    section = known[known_name('profile', profile, list(known))]
+    for name in changes: known_name('parameter of the study', name, [*SHARED])
     usual = {'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}', 'attacked_data': {}}
     there = {name: value for name, value in section.items() if name in SHARED}
     found = overlaid(overlaid(usual | known.get('smoke', {}), there), changes)
