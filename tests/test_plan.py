@@ -79,8 +79,8 @@ def test_predicted_memory_is_what_a_gpu_allocates(name):
     start = torch.cuda.memory_allocated()
     REAL[name](build().cuda())
     peak = rehearse(build, lambda model: ACTS[name](model, ROWS, WIDTH, ROWS * (WIDTH - START)))
-    assert start <= 2**26, "what is added for the libraries is enough"
-    assert replace(LARGE, device="gpu").memory_of(peak) - 2**26 == pytest.approx(torch.cuda.max_memory_allocated() - start, rel=.15)
+    assert start <= 2**27, "what is added for the libraries is enough"
+    assert replace(LARGE, device="gpu").memory_of(peak) - 2**27 == pytest.approx(torch.cuda.max_memory_allocated() - start, rel=.15)
 
 def test_memory_counts_storages_once_and_until_the_last_view_is_gone():
     x = []

@@ -383,7 +383,7 @@ def weighted_sum(
 def bound(method:Method, options:dict)->Callable: # of the run, facts, rows and epoch -> Term
     "Make an objective or a retain term of a method and its options"
     names = [name for name in GIVEN[method.kind] if method.takes(name)]
-    chosen = method.checked(options)
+    chosen = method.bound | method.checked(options) # those that its name sets come first
     def make(**given): return method.function(**{name: given[name] for name in names}, **chosen)
     return make
 
@@ -490,7 +490,7 @@ def _checked_options(self)->dict: # option: value of the type that its method wa
         if not any(name in m.options for m in whose): whose[0].checked({name: None})
     for m in whose:
         mine = m.checked({k: v for k, v in self.options.items() if k in m.options})
-        for name, value in mine.items(): _check_limits(m, name, value)
+        for name, value in (m.bound | mine).items(): _check_limits(m, name, value)
         found |= mine
     return found
 
