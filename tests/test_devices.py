@@ -5,15 +5,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from unloc import attacks, models
 from unloc.attacks import quantized, relearn
-from unloc.attribution import LOCALIZERS, OWN_UNITS, check_scores
 from unloc.checkpoints import apply_change, save_change
 from unloc.evaluation import Probe, choices, evaluate, membership, score
 from unloc.facts import author_world
 from unloc.masked import Neurons, checksum, in_float32, locked_checksum, locked_digest, put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model
+from unloc.register import methods
 from unloc.regions import Region
+from unloc.streaming import check_scores
 from unloc.tokens import encode, train_tokenizer
-from unloc.training import FORGET, RETAIN, Checkpoint, Recipe, descend, finetune, inject, make_room, mlp_targets, supervise, unlearn
+from unloc.training import Checkpoint, Recipe, descend, finetune, inject, make_room, mlp_targets, supervise, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
@@ -181,9 +182,12 @@ def judged(model):
 
 def sampled(model): return attacks.best_of(model, TOKENIZER, GET[:3], n=2, max_new_tokens=4)
 
-DOORS = {f"unlearn {o}": unlearned(o) for o in FORGET} | {f"retain {r}": unlearned("wga", r) for r in RETAIN} | {
+OWN = {kind: {name: m for name, m in methods(kind).items() if m.own} for kind in ("localizer", "objective", "retain")}
+DOORS = {f"unlearn {o}": unlearned(o) for o in OWN["objective"]} | {f"retain {r}": unlearned("wga", r) for r in OWN["retain"]} | {
     "make_room": with_room, "neurons": neurons, "single weights": single_weights, "put_columns": put, "supervise": supervised, "all weights": all_weights,
     "probes": probed, "depth": depth, "quantized": rounded, "relearn region": taught_again(True), "relearn": taught_again(False), "evaluate": judged, "best_of": sampled}
+
+def scored(name, model): return OWN["localizer"][name](model=model, forget=GET[:4], retain=KEEP[:4], seed=0)
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_model_elsewhere_gives_the_same(door, second):
@@ -192,9 +196,9 @@ def test_a_model_elsewhere_gives_the_same(door, second):
     assert same(want, got)
     assert same(weights(here), weights(there)) and all(p.device == AWAY for p in there.parameters())
 
-@pytest.mark.parametrize("name", [*LOCALIZERS, *OWN_UNITS])
+@pytest.mark.parametrize("name", OWN["localizer"])
 def test_scores_of_a_model_elsewhere_are_the_same_and_here(name, second):
-    def scores(model): return (LOCALIZERS | OWN_UNITS)[name](model, GET[:4], KEEP[:4], 0)
+    def scores(model): return scored(name, model)
     want, got = scores(small()), scores(moved(small()))
     assert not any(isinstance(x, Elsewhere) for x in tree_leaves(got)) and same(want, got)
     check_scores(got, small(), name)
@@ -295,9 +299,9 @@ def test_a_gpu_gives_what_the_processor_gives(door):
     assert all(p.is_cuda for p in there.parameters())
 
 @gpu
-@pytest.mark.parametrize("name", [*LOCALIZERS, *OWN_UNITS])
+@pytest.mark.parametrize("name", OWN["localizer"])
 def test_scores_of_a_model_on_a_gpu_are_the_same_and_here(name):
-    want, got = ((LOCALIZERS | OWN_UNITS)[name](small(torch.float64).to(device), GET[:4], KEEP[:4], 0) for device in ("cpu", "cuda"))
+    want, got = (scored(name, small(torch.float64).to(device)) for device in ("cpu", "cuda"))
     assert not any(x.is_cuda for x in tree_leaves(got))
     near(want, got, rtol=1e-4, atol=1e-8)
 

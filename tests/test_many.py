@@ -1,7 +1,7 @@
 "Many runs in one pass give what each gives alone, whatever the objective, the architecture or the dtype; one that diverges ends alone, and nothing else moves."
 import copy
 import pytest, torch
-from unloc import many, training
+from unloc import evaluation, many, training
 from unloc.evaluation import Diverged, Probe, choices, evaluate, score
 from unloc.facts import author_world
 from unloc.many import (
@@ -9,9 +9,10 @@ from unloc.many import (
     unlock_many)
 from unloc.masked import Neurons, put_columns, unlock
 from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.register import METHODS, methods, objective, retain_term
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import FORGET, RETAIN, Recipe, Term, inject, unlearn
+from unloc.training import Recipe, Term, inject, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
@@ -19,6 +20,7 @@ GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts][:10] for f
 REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:5] if (e := encode(TOKENIZER, "", text))]
 PROBE = Probe(GET[:6], KEEP[:4])
 EVERY = pytest.mark.parametrize("arch", ARCHITECTURES)
+OBJECTIVES, RETAIN = ([name for name, m in methods(kind).items() if m.own] for kind in ("objective", "retain"))
 SLACK = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 
@@ -62,7 +64,7 @@ def together(model, chosen, how, seeds, probe=PROBE, **more):
 
 # --- unlearning
 
-@pytest.mark.parametrize("objective, retain", [(o, None) for o in FORGET] + [("npo", r) for r in (*RETAIN, "none")])
+@pytest.mark.parametrize("objective, retain", [(o, None) for o in OBJECTIVES] + [(o, r) for o in ("npo", "pdu") for r in (*RETAIN, "none")])
 def test_many_runs_equal_each_run_alone(objective, retain):
     model, how = small(), recipe(objective, retain=retain)
     chosen, before = regions(model), weights(model)
@@ -98,18 +100,63 @@ def test_runs_have_recipes_of_their_own():
     for k, result in enumerate(found): close(result, alone(model, chosen[k], how[k], 9 - k), 1e-10)
     assert [len(r[0].points) for r in found] == [2, 4, 3, 2]
 
-def test_an_objective_of_your_own(monkeypatch):
-    def steered(run, examples, rows, epoch): # calls the model itself, twice
-        def value():
-            batch = run.batch(examples)
-            with run.columns.reference(): start = run.model(input_ids=batch.ids).logits
-            return -(run.model(input_ids=batch.ids).logits - start - 1).square().mean()
-        return Term([], value)
-    def flipped(run, examples, rows, epoch): return Term([examples], lambda answers: (answers[0].sin() * answers[1]).sum() + run.reference_logprob(examples).mean())
-    monkeypatch.setitem(FORGET, "steered", steered)
-    monkeypatch.setitem(FORGET, "flipped", flipped)
+@pytest.mark.parametrize("retain", RETAIN)
+def test_the_weight_of_the_retain_term_is_each_runs_own(retain): # the dual variable follows the run's own retain loss
     model = small()
-    chosen, how = regions(model), [recipe("steered", retain="nll"), recipe("flipped", retain="none"), recipe("ga")]
+    chosen, how = regions(model), [recipe("pdu", retain=retain, epochs=3, alpha=1., lr=lr, options=dict(warmup=0, eps=-1., step=1.)) for lr in (1e-2, 3e-3, 1e-3)]
+    found, still = together(model, chosen, how, [3, 4, 5]), alone(model, chosen[0], recipe("pdu", retain=retain, epochs=3, alpha=1., lr=1e-2), 3)
+    for k, result in enumerate(found): close(result, alone(model, chosen[k], how[k], k + 3), 1e-10)
+    assert found[0][0].points[-1]["loss"] != pytest.approx(still[0].points[-1]["loss"], rel=1e-6), "the weight has changed"
+
+def test_options_reach_the_twins():
+    model = small()
+    chosen, how = regions(model), [recipe("rmu", options=dict(layer=.5, coefficient=7.)), recipe("rmu(coefficient=7.)", options=dict(layer=.5)), recipe("rmu")]
+    found = together(model, chosen[:1] * 3, how, [3, 3, 3])
+    for k, result in enumerate(found): close(result, alone(model, chosen[0], how[k], 3), 1e-10)
+    losses = [result[0].points[-1]["loss"] for result in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10) and losses[0] != pytest.approx(losses[2], rel=1e-3)
+
+@pytest.fixture
+def own_methods(): # the registers as they were are put back
+    kept = {kind: dict(METHODS[kind]) for kind in ("objective", "retain")}
+    yield
+    for kind, known in kept.items():
+        METHODS[kind].clear()
+        METHODS[kind].update(known)
+
+def test_methods_of_your_own(own_methods):
+    @objective(label="Steered", sets=1)
+    def steered(run, facts, rows, epoch, way:float=1.):
+        "Call the model twice, once before the loss is formed"
+        batch = run.batch(facts)
+        with run.columns.reference(): start = run.model(input_ids=batch.ids).logits
+        return Term([], lambda: -(run.model(input_ids=batch.ids).logits - start - way).square().mean())
+    @objective(label="Flipped", reference="once", sets=4)
+    def flipped(run, facts):
+        "Use answers, references and the number of the step"
+        run.kept["step"] = run.kept.get("step", 0) + 1
+        return Term([facts, facts[:1]], lambda answers, first: (answers[0].sin() * answers[1]).sum() / run.kept["step"] + first[0].sum() + run.reference_logprob(facts).mean())
+    @retain_term(label="Near")
+    def near(run, facts, scale:float=30.):
+        "Stay near the columns at the start"
+        before = [columns for _, columns in run.columns.values().values()] if "before" not in run.kept else run.kept["before"]
+        run.kept["before"] = before
+        def value():
+            assert all(change.abs().max() < 1 for _, change in run.columns.delta().values())
+            return scale * sum((p - b).square().sum() for p, b in zip(run.columns.parameters(), before, strict=True))
+        return Term([], value)
+    model = small()
+    chosen, how = regions(model, 4), [recipe("steered", retain="near", options={"way": 2.}), recipe("flipped", retain="none"), recipe("ga", retain="near"), recipe("npo", retain="near", alpha=.5)]
+    assert [len(many._check_recipes(model, GET, KEEP, [r], ())) for r in how] == [2 * 4, 3 * 4, 2 * 4, 2 * 4], "rows of a step"
+    for k, result in enumerate(together(model, chosen, how, [3, 4, 5, 6])): close(result, alone(model, chosen[k], how[k], k + 3), 1e-10)
+
+def test_a_term_of_columns_alone_leaves_other_runs_alone(own_methods): # no loss reaches a layer through the model
+    @objective(label="Shrink", retain="none")
+    def shrink(run):
+        "Shrink the columns of the first layer"
+        return Term([], lambda: run.columns.parameters()[0].square().sum())
+    model = small()
+    chosen, how = regions(model), [recipe("shrink"), recipe("rmu", retain="none"), recipe("shrink", lr=1e-2)] # rmu reaches the first blocks only
     for k, result in enumerate(together(model, chosen, how, [3, 4, 5])): close(result, alone(model, chosen[k], how[k], k + 3), 1e-10)
 
 def test_the_reference_is_computed_once_for_all(monkeypatch):
@@ -219,6 +266,21 @@ def test_prompts_at_the_end_of_the_positions_are_decoded_run_by_run(monkeypatch)
         monkeypatch.setattr(many, "_decode_alone", lambda *given, f=many._decode_alone: (calls.append(1), f(*given))[1])
         found = evaluate_many(model, columns, probe)
     assert calls and [e.point for e in found] == [pytest.approx(e.point, rel=1e-9) for e in want]
+
+def test_a_judgement_that_calls_the_model_calls_the_runs_own(monkeypatch):
+    def asking(nll, *rest, f=evaluation.utility): return f(nll, *rest) | {"logit": now[-1](input_ids=collate(GET[:2]).ids).logits.square().mean().item()}
+    monkeypatch.setattr(evaluation, "utility", asking)
+    model, now = taught(), []
+    now.append(model)
+    with unlock_many(model, regions(model)) as columns:
+        with torch.no_grad():
+            for p in columns.parameters(): p += torch.tensor([0., .1, .2])[:, None, None]
+        found, values = evaluate_many(model, columns, full_probe()), [columns.values(k) for k in range(3)]
+    for own, columns in zip(found, values):
+        now.append(copy.deepcopy(model))
+        put_columns(now[-1], columns)
+        assert own.point == pytest.approx(evaluate(now[-1], full_probe()).point, rel=1e-9, nan_ok=True)
+    assert len({own.point["logit"] for own in found}) == 3
 
 # --- what an unlocked model does
 

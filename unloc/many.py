@@ -38,10 +38,13 @@ from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import (
     UNLOCKED, answer_hidden, check_limits, hidden_after, logits_of, mask_limit, measuring,
     most_positions, output_projections, over_logits, value_vectors)
+from .methods import (
+    dpo, ga, grad_diff, npo, retain_terms, rmu, satimp, simnpo, wga)
 from .objectives import token_logprob
+from .register import Method
 from .regions import Region, extent
 from .tokens import Batch, Example, batch_tokens, check_examples, collate, shuffled
-from .training import FORGET, RETAIN, SCHEDULES, Recipe, Term, Trajectory, Unlearning
+from .training import SCHEDULES, Recipe, Term, Trajectory, Unlearning
 
 # %% ../nbs/11_many.ipynb #338f5d65
 class _ManyProjection(torch.autograd.Function):
@@ -787,7 +790,7 @@ def _decode_all(model, columns, asked:dict[int, _Greedy], max_rows:int=512)->Non
 def _evaluating_with(score:Callable, greedy:Callable)->Callable: # evaluate
     "Give the judgement of the chapter before its scores and its greedy answers"
     names = dict(vars(evaluation))
-    for name in ('evaluate', '_rouges', 'rouge', 'greedy_answers'):
+    for name in ('evaluate', '_scores_of', '_rouges', 'rouge', 'greedy_answers'):
         plain = inspect.unwrap(names[name])
         names[name] = FunctionType(plain.__code__, names, name, plain.__defaults__)
     names |= {'score': score, 'greedy': greedy}
@@ -805,11 +808,13 @@ def evaluate_many(
     runs, known = columns.running, {}
     def judge(run, greedy):
         def score(model, examples):
-            if not known: known.update(zip(runs, score_many(model, columns, examples)))
+            with columns.only(runs): # all runs are scored when the first one is
+                if not known: known.update(zip(runs, score_many(model, columns, examples)))
             if isinstance(known[run], Diverged): raise known[run]
             return known[run]
-        try: return _evaluating_with(score, greedy)(model, probe, full)
-        except (Diverged, _Greedy) as open: return open
+        with columns.only([run]):
+            try: return _evaluating_with(score, greedy)(model, probe, full)
+            except (Diverged, _Greedy) as open: return open
     def ask(*what): raise _Greedy(*what)
     found = {run: judge(run, ask) for run in runs}
     asked = {run: open for run, open in found.items() if isinstance(open, _Greedy)}
@@ -818,44 +823,95 @@ def evaluate_many(
     return list(found.values())
 
 # %% ../nbs/11_many.ipynb #2287d448
-def _rmu(run, examples):
-    def value(hidden, reference, answer): return objectives.rmu(hidden, run.control, answer)
-    return _Reads(run.layer, False, examples, value)
-def _embed_diff(run, examples):
+def _rmu(run, facts, layer, coefficient):
+    control = rmu._control(run, coefficient)
+    def value(hidden, reference, answer): return objectives.rmu(hidden, control, answer)
+    return _Reads(run.block(layer), False, facts, value)
+
+def _embed_diff(run, facts, layer):
     def value(hidden, reference, answer): return objectives.rmu(hidden, reference, answer)
-    return _Reads(run.layer, True, examples, value)
-def _kl(run, examples):
+    return _Reads(run.block(layer), True, facts, value)
+
+def _kl(run, facts):
     def mean(logits, reference): # of some of the tokens, once for each
         there = logits.new_ones(len(logits), dtype=torch.bool)
         kl = objectives.kl(logits, logits_of(run.model, reference), there)
         return kl.expand(len(logits))
     def value(hidden, reference, answer):
         return over_logits(run.model, hidden, mean, reference).mean()
-    return _Reads(None, True, examples, value)
+    return _Reads(None, True, facts, value)
+
+def _kl_all(run, facts): # every token but the first is read as an answer is
+    return _kl(run, [Example(e.ids, 1) for e in facts])
+
 _TWINS = {
-    training._rmu: _rmu, training._retain_embed_diff: _embed_diff, training._retain_kl: _kl}
-_WITH_REFERENCE = {training._npo, training._dpo}
-_OF_LOGPROB = { # need nothing else
-    training._ga, training._wga, training._retain_nll, *_WITH_REFERENCE}
+    rmu.rmu_term: _rmu, retain_terms.embed_diff_term: _embed_diff,
+    retain_terms.kl_term: _kl, retain_terms.kl_all_term: _kl_all}
+_OF_LOGPROB = { # compute of log-probabilities alone, wherever these are
+    dpo.dpo_term, ga.ga_term, grad_diff.grad_diff_term, npo.npo_term, satimp.satimp_term,
+    simnpo.simnpo_term, wga.wga_term, retain_terms.nll_term}
+
+# %% ../nbs/11_many.ipynb #a7d3c1e2
+def _bound(method:Method, options:dict)->Callable: # of the run, facts, rows and epoch
+    "Make a term, or the twin of a term, of a method and its options"
+    twin = _TWINS.get(method.function)
+    if twin is None: return training.bound(method, options)
+    chosen = {name: default for name, (_, default) in method.options.items()}
+    chosen |= method.bound | method.checked(options)
+    return lambda run, facts, **_: twin(run, facts, **chosen)
+
+def _bound_terms(recipe:Recipe)->list[Callable]: # one or two, as from Recipe.terms
+    "Make the terms of a recipe, or their twins"
+    found = []
+    for m in recipe.methods():
+        found.append(_bound(m, {k: v for k, v in recipe.options.items() if k in m.options}))
+    return found
+
+def _noted(run:Unlearning, term:Term|_Reads)->Term|_Reads:
+    "Let a run keep the value of its retain term, as `noted` does"
+    if isinstance(term, Term): return training.noted(run, term)
+    return term._replace(value=training.noted(run, Term([], term.value)).value)
+
+# %% ../nbs/11_many.ipynb #c4d90b77
+class _OwnColumns:
+    "The columns of one of many runs, as its objective sees them"
+    def __init__(self, columns:ManyColumns, run:int): self.every, self.run = columns, run
+    def reference(self): return self.every.reference()
+    def values(self)->dict[int, tuple[Tensor, Tensor]]: return self.every.values(self.run)
+    def parameters(self)->list[Tensor]: # per layer with any: [k_l, d_model], views
+        return [self._own(u) for u in self.every._unlocked.values() if u.counts[self.run]]
+    def delta(self)->dict[int, tuple[Tensor, Tensor]]: # as Columns.delta
+        changed = {}
+        for layer, (index, columns) in self.values().items():
+            start = self.every._unlocked[layer].start[self.run, :len(index)]
+            changed[layer] = index, columns - start
+        return changed
+    def _own(self, layer:_ManyUnlocked)->Tensor:
+        own = layer.columns[self.run, :layer.counts[self.run]]
+        if own.requires_grad: own.register_hook(lambda _: layer.touched.add(self.run))
+        return own
 
 # %% ../nbs/11_many.ipynb #3cec0183
 class _ManyUnlearning(Unlearning):
     "One of many unlearning runs, as its objective sees it"
-    def __init__(self, model, columns, number, recipe, seed, refusals, kept, home):
-        super().__init__(model, columns, seed, refusals, recipe.layer, recipe.coefficient)
-        self.number, self.recipe, self.home = number, recipe, home
-        self._kept = kept # log-probabilities under the reference, of all runs with one start
+    def __init__(self, model, columns, number, recipe, seed, refusals, known, home):
+        super().__init__(model, _OwnColumns(columns, number), seed, refusals, recipe.alpha)
+        self.every, self.number, self.recipe, self.home = columns, number, recipe, home
+        self.known = known # log-probabilities under the reference, of all runs with one start
+        self.forgets, *self.keeps = _bound_terms(recipe)
+        about = recipe.methods()[0].about
+        self.asks_reference = about.get('reference', 'never') != 'never'
     def reference_logprob(self, examples):
         if new := self.unknown(examples):
             asked = {self.number: list(new.values())}
-            with self.columns.reference():
-                answers = _answers(self.model, self.columns, asked, self.home)[self.number]
+            with self.every.reference():
+                answers = _answers(self.model, self.every, asked, self.home)[self.number]
             self.know(new, answers)
-        return torch.stack([self._kept[_key(e)] for e in examples])
+        return torch.stack([self.known[_key(e)] for e in examples])
     def unknown(self, examples)->dict[tuple, Example]:
         keys = {_key(e): e for e in examples}
-        return {key: e for key, e in keys.items() if key not in self._kept}
-    def know(self, keys, answers): self._kept.update(zip(keys, _summed(*answers)))
+        return {key: e for key, e in keys.items() if key not in self.known}
+    def know(self, keys, answers): self.known.update(zip(keys, _summed(*answers)))
 
 def _summed(logprob, there): return objectives.sequence_logprob(logprob, there).unbind()
 def _key(e:Example)->tuple: return tuple(e.ids), e.start
@@ -864,27 +920,27 @@ def _key(e:Example)->tuple: return tuple(e.ids), e.start
 def _forgetting(run:_ManyUnlearning, forget, retain)->_Run:
     "Describe a run that unlearns, as unlearn does"
     recipe, seed = run.recipe, run.seed
-    objective, keeping = FORGET[recipe.objective], RETAIN.get(recipe.retain)
     def batches(epoch):
         partners = training._partners(len(forget), retain, seed, epoch)
         return [(rows, [partners[i] for i in rows if partners])
             for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
     def terms(batch, epoch):
         rows, kept = batch
-        asked = [forget[i] for i in rows]
-        twin = _TWINS.get(objective)
-        found = [(recipe.gamma, twin(run, asked) if twin else objective(run, asked, rows, epoch))]
-        if recipe.retain == 'none': return found
-        return [*found, (recipe.alpha, _TWINS.get(keeping, keeping)(run, kept))]
+        facts = [forget[i] for i in rows]
+        with run.every.only([run.number]):
+            found = [(recipe.gamma, run.forgets(run=run, facts=facts, rows=rows, epoch=epoch))]
+            for term in run.keeps: # its weight may have changed just now
+                found.append((run.alpha, _noted(run, term(run=run, facts=kept))))
+        return found
     return _Run(batches, terms, recipe.epochs, recipe.lr)
 
 def _references(model, columns, runs:dict[int, _ManyUnlearning], terms:dict[int, list])->None:
     "Look up what the objectives of all runs will ask of the models at the start, in one pass"
     new = {} # by start: the run that asks, and the examples
     for k, own in terms.items():
-        if FORGET[runs[k].recipe.objective] not in _WITH_REFERENCE: continue
-        missing = runs[k].unknown([e for examples in own[0][1].asked for e in examples])
-        if missing: new.setdefault(id(runs[k]._kept), (k, {}))[1].update(missing)
+        if not runs[k].asks_reference: continue
+        missing = runs[k].unknown([e for examples in _asked(own[:1]) for e in examples])
+        if missing: new.setdefault(id(runs[k].known), (k, {}))[1].update(missing)
     if not new: return
     asked = {k: list(missing.values()) for k, missing in new.values()}
     with columns.reference():
@@ -936,11 +992,11 @@ def _unlearn_together(
     model, regions, originals, forget, retain, probe, recipes, seeds, refusals, starts, progress,
 )->list:
     "Unlearn through many regions in one pass a step"
-    used = {f for r in recipes for f in (FORGET[r.objective], RETAIN.get(r.retain)) if f}
+    used = {m.function for r in recipes for m in r.methods()}
     home = torch.device('cpu') if used <= _OF_LOGPROB else model.device
-    kept = [{} for _ in regions] if any(originals) else [{}] * len(regions)
+    known = [{} for _ in regions] if any(originals) else [{}] * len(regions)
     with _held_many(model, regions, originals) as (columns, digests):
-        views = {k: _ManyUnlearning(model, columns, k, recipe, seed, refusals, kept[k], home)
+        views = {k: _ManyUnlearning(model, columns, k, recipe, seed, refusals, known[k], home)
             for k, (recipe, seed) in enumerate(zip(recipes, seeds))}
         runs = [_forgetting(view, forget, retain) for view in views.values()]
         starts = _starts(model, columns, probe, originals, starts)
@@ -996,8 +1052,12 @@ def _check_recipes(model, forget, retain, recipes, refusals)->list[Example]:
     if len(sizes := {recipe.batch_size for recipe in recipes}) > 1: raise ValueError(
         f"the recipes have batch sizes {sorted(sizes)}; runs that share a pass need one")
     size = recipes[0].batch_size
-    asked = _longest(forget, size) * (2 if any(r.objective == 'dpo' for r in recipes) else 1)
+    asked = _longest(forget, size) * max(map(_forget_sets, recipes))
     return asked + (_longest(retain, size) if any(r.retain != 'none' for r in recipes) else [])
+
+def _forget_sets(recipe:Recipe)->int:
+    "Count the sets of facts that the objective asks for in a step, retain facts aside"
+    return max(1, recipe.methods()[0].about.get('sets', 2) - 1)
 
 # %% ../nbs/11_many.ipynb #83ec8060
 def check_device(

@@ -69,7 +69,7 @@ class Machine:
     rate:float # floating-point operations a second, of the GPU or of one core
     layer:float # seconds to pass through a layer that has nothing to do
 
-    def memory_of(self, peak:float)->float: return self.process + 2**26 + 1.125 * peak if self.device == 'cpu' else peak + 2**26 # bytes; peak: of tensors
+    def memory_of(self, peak:float)->float: return self.process + 2**26 + 1.125 * peak if self.device == 'cpu' else peak + 2**27 # bytes; peak: of tensors; torch's libraries took 65 MiB of an H200
     def seconds(self, cost:Cost)->float: return cost.flops / self.rate + cost.layers * self.layer
 
 def _fastest(act)->float: # seconds; of a processor that others use, too, the time that is ours
