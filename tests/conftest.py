@@ -24,13 +24,19 @@ def guarded(tmp_path_factory):
     attempts = tmp_path_factory.mktemp("guard") / "sockets.txt"
     attempts.touch()
     kept = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} # a kernel shows figures
-    path = [str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])] # where the package is not installed, its place is handed on
+    # where the package is not installed, its place is handed on
+    path = [str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(path), "UNLOC_TEST_SOCKETS": str(attempts)}
 
 
-def beside(name): # the path of a command of this interpreter's environment; a machine that only computes has none
+def beside(
+    name
+): # the path of a command of this interpreter's environment; a machine that only computes has none
     found = Path(sys.executable).with_name(name)
-    if not which(found): pytest.skip(f"there is no {name} beside {Path(sys.executable).name}: the package is used through PYTHONPATH, without its notebooks' libraries")
+    if not which(found):
+        pytest.skip(
+            f"there is no {name} beside {Path(sys.executable).name}: the package is used through"
+            " PYTHONPATH, without its notebooks' libraries")
     return found
 
 @pytest.fixture(scope="session")

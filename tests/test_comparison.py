@@ -1,4 +1,5 @@
-"Two arms are set side by side in one place: it prints the committed tables to the character, from the numbers beside them."
+"""Two arms are set side by side in one place: it prints the committed tables to the character, from
+the numbers beside them."""
 import json
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def test_table_2_is_printed_to_the_character(profile):
 def test_table_3_is_printed_to_the_character(profile):
     printed, data, about = stored(profile, "table3_recovery")
     by = ["arch", "objective", "attack"]
-    ends, areas = (compare(data, by, outcome, about["margin"], where="met").table(2, few=FEW) for outcome in ("recovered", "area"))
+    ends, areas = (
+        compare(data, by, outcome, about["margin"], where="met").table(2, few=FEW)
+        for outcome in ("recovered", "area"))
     columns = ["pairs", "Random", "Oracle", *TESTS]
     assert ends[columns].values.tolist() == printed[columns].values.tolist()
     for name in ("difference [95 %]", "p Holm", "detectable"):
@@ -48,36 +51,51 @@ def test_arms_against_oracle_are_printed_to_the_character(profile):
     printed, data, _ = stored(profile, "table4_arms")
     against = {arm: "Oracle" for arm in data.arm.unique() if arm != "Oracle"}
     for metric, (margin, digits) in MARGINS.items():
-        found = compare_each(data, ["arch", "objective"], metric, margin, against).table(digits, TESTS)
+        found = compare_each(data, ["arch", "objective"], metric, margin, against).table(
+            digits, TESTS)
         rows = printed[(printed.metric == metric) & (printed.arm != "Oracle")]
-        assert found[["arm", *TESTS]].values.tolist() == rows[["arm", *TESTS]].values.tolist() and len(rows)
+        assert found[["arm", *TESTS]].values.tolist() == rows[["arm", *TESTS]].values.tolist()
+        assert len(rows)
 
 # --- pairs
 
-def runs(**more): return pd.DataFrame({"arch": "llama", "seed": [*range(4)] * 2, "arm": [PAIR[0]] * 4 + [PAIR[1]] * 4, "AUES": [.3, .5, .4, .2, .1, .5, .3, .3]} | more)
+def runs(**more):
+    return pd.DataFrame(
+        {
+            "arch": "llama",
+            "seed": [*range(4)] * 2,
+            "arm": [PAIR[0]] * 4 + [PAIR[1]] * 4,
+            "AUES": [.3, .5, .4, .2, .1, .5, .3, .3]}
+        | more)
 
 def test_a_pair_is_named_by_any_columns():
     levels = pd.concat([runs().assign(base=base) for base in range(2)])
-    with pytest.raises(ValueError, match="two rows of seed 0, arm Oracle"): compare(levels, ["arch"], "AUES", .02)
+    with pytest.raises(ValueError, match="two rows of seed 0, arm Oracle"):
+        compare(levels, ["arch"], "AUES", .02)
     test, = compare(levels, ["arch"], "AUES", .02, pair=["base", "seed"]).tests.values()
     assert isinstance(test, Paired) and test.n == 8
 
 def test_the_order_of_the_rows_changes_nothing():
     shuffled = runs().sample(frac=1, random_state=0)
-    assert compare(shuffled, ["arch"], "AUES", .02).tests == compare(runs(), ["arch"], "AUES", .02).tests
+    assert (
+        compare(shuffled, ["arch"], "AUES", .02).tests
+        == compare(runs(), ["arch"], "AUES", .02).tests)
 
 def test_what_was_never_measured_keeps_its_row():
     asked = pd.concat([runs(), runs().assign(arch="olmo2")])
     found = compare(runs(), ["arch"], "AUES", .02, expected=asked)
-    assert found.tests["olmo2",] == Undefined(0, "0 of 4 pairs have both values, expected at least 3")
-    assert found.p_holm.keys() == {("llama",)} and found.table().verdict.tolist() == [found.tests["llama",].verdict, "–"]
+    assert found.tests["olmo2",] == Undefined(
+        0, "0 of 4 pairs have both values, expected at least 3")
+    assert found.p_holm.keys() == {("llama",)}
+    assert found.table().verdict.tolist() == [found.tests["llama",].verdict, "–"]
 
 def test_a_run_counts_only_where_it_met_the_level():
     found = compare(runs(met=[True] * 7 + [False]), ["arch"], "AUES", .02, where="met")
     assert found.tests["llama",].n == 3
 
 def test_two_comparisons_become_one_family():
-    one, two = (compare(runs().assign(arch=arch), ["arch"], "AUES", .02) for arch in ("llama", "olmo2"))
+    one, two = (
+        compare(runs().assign(arch=arch), ["arch"], "AUES", .02) for arch in ("llama", "olmo2"))
     whole = compare(pd.concat([runs(), runs().assign(arch="olmo2")]), ["arch"], "AUES", .02)
     assert (one + two).p_holm == whole.p_holm and isinstance(one + two, Comparison)
     other = compare(runs().assign(level=0), ["arch", "level"], "AUES", .02)

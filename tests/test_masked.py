@@ -1,4 +1,5 @@
-"Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and the region's columns or single weights move exactly as the plain way would move them."
+"""Locked weights stay bit-identical under every optimizer, dtype and architecture we support, and
+the region's columns or single weights move exactly as the plain way would move them."""
 import shutil, subprocess, sys
 import copy
 from collections import Counter
@@ -28,17 +29,27 @@ def small(arch="llama", dtype=torch.float32, bias=False):
     model = tiny_model(arch, vocab_size=60, d_model=16, d_ff=24, n_layers=2, n_heads=2).to(dtype)
     if dtype == torch.float64: # made of float32 numbers, it would hide a loss of precision
         with torch.no_grad():
-            for p in model.parameters(): p *= 1 + 1e-9 * torch.rand(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+            for p in model.parameters():
+                p *= 1 + 1e-9 * torch.rand(
+                    p.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     if bias:
-        for p in output_projections(model): p.bias = nn.Parameter(torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+        for p in output_projections(model):
+            p.bias = nn.Parameter(
+                torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(1)))
     return model
 
 def loss(model): return model(input_ids=IDS, labels=IDS).loss.double()
 def logits(model): return model(input_ids=IDS).logits
 def state(model): return {name: t.clone() for name, t in model.state_dict().items()}
 def bits(t): return t.contiguous().flatten().view(torch.uint8)
-def same(a, b): return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
-def chosen(weight, region, layer): return weight[:, region.columns[layer]].T if len(region.shape) == 2 else weight.flatten()[region.index[layer]] # as the parameters lie
+def same(a, b):
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
+def chosen(weight, region, layer): # as the parameters lie
+    return (
+        weight[:, region.columns[layer]].T
+        if len(region.shape) == 2
+        else weight.flatten()[region.index[layer]])
 def clean(model): return not any("forward" in vars(m) for m in model.modules())
 
 def train(model, columns, steps=3, optimizer=OPTIMIZERS["adamw"], norm=.1):
@@ -58,13 +69,16 @@ def test_locked_weights_keep_their_bits(region, arch, dtype, name):
     model = small(arch, dtype)
     before, digest = state(model), locked_digest(model, region)
     with unlock(model, region) as columns: train(model, columns, optimizer=OPTIMIZERS[name])
-    after, projections = model.state_dict(), {f"model.layers.{i}.mlp.down_proj.weight": i for i in range(2)}
+    after = model.state_dict()
+    projections = {f"model.layers.{i}.mlp.down_proj.weight": i for i in range(2)}
     for key, old in before.items():
         locked = ~region.mask[projections[key]] if key in projections else slice(None)
         assert torch.equal(bits(old[..., locked]), bits(after[key][..., locked])), key
         if key in projections:
             moved = chosen(old != after[key], region, projections[key])
-            assert (moved.any(1) if moved.ndim == 2 else moved.float().mean() > .5).all(), "what is chosen moves"
+            assert (
+                moved.any(1) if moved.ndim == 2 else moved.float().mean() > .5
+            ).all(), "what is chosen moves"
     assert locked_digest(model, region) == digest and clean(model)
 
 @pytest.mark.parametrize("where", ["weight", "norm", "locked column", "sign of zero"])
@@ -74,7 +88,9 @@ def test_the_digest_sees_the_smallest_change(where):
         p = output_projections(model)[0].weight
         p[0, int((~REGION.mask[0]).nonzero()[0])] = 0.
         digest = locked_digest(model, REGION)
-        if where == "weight": w = model.model.embed_tokens.weight; w[5, 3] = w[5, 3].nextafter(torch.tensor(9.))
+        if where == "weight":
+            w = model.model.embed_tokens.weight
+            w[5, 3] = w[5, 3].nextafter(torch.tensor(9.))
         if where == "norm": w = model.model.norm.weight; w[0] = w[0].nextafter(torch.tensor(9.))
         if where == "locked column": p[1, int((~REGION.mask[0]).nonzero()[-1])] += 1e-6
         if where == "sign of zero": p[0, int((~REGION.mask[0]).nonzero()[0])] = -0.
@@ -85,7 +101,10 @@ def test_the_digest_ignores_the_region_only_on_its_model():
     digest = locked_digest(model, REGION)
     with torch.no_grad():
         for p, index in zip(output_projections(model), REGION.columns): p.weight[:, index] = 7.
-    assert locked_digest(model, REGION) == digest != locked_digest(model, REGION - Region.sample((2, 24), .5, seed=1))
+    assert (
+        locked_digest(model, REGION)
+        == digest
+        != locked_digest(model, REGION - Region.sample((2, 24), .5, seed=1)))
     assert locked_digest(model.bfloat16(), REGION) != digest
 
 def test_the_digest_of_single_weights_sees_their_neighbours():
@@ -108,10 +127,12 @@ def test_the_digest_of_single_weights_sees_their_neighbours():
 def test_gradient_is_autograds(region, arch, bias):
     model = small(arch, torch.float64, bias)
     loss(model).backward()
-    plain = [chosen(p.weight.grad, region, layer) for layer, p in enumerate(output_projections(model))]
+    plain = [
+        chosen(p.weight.grad, region, layer) for layer, p in enumerate(output_projections(model))]
     with unlock(model, region) as columns:
         loss(model).backward()
-        for p, want in zip(columns.parameters(), plain): torch.testing.assert_close(p.grad.double(), want, rtol=1e-12, atol=1e-14)
+        for p, want in zip(columns.parameters(), plain):
+            torch.testing.assert_close(p.grad.double(), want, rtol=1e-12, atol=1e-14)
     assert clean(model)
 
 @both
@@ -138,7 +159,8 @@ def test_trajectory_is_that_of_masked_full_weights(region, arch, bias, steps=8):
             opt.step()
             losses[1].append(value.item())
     assert losses[1] == pytest.approx(losses[0], abs=1e-12, rel=0) and losses[0][-1] < losses[0][0]
-    for a, b in zip(output_projections(ours), weights): torch.testing.assert_close(a.weight, b, rtol=0, atol=1e-12)
+    for a, b in zip(output_projections(ours), weights):
+        torch.testing.assert_close(a.weight, b, rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -155,7 +177,8 @@ def test_all_weights_of_columns_train_as_the_columns(arch, bias):
         return model, losses
     (a, found), (b, wanted) = trained(WHOLE), trained(REGION)
     assert found == pytest.approx(wanted, abs=1e-13, rel=0) and found[-1] < found[0]
-    for x, y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
 
 def test_steps_below_the_weights_precision_add_up():
     model = small(dtype=torch.bfloat16)
@@ -163,12 +186,25 @@ def test_steps_below_the_weights_precision_add_up():
         opt = torch.optim.SGD(columns.parameters(), lr=1.)
         start = [p.detach().clone() for p in columns.parameters()]
         for step in range(400):
-            for p, s in zip(columns.parameters(), start): p.grad = -1e-5 * s.sign() # a bf16 weight of 0.02 cannot move by this: its spacing is 1e-4
+            for p, s in zip(columns.parameters(), start):
+                # a bf16 weight of 0.02 cannot move by this: its spacing is 1e-4
+                p.grad = -1e-5 * s.sign()
             opt.step()
-            if step == 0: assert sum(int((p != s).sum()) for p, s in zip(columns.parameters(), start)) > .99 * sum(s.numel() for s in start); logits(model)
-            if step == 0: stuck = [p.weight[:, i].T.clone() for p, i in zip(output_projections(model), REGION.columns)]
-    rounded = sum(int((w != s.bfloat16()).sum()) for w, s in zip(stuck, start)) / sum(s.numel() for s in start)
-    moved = torch.cat([(p.weight[:, i].T.float() - s).flatten() * s.sign().flatten() for p, i, s in zip(output_projections(model), REGION.columns, start)])
+            if step == 0:
+                assert sum(
+                    int((p != s).sum()) for p, s in zip(columns.parameters(), start)
+                ) > .99 * sum(s.numel() for s in start)
+                logits(model)
+            if step == 0:
+                stuck = [
+                    p.weight[:, i].T.clone()
+                    for p, i in zip(output_projections(model), REGION.columns)]
+    rounded = sum(int((w != s.bfloat16()).sum()) for w, s in zip(stuck, start)) / sum(
+        s.numel() for s in start)
+    moved = torch.cat(
+        [
+            (p.weight[:, i].T.float() - s).flatten() * s.sign().flatten()
+            for p, i, s in zip(output_projections(model), REGION.columns, start)])
     assert rounded < .3 and moved.mean().item() == pytest.approx(4e-3, rel=.02)
 
 # --- the model as it was, and afterwards
@@ -184,8 +220,12 @@ def test_reference_is_the_start_to_the_bit(region, dtype):
         with torch.no_grad(): trained = logits(model)
         with columns.reference():
             found = logits(model)
-            assert torch.equal(bits(found), bits(first)) and not found.requires_grad and same(model.state_dict(), start)
-        with torch.no_grad(): assert torch.equal(bits(logits(model)), bits(trained)) and not torch.equal(trained, first)
+            assert torch.equal(bits(found), bits(first))
+            assert not found.requires_grad
+            assert same(model.state_dict(), start)
+        with torch.no_grad():
+            assert torch.equal(bits(logits(model)), bits(trained))
+            assert not torch.equal(trained, first)
         with pytest.raises(KeyError), columns.reference(): raise KeyError
         with torch.no_grad(): assert torch.equal(bits(logits(model)), bits(trained))
         train(model, columns) # and training goes on
@@ -203,7 +243,8 @@ def test_reference_between_forward_and_backward(region):
         value.backward() # the trained columns are back, so this is right
         assert all(torch.equal(p.grad, g) for p, g in zip(columns.parameters(), plain))
         value = loss(model)
-        with columns.reference(), pytest.raises(RuntimeError, match="outside columns.reference"): value.backward()
+        with columns.reference(), pytest.raises(RuntimeError, match="outside columns.reference"):
+            value.backward()
         value = loss(model)
         torch.optim.SGD(columns.parameters(), lr=.1).step()
         with pytest.raises(RuntimeError, match="before optimizer.step"): value.backward()
@@ -219,10 +260,14 @@ def test_an_exception_leaves_a_clean_model(region):
             train(model, columns)
             values = columns.values()
             with columns.reference(): 1 / 0
-    assert clean(model) and [p.requires_grad for p in model.parameters()] == flags and list(model.state_dict()) == names
-    for layer, (_, trained) in values.items(): assert torch.equal(chosen(output_projections(model)[layer].weight, region, layer), trained)
+    assert clean(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert list(model.state_dict()) == names
+    for layer, (_, trained) in values.items():
+        assert torch.equal(chosen(output_projections(model)[layer].weight, region, layer), trained)
     loss(model).backward() # and it trains as before
-    assert output_projections(model)[0].weight.grad is not None and model.model.embed_tokens.weight.grad is None
+    assert output_projections(model)[0].weight.grad is not None
+    assert model.model.embed_tokens.weight.grad is None
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -247,16 +292,21 @@ def test_columns_carry_the_trained_model(region, arch, dtype):
     put_columns(fresh, values)
     assert same(fresh.state_dict(), model.state_dict())
     for layer, (index, change) in delta.items():
-        assert torch.equal(change, values[layer][1] - chosen(weights[layer], region, layer)) and torch.equal(index, region.index[layer]) and torch.equal(index, values[layer][0])
+        assert torch.equal(change, values[layer][1] - chosen(weights[layer], region, layer))
+        assert torch.equal(index, region.index[layer])
+        assert torch.equal(index, values[layer][0])
 
 def test_a_layer_without_columns_is_left_alone():
     only = Region(torch.zeros(2, 24, dtype=torch.bool)) | Region(torch.arange(48).view(2, 24) >= 40)
     model = small()
     before = state(model)
     with unlock(model, only) as columns:
-        assert [tuple(p.shape) for p in columns.parameters()] == [(8, 16)] and "forward" not in vars(output_projections(model)[0])
+        assert [tuple(p.shape) for p in columns.parameters()] == [(8, 16)]
+        assert "forward" not in vars(output_projections(model)[0])
         train(model, columns)
-    assert torch.equal(before["model.layers.0.mlp.down_proj.weight"], output_projections(model)[0].weight) and list(columns.delta()) == [1]
+    assert torch.equal(
+        before["model.layers.0.mlp.down_proj.weight"], output_projections(model)[0].weight)
+    assert list(columns.delta()) == [1]
 
 # --- memory, hooks, checkpointing
 
@@ -264,7 +314,9 @@ def saved(model, region=None):
     "Shapes and places of what autograd keeps, and the inputs of the projections"
     kept, inputs = [], []
     def pack(t): kept.append(t); return t
-    hooks = [p.register_forward_pre_hook(lambda m, x: inputs.append(x[0])) for p in output_projections(model)]
+    hooks = [
+        p.register_forward_pre_hook(lambda m, x: inputs.append(x[0]))
+        for p in output_projections(model)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss(model)
     for h in hooks: h.remove()
     parameters = {p.data_ptr() for p in model.parameters()}
@@ -273,11 +325,16 @@ def saved(model, region=None):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_backward_keeps_only_the_chosen_inputs(arch):
     model = small(arch)
-    keeps_input = lambda kept, inputs: [any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept) for x in inputs]
+    keeps_input = lambda kept, inputs: [
+        any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept)
+        for x in inputs]
     kept, inputs = saved(model)
-    assert keeps_input(kept, inputs) == [True, True] # the plain way keeps all inputs: the check can fail
-    def size(kept): return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in kept}.values())
-    model.requires_grad_(False).model.embed_tokens.requires_grad_(True) # the same graph without the projections' weights
+    # the plain way keeps all inputs: the check can fail
+    assert keeps_input(kept, inputs) == [True, True]
+    def size(kept):
+        return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in kept}.values())
+    # the same graph without the projections' weights
+    model.requires_grad_(False).model.embed_tokens.requires_grad_(True)
     frozen, _ = saved(model)
     with unlock(model, REGION) as columns:
         model.model.embed_tokens.requires_grad_(True)
@@ -292,13 +349,15 @@ def test_single_weights_keep_the_inputs_of_their_columns_alone():
     few.mask[0, 3, 5] = few.mask[0, 9, 5] = few.mask[1, 0, 23] = True
     model = small()
     loss(model).backward()
-    wanted = [chosen(p.weight.grad, few, layer) for layer, p in enumerate(output_projections(model))]
+    wanted = [
+        chosen(p.weight.grad, few, layer) for layer, p in enumerate(output_projections(model))]
     model.requires_grad_(False).model.embed_tokens.requires_grad_(True)
     frozen, _ = saved(model)
     with unlock(model, few) as columns:
         model.model.embed_tokens.requires_grad_(True)
         kept, _ = saved(model)
-        assert Counter(tuple(t.shape) for t in kept) - Counter(tuple(t.shape) for t in frozen) == Counter({(*IDS.shape, 1): 2})
+        assert Counter(tuple(t.shape) for t in kept) - Counter(
+            tuple(t.shape) for t in frozen) == Counter({(*IDS.shape, 1): 2})
         loss(model).backward()
         for p, g in zip(columns.parameters(), wanted): torch.testing.assert_close(p.grad, g)
 
@@ -308,10 +367,12 @@ def test_hooks_and_names_stay(region):
     p = output_projections(model)[1]
     p.register_forward_pre_hook(lambda m, x: seen.append(("before", tuple(x[0].shape))))
     p.register_forward_hook(lambda m, x, y: seen.append(("after", tuple(y.shape))))
-    p.register_full_backward_hook(lambda m, gx, gy: seen.append(("back", tuple(gx[0].shape), tuple(gy[0].shape))))
+    p.register_full_backward_hook(
+        lambda m, gx, gy: seen.append(("back", tuple(gx[0].shape), tuple(gy[0].shape))))
     names = [list(model.state_dict()), [n for n, _ in model.named_modules()]]
     with unlock(model, region):
-        assert [list(model.state_dict()), [n for n, _ in model.named_modules()]] == names and p is output_projections(model)[1]
+        assert [list(model.state_dict()), [n for n, _ in model.named_modules()]] == names
+        assert p is output_projections(model)[1]
         loss(model).backward()
     assert seen == [("before", (3, 9, 24)), ("after", (3, 9, 16)), ("back", (3, 9, 24), (3, 9, 16))]
 
@@ -325,26 +386,39 @@ def test_gradient_checkpointing_gives_the_same_gradients(region, arch):
             return [p.grad for p in columns.parameters()]
     plain, calls = gradients(), []
     for layer in model.model.layers:
-        def forward(*args, plain=layer.forward, **more): calls.append(1); return checkpoint(plain, *args, use_reentrant=False, **more)
+        def forward(*args, plain=layer.forward, **more):
+            calls.append(1)
+            return checkpoint(plain, *args, use_reentrant=False, **more)
         layer.forward = forward
     inner = Counter()
-    for i, p in enumerate(output_projections(model)): p.register_forward_pre_hook(lambda m, x, i=i: inner.update([i]))
+    for i, p in enumerate(output_projections(model)):
+        p.register_forward_pre_hook(lambda m, x, i=i: inner.update([i]))
     ours = gradients()
     assert len(calls) == 2 and inner == {0: 2, 1: 2} # each layer ran again in backward
     assert all(torch.equal(a, b) for a, b in zip(ours, plain))
 
 # --- at the door
 
-@pytest.mark.parametrize("region, says", [
-    (Region.sample((3, 24), .3, seed=0), "3 x 24 value vectors, the model has 2 x 24"), (Region.sample((2, 23), .3, seed=0), "2 x 23 value vectors"),
-    (Region.sample((2, 24, 16), .3, seed=0), "2 x 24 x 16 weights, the model has 2 x 16 x 24 weights"), (Region.sample((1, 16, 24), .3, seed=0), "1 x 16 x 24 weights"), (WEIGHTS - WEIGHTS, "the region is empty"),
-    (REGION - REGION, "the region is empty")])
+@pytest.mark.parametrize(
+    "region, says",
+    [
+        (Region.sample((3, 24), .3, seed=0), "3 x 24 value vectors, the model has 2 x 24"),
+        (Region.sample((2, 23), .3, seed=0), "2 x 23 value vectors"),
+        (
+            Region.sample((2, 24, 16), .3, seed=0),
+            "2 x 24 x 16 weights, the model has 2 x 16 x 24 weights"),
+        (Region.sample((1, 16, 24), .3, seed=0), "1 x 16 x 24 weights"),
+        (WEIGHTS - WEIGHTS, "the region is empty"),
+        (REGION - REGION, "the region is empty")])
 def test_a_wrong_region_is_refused_and_nothing_is_touched(region, says):
     model = small()
     before, flags = state(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=says) as error:
         with unlock(model, region): pass
-    assert "\n" not in str(error.value) and same(model.state_dict(), before) and clean(model) and [p.requires_grad for p in model.parameters()] == flags
+    assert "\n" not in str(error.value)
+    assert same(model.state_dict(), before)
+    assert clean(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 @pytest.mark.parametrize("first, second", [(REGION, ~REGION), (REGION, WEIGHTS), (WEIGHTS, REGION)])
 def test_a_second_unlock_is_refused_and_the_first_goes_on(first, second):
@@ -361,8 +435,19 @@ def holding(shape, dtype):
     return p
 
 @both
-@pytest.mark.parametrize("make, says", [(lambda: Conv1D(24, 16), r"layer 0 are \[d_model, d_ff\] \[16, 24\], those of layer 1 \[24, 16\]"), (lambda: nn.Linear(20, 16), r"those of layer 1 \[16, 20\]"),
-    (lambda: holding((192, 1), torch.uint8), r"a Linear has a Parameter of torch.uint8 \[192, 1\]; a quantized"), (lambda: holding((16, 24), torch.int8), r"a Linear has a Parameter of torch.int8 \[16, 24\]")],
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (
+            lambda: Conv1D(24, 16),
+            r"layer 0 are \[d_model, d_ff\] \[16, 24\], those of layer 1 \[24, 16\]"),
+        (lambda: nn.Linear(20, 16), r"those of layer 1 \[16, 20\]"),
+        (
+            lambda: holding((192, 1), torch.uint8),
+            r"a Linear has a Parameter of torch.uint8 \[192, 1\]; a quantized"),
+        (
+            lambda: holding((16, 24), torch.int8),
+            r"a Linear has a Parameter of torch.int8 \[16, 24\]")],
     ids=["turned", "narrower", "packed", "rounded"])
 def test_a_projection_of_another_kind_is_refused(region, make, says):
     model = small()
@@ -370,7 +455,9 @@ def test_a_projection_of_another_kind_is_refused(region, make, says):
     flags = [p.requires_grad for p in model.parameters()]
     for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
         with pytest.raises(ValueError, match=says) as error: door()
-        assert "\n" not in str(error.value) and clean(model) and [p.requires_grad for p in model.parameters()] == flags
+        assert "\n" not in str(error.value)
+        assert clean(model)
+        assert [p.requires_grad for p in model.parameters()] == flags
 
 @both
 def test_a_transposed_weight_trains_as_the_straight_one(region):
@@ -380,26 +467,42 @@ def test_a_transposed_weight_trains_as_the_straight_one(region):
         block.mlp.down_proj.weight.data = values.T.contiguous()
     for model in (straight, turned):
         with unlock(model, region) as columns: train(model, columns)
-    for a, b in zip(output_projections(straight), output_projections(turned)): torch.testing.assert_close(a.weight, b.weight.T, rtol=0, atol=1e-13)
+    for a, b in zip(output_projections(straight), output_projections(turned)):
+        torch.testing.assert_close(a.weight, b.weight.T, rtol=0, atol=1e-13)
 
 @both
 def test_a_tied_projection_is_refused(region):
-    for tie in (lambda m: setattr(m.model.layers[1].mlp, "down_proj", m.model.layers[0].mlp.down_proj), lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.model.layers[0].mlp.down_proj.weight.data.view(24, 16)))):
+    for tie in (
+        lambda m: setattr(m.model.layers[1].mlp, "down_proj", m.model.layers[0].mlp.down_proj),
+        lambda m: setattr(
+            m.lm_head,
+            "weight",
+            nn.Parameter(m.model.layers[0].mlp.down_proj.weight.data.view(24, 16)))):
         model = small()
         tie(model)
-        for door in (lambda: unlock(model, region).__enter__(), lambda: locked_digest(model, region)):
-            with pytest.raises(ValueError, match="layer 0 is tied: model.layers.0.mlp.down_proj.weight and .* share one memory") as error: door()
+        for door in (
+            lambda: unlock(model, region).__enter__(),
+            lambda: locked_digest(model, region)):
+            with pytest.raises(
+                ValueError,
+                match=(
+                    "layer 0 is tied: model.layers.0.mlp.down_proj.weight and .* share one memory"),
+            ) as error:
+                door()
             assert "\n" not in str(error.value) and clean(model)
 
 @pytest.mark.parametrize("shape", ["vectors", "weights"])
-def test_a_region_trains_where_only_deterministic_operations_are_allowed(shape): # as in every run on the CPU
+def test_a_region_trains_where_only_deterministic_operations_are_allowed(
+    shape
+): # as in every run on the CPU
     script = f"""
 import torch; torch.use_deterministic_algorithms(True)
 from unloc.masked import put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 m = tiny_model('llama', 40, d_model=8, n_layers=2, d_ff=12, n_heads=2)
-r = Region.sample(region_shape(m), .3, 0) if {shape!r} == 'vectors' else Region.top(torch.rand(2, 8, 12), .3)
+if {shape!r} == 'vectors': r = Region.sample(region_shape(m), .3, 0)
+else: r = Region.top(torch.rand(2, 8, 12), .3)
 with unlock(m, r) as columns:
     m(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([[2, 3, 4]])).loss.backward()
     torch.optim.AdamW(columns.parameters()).step()
@@ -409,12 +512,15 @@ put_columns(m, columns.values())
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_a_compiled_model_learns_the_same():
     from unloc.tokens import Example
     from unloc.training import finetune
     generator = torch.Generator().manual_seed(0)
-    examples, found = [Example(torch.randint(2, 60, (12,), generator=generator).tolist(), 4) for _ in range(4)], []
+    examples = [
+        Example(torch.randint(2, 60, (12,), generator=generator).tolist(), 4) for _ in range(4)]
+    found = []
     for compiled in (False, True):
         model = tiny_model("llama", 60, 16, 1, 32, 2)
         region = Region.sample((1, 32), .25, 0)
@@ -424,7 +530,8 @@ def test_a_compiled_model_learns_the_same():
             finetune(model, examples, 3, 1e-2, 4, 0, columns.parameters())
             found.append(columns.values()[0][1])
         assert locked_digest(model, region) == before
-    assert torch.allclose(*found, atol=1e-5) and not torch.equal(found[0], torch.zeros_like(found[0]))
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.equal(found[0], torch.zeros_like(found[0]))
 
 # --- whole neurons, and heads
 
@@ -441,29 +548,56 @@ def test_neurons_move_their_rows_and_columns_as_autograd_says(arch, heads):
         places = columns.values()
         for (place, (index, _)), p in zip(places.items(), columns.parameters()):
             whole = plain.get_submodule(place).weight.grad
-            torch.testing.assert_close(p.grad, whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                p.grad,
+                whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index],
+                rtol=1e-10,
+                atol=1e-12)
         optimizer = torch.optim.AdamW(columns.parameters(), lr=1e-2, weight_decay=.1)
         optimizer.step()
-        with columns.reference(): torch.testing.assert_close(loss(model), loss(plain), rtol=0, atol=0)
+        with columns.reference():
+            torch.testing.assert_close(loss(model), loss(plain), rtol=0, atol=0)
         trained = columns.values()
-    assert locked_digest(model, chosen) == kept and any("gate_proj" in place for place in trained) and any("o_proj" in place for place in trained) == heads
+    assert locked_digest(model, chosen) == kept
+    assert any("gate_proj" in place for place in trained)
+    assert any("o_proj" in place for place in trained) == heads
     fresh = tiny_model(arch, 40, 16, 2, 32, 4).double()
     put_columns(fresh, trained)
-    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), model.parameters())) and not torch.equal(loss(fresh), loss(plain))
-    with torch.no_grad(): model.get_submodule("model.layers.0.self_attn.q_proj").weight[~torch.isin(torch.arange(16), trained.get("model.layers.0.self_attn.q_proj", [torch.empty(0)])[0])] += 1e-9
+    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), model.parameters()))
+    assert not torch.equal(loss(fresh), loss(plain))
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.q_proj").weight[
+            ~torch.isin(
+                torch.arange(16),
+                trained.get("model.layers.0.self_attn.q_proj", [torch.empty(0)])[0])] += 1e-9
     assert locked_digest(model, chosen) != kept
 
 def test_neurons_are_kept_in_a_file_that_is_a_region_too(tmp_path):
     model = tiny_model("llama", 40, 16, 2, 32, 4)
     for heads in (False, True):
         (chosen := Neurons.sample(model, .25, 3, heads)).save(tmp_path / "n.safetensors")
-        assert Neurons.load(tmp_path / "n.safetensors") == chosen and Region.load(tmp_path / "n.safetensors") == chosen.vectors and len(chosen) == 16 + 2 * heads
+        assert Neurons.load(tmp_path / "n.safetensors") == chosen
+        assert Region.load(tmp_path / "n.safetensors") == chosen.vectors
+        assert len(chosen) == 16 + 2 * heads
 
 # --- heads that share keys and values
 
-def grouped(kind="Llama", n_heads=4, shared=2, head_dim=6, **more): # heads as wide as they like, not hidden_size / heads
-    config = getattr(transformers, kind + "Config")(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=n_heads, num_key_value_heads=shared,
-        head_dim=head_dim, pad_token_id=0, bos_token_id=None, eos_token_id=1, attn_implementation="eager", **more)
+def grouped(
+    kind="Llama", n_heads=4, shared=2, head_dim=6, **more
+): # heads as wide as they like, not hidden_size / heads
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        num_attention_heads=n_heads,
+        num_key_value_heads=shared,
+        head_dim=head_dim,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        attn_implementation="eager",
+        **more)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
@@ -475,7 +609,21 @@ def of_heads(*chosen, n_heads=4): # in the first of two layers
     mask[0, list(chosen)] = True
     return Neurons(Region.sample((2, 32), .1, seed=0), Region(mask))
 
-@pytest.mark.parametrize("kind, shared, more", [("Llama", 2, {}), ("Llama", 1, {}), ("Llama", 4, {}), ("Qwen3", 2, {}), ("Gemma", 2, {}), ("Gemma2", 2, {}), ("Mistral", 2, {"sliding_window": 8}), ("Qwen2", 2, {}), ("Olmo2", 2, {}), ("Granite", 2, {})])
+@pytest.mark.parametrize(
+    "kind, shared, more",
+    [
+        ("Llama", 2, {}),
+        ("Llama", 1, {}),
+        ("Llama", 4, {}),
+        ("Qwen3", 2, {}),
+        ("Gemma", 2, {}),
+        ("Gemma2", 2, {}),
+        ("Mistral", 2, {"sliding_window": 8}),
+        ("Qwen2", 2, {}),
+        ("Olmo2", 2, {}),
+        ("Granite", 2, {}),
+    ],
+)
 @pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 1), (0, 1, 2, 3)])
 def test_heads_of_groups_move_as_autograd_says(kind, shared, more, heads):
     head_dim = 4 if kind in ("Qwen2", "Olmo2", "Granite", "Mistral") else 6
@@ -488,67 +636,125 @@ def test_heads_of_groups_move_as_autograd_says(kind, shared, more, heads):
         loss(model).backward()
         for (place, (index, _)), p in zip(columns.values().items(), columns.parameters()):
             whole = plain.get_submodule(place).weight.grad
-            torch.testing.assert_close(p.grad, whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(
+                p.grad,
+                whole[:, index].T if place.endswith(("down_proj", "o_proj")) else whole[index],
+                rtol=1e-9,
+                atol=1e-11)
         torch.optim.AdamW(columns.parameters(), lr=1e-2, weight_decay=.1).step()
         trained = columns.values()
     assert locked_digest(model, chosen) == kept
-    whole = {g for g in range(shared) if set(range(g * 4 // shared, (g + 1) * 4 // shared)) <= set(heads)} # groups that are chosen as a whole
-    for name, axis, own in (("q", 0, set(heads)), ("k", 0, whole), ("v", 0, whole), ("o", 1, set(heads))):
-        before, after = (s[f"model.layers.0.self_attn.{name}_proj.weight"] for s in (start, model.state_dict()))
+    # groups that are chosen as a whole
+    whole = {
+        g for g in range(shared) if set(range(g * 4 // shared, (g + 1) * 4 // shared)) <= set(heads)
+    }
+    for name, axis, own in (
+        ("q", 0, set(heads)), ("k", 0, whole), ("v", 0, whole), ("o", 1, set(heads))):
+        before, after = (
+            s[f"model.layers.0.self_attn.{name}_proj.weight"] for s in (start, model.state_dict()))
         moved = (before != after).any(1 - axis).view(-1, head_dim)
-        assert {h for h in range(len(moved)) if moved[h].any()} == own and all(moved[h].all() for h in own), name
-    assert all(torch.equal(start[name], x) for name, x in model.state_dict().items() if "layers.1.self_attn" in name or "norm" in name)
+        assert {h for h in range(len(moved)) if moved[h].any()} == own and all(
+            moved[h].all() for h in own), name
+    assert all(
+        torch.equal(start[name], x)
+        for name, x in model.state_dict().items()
+        if "layers.1.self_attn" in name or "norm" in name)
     fresh = grouped(kind, shared=shared, head_dim=head_dim, **more)
     put_columns(fresh, trained)
     assert same(fresh.state_dict(), model.state_dict())
 
-def test_a_head_that_is_not_chosen_computes_what_it_did(): # though its neighbour of the same group was trained
+# though its neighbour of the same group was trained
+def test_a_head_that_is_not_chosen_computes_what_it_did():
     model, seen = grouped(), []
-    def look(module, inputs): seen.append(inputs[0].view(1, 12, 4, 6)) # what each head gives to the output projection
+    def look(module, inputs): # what each head gives to the output projection
+        seen.append(inputs[0].view(1, 12, 4, 6))
     ids, chosen = torch.arange(2, 14)[None], of_heads(0)
     handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(look)
     model(input_ids=ids)
     with unlock(model, chosen) as columns:
         for p in columns.parameters(): p.data += .5
     model(input_ids=ids); handle.remove()
-    assert torch.equal(seen[0][:, :, 1:], seen[1][:, :, 1:]) and not torch.equal(seen[0][:, :, 0], seen[1][:, :, 0])
+    assert torch.equal(seen[0][:, :, 1:], seen[1][:, :, 1:])
+    assert not torch.equal(seen[0][:, :, 0], seen[1][:, :, 0])
 
 def test_heads_are_drawn_and_kept_where_keys_are_shared(tmp_path):
     model = grouped()
     (chosen := Neurons.sample(model, .25, 3, heads=True)).save(tmp_path / "n.safetensors")
     assert Neurons.load(tmp_path / "n.safetensors") == chosen and len(chosen.heads) == 2
-    with pytest.raises(ValueError, match="the heads are of 2 x 3 .layers, heads., the model has 2 x 4; draw them for this model"): locked_digest(model, of_heads(0, n_heads=3))
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the heads are of 2 x 3 .layers, heads., the model has 2 x 4; draw them for this model"
+        )):
+        locked_digest(model, of_heads(0, n_heads=3))
     model.config.num_attention_heads = 5 # says something else than its layers
-    with pytest.raises(ValueError, match="model.layers.0.self_attn: 5 heads with 2 keys and values need layers of .*; choose neurons without heads"): locked_digest(model, of_heads(0, n_heads=5))
+    with pytest.raises(
+        ValueError,
+        match=(
+            "model.layers.0.self_attn: 5 heads with 2 keys and values need layers of .*; choose"
+            " neurons without heads")):
+        locked_digest(model, of_heads(0, n_heads=5))
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)), "Phi3"),
-    (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_inner=32)), "GPT2"),
-    (lambda: transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=4, pad_token_id=0)), "Phi")], ids=["phi3", "gpt2", "phi"])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (
+            lambda: transformers.Phi3ForCausalLM(
+                transformers.Phi3Config(
+                    vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32,
+                    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)),
+            "Phi3"),
+        (
+            lambda: transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_inner=32)),
+            "GPT2"),
+        (
+            lambda: transformers.PhiForCausalLM(
+                transformers.PhiConfig(
+                    vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=32,
+                    num_attention_heads=4, pad_token_id=0)),
+            "Phi")],
+    ids=["phi3", "gpt2", "phi"])
 def test_fused_layers_are_refused_for_neurons(make, says):
     model = make()
     for heads in (None, of_heads(0).heads):
-        with pytest.raises(ValueError, match=f"is built otherwise, its layers are fused or called by other names: {says}.* has no attribute .*; choose value vectors") as error: locked_digest(model, Neurons(of_heads(0).vectors, heads))
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"is built otherwise, its layers are fused or called by other names: {says}.* has"
+                " no attribute .*; choose value vectors")) as error:
+            locked_digest(model, Neurons(of_heads(0).vectors, heads))
         assert "\n" not in str(error.value)
 
 # --- every weight
 
-def test_weights_of_16_bits_are_float32_for_the_block_alone(): # and a buffer that was float32 stays, whatever happens
+# and a buffer that was float32 stays, whatever happens
+def test_weights_of_16_bits_are_float32_for_the_block_alone():
     model = small(dtype=torch.bfloat16)
-    buffers, before = {n: (b.dtype, b.clone()) for n, b in model.named_buffers()}, {n: p.detach().clone() for n, p in model.named_parameters()}
+    buffers = {n: (b.dtype, b.clone()) for n, b in model.named_buffers()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     whole = model(input_ids=IDS).logits
     with in_float32(model):
-        assert {p.dtype for p in model.parameters()} == {torch.float32} and (model(input_ids=IDS).logits - whole).norm() < .02 * whole.norm()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert (model(input_ids=IDS).logits - whole).norm() < .02 * whole.norm()
         model(input_ids=IDS).logits.logsumexp(-1).mean().backward()
-    assert all(torch.equal(p, before[n]) and p.dtype == torch.bfloat16 and p.grad is None for n, p in model.named_parameters()) and all(b.dtype == buffers[n][0] and torch.equal(b, buffers[n][1]) for n, b in model.named_buffers())
+    assert all(
+        torch.equal(p, before[n]) and p.dtype == torch.bfloat16 and p.grad is None
+        for n, p in model.named_parameters())
+    assert all(
+        b.dtype == buffers[n][0] and torch.equal(b, buffers[n][1]) for n, b in model.named_buffers()
+    )
     with pytest.raises(KeyError), in_float32(model): raise KeyError
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not torch.is_autocast_enabled("cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wider_weights_are_left_alone(dtype):
     model = small(dtype=dtype)
     memory = [p.data_ptr() for p in model.parameters()]
-    with in_float32(model): assert [p.data_ptr() for p in model.parameters()] == memory and not torch.is_autocast_enabled("cpu")
+    with in_float32(model):
+        assert [p.data_ptr() for p in model.parameters()] == memory
+        assert not torch.is_autocast_enabled("cpu")
 
 # --- columns that stay are written once
 
@@ -557,7 +763,8 @@ def writes(monkeypatch):
     done = []
     for kind in (masked._Unlocked, masked._UnlockedWeights):
         plain = kind.write
-        monkeypatch.setattr(kind, "write", lambda self, plain=plain: done.append(self) or plain(self))
+        monkeypatch.setattr(
+            kind, "write", lambda self, plain=plain: done.append(self) or plain(self))
     return done
 
 @both

@@ -8,7 +8,8 @@ from unloc.methods.pdu import peak
 from unloc.methods.satimp import satimp
 from unloc.methods.simnpo import simnpo
 from unloc.methods.undial import undial
-from unloc.objectives import dpo, ga, grad_diff, kl, nll, npo, rmu, rmu_control, sequence_logprob, token_logprob, wga
+from unloc.objectives import (
+    dpo, ga, grad_diff, kl, nll, npo, rmu, rmu_control, sequence_logprob, token_logprob, wga)
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 golden_only = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -44,7 +45,8 @@ class Toy:
         return torch.cat([torch.full_like(lp[:, :1], float("nan")), lp], 1), mask
 
     def predicting(self, name, phase=0.):
-        "Logits [n, vocab] that predict the answer tokens, the tokens [n], and whether each is the first of its answer"
+        """Logits [n, vocab] that predict the answer tokens, the tokens [n], and whether each is the
+        first of its answer"""
         ids, mask = self.tokens(name)
         later, first = mask[:, 1:], mask[:, 1:] & ~mask[:, :-1]
         return self.logits(ids, phase)[:, :-1][later], ids[:, 1:][later], first[later]
@@ -77,10 +79,12 @@ def broadcast(hidden, control, mask):
 
 
 def undial_everywhere(t, beta):
-    "The published reduction: over prompt and padding too, where the label -100 takes the place of an entry of the vocabulary"
+    """The published reduction: over prompt and padding too, where the label -100 takes the place of
+    an entry of the vocabulary"""
     ids, mask = t.tokens("forget")
     target = torch.where(mask, ids, t.case["V"] - 100)[:, 1:].flatten()
-    return undial(*(t.logits(ids, phase)[:, :-1].flatten(0, 1) for phase in (0., .5)), target, beta).mean()
+    return undial(
+        *(t.logits(ids, phase)[:, :-1].flatten(0, 1) for phase in (0., .5)), target, beta).mean()
 
 
 GOLDEN = {
@@ -90,18 +94,31 @@ GOLDEN = {
     "GradDiff_gamma1_alpha1": lambda t: grad_diff(*t.logprob("forget"), *t.logprob("retain")),
     "WGA_beta1.0": lambda t: wga(*t.logprob("forget"), beta=1.),
     "NPO_beta0.1": lambda t: npo(t.sums("forget"), t.sums("forget", .5), beta=.1),
-    "DPO_beta0.1": lambda t: dpo(t.sums("alternate"), t.sums("forget"), t.sums("alternate", .5), t.sums("forget", .5), beta=.1),
+    "DPO_beta0.1": lambda t: dpo(
+        t.sums("alternate"), t.sums("forget"), t.sums("alternate", .5), t.sums("forget", .5),
+        beta=.1),
     "SimNPO_beta4.5_delta0.0": lambda t: simnpo(*t.logprob("forget"), beta=4.5, delta=0.),
     "SimNPO_beta1.0_delta0.5": lambda t: simnpo(*t.logprob("forget"), beta=1., delta=.5),
     "SatImp_1.0_1.0": lambda t: satimp(*t.logprob("forget"), beta1=1., beta2=1.),
-    "UNDIAL_answer_tokens_only_beta10.0": lambda t: undial(t.predicting("forget")[0], t.predicting("forget", .5)[0], t.predicting("forget")[1], beta=10.).mean(),
+    "UNDIAL_answer_tokens_only_beta10.0": (
+        lambda t: undial(
+            t.predicting("forget")[0], t.predicting("forget", .5)[0], t.predicting("forget")[1],
+            beta=10.).mean()),
     "CEU_skip0": lambda t: ceu(*t.predicting("forget")[:2]).mean(),
-    "CEU_skip1": lambda t: (lambda x, y, first: ceu(x[~first], y[~first]).mean())(*t.predicting("forget")),
-    "UNDIAL_asis_beta3.0": lambda t: undial_everywhere(t, 3.), "UNDIAL_asis_beta10.0": lambda t: undial_everywhere(t, 10.), "UNDIAL_asis_beta30.0": lambda t: undial_everywhere(t, 30.),
-    "PDU_forget": lambda t: peak(t.logits(t.tokens("forget")[0])[t.tokens("forget")[1]]).mean(), # at the answer tokens themselves
-    "RMU_activation_loss_per_sequence_mean": lambda t: rmu(t.states()[0], t.states(.4)[0], t.states()[1]),
-    "RMU_activation_loss_token_mean": lambda t: rmu(t.states()[0], t.states(.4)[0], t.states()[1], average="token"),
-    "RMU_activation_loss_asis_broadcast": lambda t: broadcast(t.states()[0], t.states(.4)[0], t.states()[1]),
+    "CEU_skip1": lambda t: (lambda x, y, first: ceu(x[~first], y[~first]).mean())(
+        *t.predicting("forget")),
+    "UNDIAL_asis_beta3.0": lambda t: undial_everywhere(t, 3.),
+    "UNDIAL_asis_beta10.0": lambda t: undial_everywhere(t, 10.),
+    "UNDIAL_asis_beta30.0": lambda t: undial_everywhere(t, 30.),
+    "PDU_forget": (
+        lambda t: peak(t.logits(t.tokens("forget")[0])[t.tokens("forget")[1]]).mean()
+    ), # at the answer tokens themselves
+    "RMU_activation_loss_per_sequence_mean": lambda t: rmu(
+        t.states()[0], t.states(.4)[0], t.states()[1]),
+    "RMU_activation_loss_token_mean": lambda t: rmu(
+        t.states()[0], t.states(.4)[0], t.states()[1], average="token"),
+    "RMU_activation_loss_asis_broadcast": lambda t: broadcast(
+        t.states()[0], t.states(.4)[0], t.states()[1]),
     "RMU_forget_to_control_asis": lambda t: broadcast(t.states()[0], t.control(), t.states()[1]),
 }
 
@@ -193,8 +210,10 @@ def test_satimp_weights_are_constants(beta1, beta2):
     lp = -draw(2, 4).abs() - .1
     x, p = lp.clone().requires_grad_(), lp.exp()
     satimp(x, MASK, beta1, beta2).backward()
-    torch.testing.assert_close(x.grad, MASK * p**beta1 * (1 - p)**beta2 / MASK.sum(), rtol=1e-12, atol=0)
-    assert not torch.autograd.gradcheck(lambda x: satimp(x, MASK, beta1, beta2), [x], raise_exception=False)
+    torch.testing.assert_close(
+        x.grad, MASK * p**beta1 * (1 - p)**beta2 / MASK.sum(), rtol=1e-12, atol=0)
+    assert not torch.autograd.gradcheck(
+        lambda x: satimp(x, MASK, beta1, beta2), [x], raise_exception=False)
 
 
 def test_a_self_made_teacher_is_a_constant(): # d loss / d logits = softmax(logits) - teacher
@@ -202,10 +221,15 @@ def test_a_self_made_teacher_is_a_constant(): # d loss / d logits = softmax(logi
     p = x.detach().softmax(-1)
     without = p.scatter(1, target[:, None], 0.)
     teacher = without / without.sum(1, keepdim=True)
-    torch.testing.assert_close(torch.autograd.grad(ceu(x, target).sum(), x)[0], p - teacher, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(ceu(x, target).sum(), x)[0], p - teacher, rtol=1e-10, atol=1e-14)
     reference = draw(3, 6, seed=4)
     less = (reference - 3. * torch.nn.functional.one_hot(target, 6)).exp()
-    torch.testing.assert_close(torch.autograd.grad(undial(x, reference, target, 3.).sum(), x)[0], p - less / less.sum(1, keepdim=True), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(undial(x, reference, target, 3.).sum(), x)[0],
+        p - less / less.sum(1, keepdim=True),
+        rtol=1e-10,
+        atol=1e-14)
 
 
 @pytest.mark.parametrize("drop", [-40., 0., 1., 40., 400.])
@@ -228,8 +252,12 @@ def test_npo_and_dpo_pull(drop, beta):
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_nothing_outside_the_mask_is_read(junk):
     lp, hidden, logits = -draw(2, 4).abs(), draw(2, 4, 3), draw(2, 4, 5)
-    cases = [(f, lp) for f in (nll, ga, wga, satimp, simnpo, lambda x, m: sequence_logprob(x, m).sum())]
-    cases += [(lambda h, m, a=a, c=c: rmu(h, c, m, average=a), hidden) for a in ("sequence", "token") for c in (draw(3), hidden.flip(0))]
+    cases = [
+        (f, lp) for f in (nll, ga, wga, satimp, simnpo, lambda x, m: sequence_logprob(x, m).sum())]
+    cases += [
+        (lambda h, m, a=a, c=c: rmu(h, c, m, average=a), hidden)
+        for a in ("sequence", "token")
+        for c in (draw(3), hidden.flip(0))]
     cases += [(lambda x, m: kl(x, logits.flip(0), m), logits)]
     for f, clean in cases:
         dirty = clean.clone()
@@ -298,24 +326,52 @@ def test_long_answers_stay_finite():
 LP, S, H = torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 4, 3)
 NONE, ONE_ROW = torch.zeros_like(MASK), MASK & torch.tensor([[True], [False]])
 BAD = [
-    (lambda: nll(LP, NONE), "no answer token"), (lambda: ga(LP, NONE), "no answer token"), (lambda: wga(LP, NONE), "no answer token"),
-    (lambda: grad_diff(LP, MASK, LP, NONE), "no answer token"), (lambda: kl(H, H, NONE), "no answer token"),
-    (lambda: satimp(LP, NONE), "no answer token"), (lambda: simnpo(LP, ONE_ROW), "no answer token in row 1"), (lambda: simnpo(LP, MASK, beta=0.), "beta must be positive"), (lambda: satimp(LP, MASK, beta2=-1.), "beta2 must be at least 0"),
+    (lambda: nll(LP, NONE), "no answer token"),
+    (lambda: ga(LP, NONE), "no answer token"),
+    (lambda: wga(LP, NONE), "no answer token"),
+    (lambda: grad_diff(LP, MASK, LP, NONE), "no answer token"),
+    (lambda: kl(H, H, NONE), "no answer token"),
+    (lambda: satimp(LP, NONE), "no answer token"),
+    (lambda: simnpo(LP, ONE_ROW), "no answer token in row 1"),
+    (lambda: simnpo(LP, MASK, beta=0.), "beta must be positive"),
+    (lambda: satimp(LP, MASK, beta2=-1.), "beta2 must be at least 0"),
     (lambda: undial(LP, LP, torch.tensor([0, 1]), beta=-1.), "beta must be at least 0"),
-    (lambda: rmu(H, H, NONE), "no answer token"), (lambda: rmu(H, H, ONE_ROW), "no answer token in row 1"),
-    (lambda: nll(LP, MASK.long()), "torch.bool"), (lambda: nll(LP, MASK[:1]), r"shape \(2, 4\)"), (lambda: sequence_logprob(LP, MASK[:, :3]), r"shape \(2, 4\)"),
-    (lambda: rmu(H, H[:1], MASK), r"control \[d\]"), (lambda: rmu(H[0], H[0], MASK[0]), r"\[batch, seq, d\]"), (lambda: rmu(H, H, MASK, average="mean"), "'sequence' or 'token'"),
-    (lambda: rmu_control(0, torch.Generator()), "at least 1"), (lambda: kl(H, H[:1], MASK), "one shape"),
-    (lambda: npo(S, S[:, None]), "one shape"), (lambda: npo(LP, LP), "one shape"), (lambda: npo(S[:0], S[:0]), "batch >= 1"), (lambda: dpo(S, S, S, S[:1]), "one shape"),
-    (lambda: npo(S, S, beta=0), "beta must be positive"), (lambda: dpo(S, S, S, S, beta=float("nan")), "beta must be positive"), (lambda: wga(LP, MASK, beta=-1.), "beta must be at least 0"),
-    (lambda: token_logprob(H, torch.full((2, 4), -100)), "0 to 2, got -100"), (lambda: token_logprob(H, torch.full((2, 4), 3)), "0 to 2, got 3"),
-    (lambda: token_logprob(H, torch.zeros(2, 3, dtype=torch.int64)), r"shape \(2, 4\)"), (lambda: token_logprob(H, LP), "torch.int64"),
-    (lambda: nll(LP.tolist(), MASK), "values must be a torch.Tensor, got list"), (lambda: ga(LP.numpy(), MASK), "values must be a torch.Tensor, got ndarray"),
-    (lambda: wga(LP, MASK.tolist()), "mask must be a torch.Tensor"), (lambda: sequence_logprob(None, MASK), "token_logprob must be a torch.Tensor, got NoneType"),
-    (lambda: token_logprob(torch.tensor(1.), torch.tensor(0)), r"at least 1 axis, got shape \(\)"), (lambda: token_logprob(H, [[0] * 4] * 2), "target must be a torch.Tensor"),
-    (lambda: npo([0.], S), "logprob must be a torch.Tensor"), (lambda: kl(H, H.tolist(), MASK), "reference_logits must be a torch.Tensor"), (lambda: rmu(H, [0.] * 3, MASK), "control must be"),
-    (lambda: npo(S, S, beta=None), "beta must be positive, got None"), (lambda: dpo(S, S, S, S, beta="0.1"), "beta must be positive, got '0.1'"), (lambda: wga(LP, MASK, beta=float("inf")), "beta must be"),
-    (lambda: rmu_control(2.5, torch.Generator()), "whole number, got 2.5"), (lambda: rmu_control(2, 0), "generator must be"), (lambda: rmu_control(2, torch.Generator(), float("nan")), "coefficient must be"),
+    (lambda: rmu(H, H, NONE), "no answer token"),
+    (lambda: rmu(H, H, ONE_ROW), "no answer token in row 1"),
+    (lambda: nll(LP, MASK.long()), "torch.bool"),
+    (lambda: nll(LP, MASK[:1]), r"shape \(2, 4\)"),
+    (lambda: sequence_logprob(LP, MASK[:, :3]), r"shape \(2, 4\)"),
+    (lambda: rmu(H, H[:1], MASK), r"control \[d\]"),
+    (lambda: rmu(H[0], H[0], MASK[0]), r"\[batch, seq, d\]"),
+    (lambda: rmu(H, H, MASK, average="mean"), "'sequence' or 'token'"),
+    (lambda: rmu_control(0, torch.Generator()), "at least 1"),
+    (lambda: kl(H, H[:1], MASK), "one shape"),
+    (lambda: npo(S, S[:, None]), "one shape"),
+    (lambda: npo(LP, LP), "one shape"),
+    (lambda: npo(S[:0], S[:0]), "batch >= 1"),
+    (lambda: dpo(S, S, S, S[:1]), "one shape"),
+    (lambda: npo(S, S, beta=0), "beta must be positive"),
+    (lambda: dpo(S, S, S, S, beta=float("nan")), "beta must be positive"),
+    (lambda: wga(LP, MASK, beta=-1.), "beta must be at least 0"),
+    (lambda: token_logprob(H, torch.full((2, 4), -100)), "0 to 2, got -100"),
+    (lambda: token_logprob(H, torch.full((2, 4), 3)), "0 to 2, got 3"),
+    (lambda: token_logprob(H, torch.zeros(2, 3, dtype=torch.int64)), r"shape \(2, 4\)"),
+    (lambda: token_logprob(H, LP), "torch.int64"),
+    (lambda: nll(LP.tolist(), MASK), "values must be a torch.Tensor, got list"),
+    (lambda: ga(LP.numpy(), MASK), "values must be a torch.Tensor, got ndarray"),
+    (lambda: wga(LP, MASK.tolist()), "mask must be a torch.Tensor"),
+    (lambda: sequence_logprob(None, MASK), "token_logprob must be a torch.Tensor, got NoneType"),
+    (lambda: token_logprob(torch.tensor(1.), torch.tensor(0)), r"at least 1 axis, got shape \(\)"),
+    (lambda: token_logprob(H, [[0] * 4] * 2), "target must be a torch.Tensor"),
+    (lambda: npo([0.], S), "logprob must be a torch.Tensor"),
+    (lambda: kl(H, H.tolist(), MASK), "reference_logits must be a torch.Tensor"),
+    (lambda: rmu(H, [0.] * 3, MASK), "control must be"),
+    (lambda: npo(S, S, beta=None), "beta must be positive, got None"),
+    (lambda: dpo(S, S, S, S, beta="0.1"), "beta must be positive, got '0.1'"),
+    (lambda: wga(LP, MASK, beta=float("inf")), "beta must be"),
+    (lambda: rmu_control(2.5, torch.Generator()), "whole number, got 2.5"),
+    (lambda: rmu_control(2, 0), "generator must be"),
+    (lambda: rmu_control(2, torch.Generator(), float("nan")), "coefficient must be"),
 ]
 
 

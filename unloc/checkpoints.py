@@ -558,7 +558,8 @@ def _habits_aside(model, folder:Path):
     try: yield
     finally:
         if not fine: model.generation_config = habits
-    if not fine: habits.to_json_file(folder / 'generation_config.json', keys_to_pop=['compile_config'])
+    if not fine:
+        habits.to_json_file(folder / 'generation_config.json', keys_to_pop=['compile_config'])
 
 # %% ../nbs/06_checkpoints.ipynb #6bab8f33
 def _pattern(config:dict)->int|None:

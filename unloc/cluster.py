@@ -95,6 +95,7 @@ def _naming(node:str, error:Exception)->Exception:
     named.add_note(''.join(traceback.format_exception(error)))
     return named
 
+# %% ../nbs/15_cluster.ipynb #e27152e4
 def _work_on_node(store, description, compute, name, held, tofu, sent=None):
     os.environ.pop('UNLOC_PROGRESS', None) # a file of another machine
     if tofu: os.environ['UNLOC_TOFU'] = tofu
@@ -121,6 +122,7 @@ def _result_of(task):
             "install unloc and its libraries on every node") from None
     except RayError as error: return [error]
 
+# %% ../nbs/15_cluster.ipynb #a1988a11
 @cache
 def _backend():
     "Make joblib's Ray backend send tasks"
@@ -192,7 +194,8 @@ def on_ray(store:Store, missing:list[dict], jobs:int, compute:Callable)->Iterato
         while left and fruitless < 3:
             _join(wanted, lost is not None)
             before, work = len(left), delayed(_work_on_node)
-            tasks = [work(store, d, compute, name, str(held), tofu, sent) for name, d in left.items()]
+            tasks = [
+                work(store, d, compute, name, str(held), tofu, sent) for name, d in left.items()]
             for done in _round(tasks, wanted, jobs):
                 if isinstance(done, Exception): lost = done; continue
                 del left[done]

@@ -35,7 +35,8 @@ def _spread(
     return wide.reindex(columns=list(arms))
 
 # %% ../nbs/16_comparison.ipynb #5fede417
-TESTED = ['difference [95 %]', 'p', 'p Holm', 'p TOST', 'verdict', 'detectable'] # columns of a row's tests
+# columns of a row's tests
+TESTED = ['difference [95 %]', 'p', 'p Holm', 'p TOST', 'verdict', 'detectable']
 VERDICTS = 'equivalent', 'different', 'both', 'inconclusive'
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Comparison:
     def __add__(self, other:'Comparison')->'Comparison':
         "Join two comparisons into one family"
         if self.by != other.by or self.arms != other.arms:
-            raise ValueError(f"comparisons by {', '.join(self.by)} and by {', '.join(other.by)}, of {self.arms} "
-                             f"and {other.arms}: expected the same groups and arms in one family")
+            raise ValueError(
+                f"comparisons by {', '.join(self.by)} and by {', '.join(other.by)}, of {self.arms} "
+                f"and {other.arms}: expected the same groups and arms in one family")
         if both := self.tests.keys() & other.tests.keys():
-            raise ValueError(f"{next(iter(both))} is in both comparisons: one test counts once in a family")
+            raise ValueError(
+                f"{next(iter(both))} is in both comparisons: one test counts once in a family")
         return Comparison(self.by, self.arms, self.tests | other.tests, self.values | other.values)
 
     def cells(self, key:tuple, digits:int, columns:list[str]=TESTED)->dict[str, str]:
@@ -72,24 +75,29 @@ class Comparison:
 
 # %% ../nbs/16_comparison.ipynb #a24105a2
 PAIR = 'Oracle', 'Random' # the difference is Oracle − Random
-FEW = 'fewer than three pairs at the level; take more seeds, longer runs or another level' # verdict of such a row
+# verdict of such a row
+FEW = 'fewer than three pairs at the level; take more seeds, longer runs or another level'
 
 def compare(
     frame, # pandas.DataFrame, one row a run: the columns by, pair, column and outcome
     by:list[str], # columns that name a group, a row of the table
     outcome:str, # column of the number compared
-    margin:float|dict, # smallest effect of interest, in the unit of the outcome; or one for each value of the last of by
+    # smallest effect of interest, in the unit of the outcome; or one for each value of the last of
+    # by
+    margin:float|dict,
     arms:tuple[str, str]=PAIR, # two values of `column`; the difference is first − second
     pair:str|list[str]='seed', # columns that name a pair
     column:str='arm', # which column names the arm
     where:str='', # a column of truth values: only there does the outcome count
-    expected=None, # pandas.DataFrame, one row for each run that was asked for; None: those of the frame
+    # pandas.DataFrame, one row for each run that was asked for; None: those of the frame
+    expected=None,
 )->Comparison: # groups in the order of the rows
     "Compare two arms, pair by pair, in each group"
     pair = [pair] if isinstance(pair, str) else list(pair)
     names = [*by, *pair, column]
     for name in [*names, outcome, *([where] if where else [])]:
-        if name not in frame: raise ValueError(f"no column {name!r}: expected one of {', '.join(map(str, frame))}")
+        if name not in frame:
+            raise ValueError(f"no column {name!r}: expected one of {', '.join(map(str, frame))}")
     told = frame[[*names, outcome]]
     if where: told = told.assign(**{outcome: told[outcome].where(frame[where].astype(bool))})
     if expected is not None: told = expected[names].merge(told, 'left', on=names)
@@ -123,7 +131,8 @@ def table(
     rows = []
     for key in comparison.tests:
         cells = _row(comparison, key, digits, few)
-        rows.append(dict(zip(comparison.by, key)) | {name: cells[name] for name in columns or cells})
+        rows.append(
+            dict(zip(comparison.by, key)) | {name: cells[name] for name in columns or cells})
     import pandas as pd
     return pd.DataFrame(rows)
 
@@ -193,8 +202,9 @@ def correlated(
     frame, # pandas.DataFrame, one row a run
     x:str, # column
     y:str, # column
-    within:list[str]=(), # columns that name the groups held fixed; groups in which x is constant are left out
-)->dict: # correlation and p, the true correlation found with power 0.8 (Fisher's z), runs; NaN for too few
+    # columns that name the groups held fixed; groups in which x is constant are left out
+    within:list[str]=(),
+)->dict: # correlation, p, the one found with power 0.8 (Fisher's z), runs; NaN for too few
     "Correlate two columns over runs, or within groups of runs"
     import numpy as np, pandas as pd
     from scipy.stats import norm
@@ -207,7 +217,10 @@ def correlated(
     found = dict.fromkeys(('correlation', 'p', 'detectable'), float('nan')) | {'runs': len(here)}
     if free < 5 or min(np.ptp(here[x]), np.ptp(here[y])) == 0: return found
     r, p = partial_correlation(here[x], here[y], cells)
-    return found | {'correlation': r, 'p': p, 'detectable': np.tanh((norm.ppf(.975) + norm.ppf(.8)) / free**.5)}
+    return found | {
+        'correlation': r,
+        'p': p,
+        'detectable': np.tanh((norm.ppf(.975) + norm.ppf(.8)) / free**.5)}
 
 def correlation_text(correlation:float, p:float, detectable:float, runs:int)->str:
     "Write a correlation"

@@ -196,45 +196,75 @@ CONVENTIONS = { # key: sentence, with a gap for each parameter of the study
     'learning rate': 'that of the objective, times that of arm_rates',
     'retain facts a localizer sees': 'as many as forget facts, evenly spread',
     'variants': 'the defaults of each localizer',
-    'distance': 'squared L2 per layer, summed over layers, averaged over the positions that predict answer tokens '
-        'of the forget set',
-    'level': 'first point found, in eight even steps and by halving, on ' + _ON_THE_LINE +
-        ' with FS {attack[level]:g} ± 0.03',
-    'level of retention': 'last point of ' + _ON_THE_LINE + ' with the RS named ± 0.03; a run that retains more '
-        'at its end has none',
+    'distance': (
+        'squared L2 per layer, summed over layers, averaged over the positions that predict answer'
+        ' tokens of the forget set'),
+    'level': (
+        'first point found, in eight even steps and by halving, on '
+        + _ON_THE_LINE
+        + ' with FS {attack[level]:g} ± 0.03'),
+    'level of retention': (
+        'last point of '
+        + _ON_THE_LINE
+        + ' with the RS named ± 0.03; a run that retains more at its end has none'),
 }
 
 # %% ../nbs/16_figures.ipynb #f16a0006
-CONVENTIONS |= { # of what attacks recover, and of what is still inside
-    'recovered': 'gain in extraction strength under attack, divided by what the original model knew more than the '
-        'attacked one, at the end of the attack',
-    'area': 'the same, mean over the epochs by the trapezoid rule; the equivalence margin was named for it',
-    'back': "facts of both arms' pairs at the level, of which at most half was left, and those of them that are "
-        'above half of their loss again; Wilson interval, 95 %, as if facts were independent',
-    'retained, original': 'the same of these models, where they are quantized and prompted, in the scale of Restore; '
-        'relearning is measured between them; both hold the other facts, injected before',
-    'cosine': 'over all weights, between the change at the level of forgetting and the reversal of the injection',
+CONVENTIONS |= { # of what attacks recover
+    'recovered': (
+        'gain in extraction strength under attack, divided by what the original model knew more'
+        ' than the attacked one, at the end of the attack'),
+    'area': (
+        'the same, mean over the epochs by the trapezoid rule; the equivalence margin was named'
+        ' for it'),
+    'back': (
+        "facts of both arms' pairs at the level, of which at most half was left, and those of them"
+        " that are above half of their loss again; Wilson interval, 95 %, as if facts were"
+        " independent"),
+    'retained, original': (
+        'the same of these models, where they are quantized and prompted, in the scale of Restore; '
+        'relearning is measured between them; both hold the other facts, injected before'),
+    'cosine': (
+        'over all weights, between the change at the level of forgetting and the reversal of the'
+        ' injection'),
     'distance to the retained model': 'divided by that of the original model',
-    'within arm and objective': 'partial correlation, a constant for each arm with each objective; arms whose cosine '
-        'is always 0 are left out; detectable: true correlation found with power 0.8',
-    'depth': 'activation patching of hidden states into the original model, weighted by what the retained model loses',
-    'logit lens': 'mean log-probability of the answer tokens, the highest of all layers but the last',
-    'probe': 'ridge regression on the state at the end of true (paraphrased) and false answers, five folds over '
-        'questions, accuracy of the best layer; control: the same with true and false swapped at random for each '
-        'question, its best layer',
-    'ends alike': 'original and retained model differ by less than the margin, so the measure cannot separate what '
-        'lies between them, and is not tested',
+    'within arm and objective': (
+        'partial correlation, a constant for each arm with each objective; arms whose cosine '
+        'is always 0 are left out; detectable: true correlation found with power 0.8'),
+    'depth': (
+        'activation patching of hidden states into the original model, weighted by what the'
+        ' retained model loses'),
+}
+
+# %% ../nbs/16_figures.ipynb #f16a0b06
+CONVENTIONS |= { # of what is still inside, and of doses and other injections
+    'logit lens': (
+        'mean log-probability of the answer tokens, the highest of all layers but the last'),
+    'probe': (
+        'ridge regression on the state at the end of true (paraphrased) and false answers, five'
+        ' folds over questions, accuracy of the best layer; control: the same with true and false'
+        ' swapped at random for each question, its best layer'),
+    'ends alike': (
+        'original and retained model differ by less than the margin, so the measure cannot separate'
+        ' what lies between them, and is not tested'),
     'recall': 'share of the target region that the region holds; all regions have its size',
-    'slope': 'from recall 0 to 1; least squares in each injection, mean over injections, two-sided t-test, Holm over '
-        'all slopes; TOST: margin {margin:g} AUES and {margin_recovery:g} of what was forgotten',
-    'mixed': 'one slope for all, an intercept for each injection, restricted maximum likelihood, normal test, '
-        'not adjusted',
+    'slope': (
+        'from recall 0 to 1; least squares in each injection, mean over injections, two-sided'
+        ' t-test, Holm over all slopes; TOST: margin {margin:g} AUES and {margin_recovery:g} of'
+        ' what was forgotten'),
+    'mixed': (
+        'one slope for all, an intercept for each injection, restricted maximum likelihood, normal'
+        ' test, not adjusted'),
     'detectable': 'true slope found with power 0.8',
-    'mixed with retain facts': 'as many retain facts as forget facts in each batch of the injection, drawn anew in '
-        'each epoch',
-    'with room': 'the retain set learned once more with the target region at zero, then the forget set injected into '
-        'it alone',
-    'heads': 'at least one; rows of query, key and value and columns of the output projection of attention',
+    'mixed with retain facts': (
+        'as many retain facts as forget facts in each batch of the injection, drawn anew in '
+        'each epoch'),
+    'with room': (
+        'the retain set learned once more with the target region at zero, then the forget set'
+        ' injected into it alone'),
+    'heads': (
+        'at least one; rows of query, key and value and columns of the output projection of'
+        ' attention'),
 }
 
 # %% ../nbs/16_figures.ipynb #f16a0007
@@ -244,7 +274,8 @@ def conventions(
 )->dict[str, str]: # key: sentence
     "Define what a table uses"
     unknown = [key for key in says if key not in CONVENTIONS]
-    if unknown: raise ValueError(f"unknown convention {unknown[0]!r}; known: {', '.join(CONVENTIONS)}")
+    if unknown:
+        raise ValueError(f"unknown convention {unknown[0]!r}; known: {', '.join(CONVENTIONS)}")
     return {key: CONVENTIONS[key].format_map(values) for key in says}
 
 def pairs_told(
@@ -269,7 +300,9 @@ def save(
 ): # the table with names in print, for the page to show; of a figure None
     "Save a figure or a table with its data, its conventions and where it comes from"
     found = conventions(says, study.values) | more.pop('conventions', {})
-    about = noted(study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why)
+    about = noted(
+        study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why
+    )
     if hasattr(what, 'savefig'): return save_figure(what, study.folder, name, data, about)
     table = printed(what.fillna(DASH))
     save_table(table.to_dict('records'), study.folder, name, data, about)
@@ -281,12 +314,18 @@ def _half_interval(values)->float: # NaN for fewer than two
     from scipy.stats import t
     return values.sem() * t.ppf(.975, max(values.count() - 1, 1))
 
+def _means(groups, rows:list[str], columns:list[str])->tuple: # two pandas.DataFrame
+    "Give the means of groups and half of their intervals, rows and columns in order"
+    found = (groups.agg(how).unstack() for how in ('mean', _half_interval))
+    return tuple(x.reindex(index=rows, columns=columns).astype(float) for x in found)
+
 def _written(mean:float, half:float)->str: # '' where there is no mean
     "Write a mean and half of its interval, without a negative zero"
     if mean != mean: return ''
     first = f'{mean:.2f}'.replace('-0.00', '0.00').replace('-', '−')
     return first + ('' if half != half else f' ± {half:.2f}')
 
+# %% ../nbs/16_figures.ipynb #f13c6130
 def heatmap(
     frame, # pandas.DataFrame, one row a run
     rows:str, # column whose values are the rows
@@ -307,12 +346,12 @@ def heatmap(
     for axis, key in zip(axes[:, 0], keys):
         here = frame[(frame[panels] == list(key)).all(axis=1)]
         groups = here.groupby([rows, columns])[value]
-        mean, half = (groups.agg(how).unstack().reindex(index=row_order, columns=column_order).astype(float)
-                      for how in ('mean', _half_interval))
+        mean, half = _means(groups, row_order, column_order)
         text = mean.combine(half, lambda a, b: a.combine(b, _written))
         sns.heatmap(mean, annot=text, fmt='', cmap='vlag', center=0, vmin=limits[0], vmax=limits[1],
             annot_kws={'size': 6}, cbar_kws={'label': title}, ax=axis)
-        axis.set(title=', '.join(label(kind, name) for kind, name in zip(panels, key)), xlabel='', ylabel='')
+        heading = ', '.join(label(kind, name) for kind, name in zip(panels, key))
+        axis.set(title=heading, xlabel='', ylabel='')
         axis.tick_params(axis='x', rotation=30, length=0)
         axis.tick_params(axis='y', rotation=0, length=0)
     return figure
@@ -326,6 +365,7 @@ def _curves(axis, here, x:str, y:str)->None:
         mean = own.groupby('epoch')[[x, y]].mean()
         axis.plot(mean[x], mean[y], label=arm, **style)
 
+# %% ../nbs/16_figures.ipynb #bebb7c92
 def tradeoff_panels(
     curves, # pandas.DataFrame, one row a checkpoint: arch, objective, arm, seed, epoch, x and y
     x:str, # column, and label of the axis
@@ -339,10 +379,12 @@ def tradeoff_panels(
     import matplotlib.pyplot as plt
     set_look()
     size = PAGE, .7 + 1.75 * len(archs)
-    figure, panels = plt.subplots(len(archs), len(objectives), figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        len(archs), len(objectives), figsize=size, sharex=True, sharey=True, squeeze=False)
     for row, arch in zip(panels, archs):
         for axis, objective in zip(row, objectives):
-            here = curves[(curves.arch == arch) & (curves.objective == objective)].dropna(subset=[x, y])
+            here = curves[(curves.arch == arch) & (curves.objective == objective)].dropna(
+                subset=[x, y])
             _curves(axis, here, x, y)
             star = dict(color='black', markersize=7, label='retained model')
             if arch in stars: axis.plot(stars[arch][x], stars[arch][y], '*', **star)
@@ -350,7 +392,11 @@ def tradeoff_panels(
         row[0].set_ylabel(f"{label('arch', arch)}\n{y} ({units[1]})")
     for axis, objective in zip(panels[0], objectives): axis.set_title(label('objective', objective))
     for axis in panels[-1]: axis.set_xlabel(f'{x} ({units[0]})')
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3, handlelength=2.5)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=3,
+        handlelength=2.5)
     return figure
 
 # %% ../nbs/16_figures.ipynb #f16a0019
@@ -362,7 +408,8 @@ def interval_plot(
     "Draw paired differences with their 95 % intervals, next to the equivalence margin"
     import matplotlib.pyplot as plt, seaborn as sns
     set_look()
-    figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, .8 + .22 * len(places)), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(PAGE, .8 + .22 * len(places)), sharey=True, squeeze=False)
     colors = sns.color_palette('colorblind', len(hues))
     for axis, (title, (margin, tests)) in zip(axes[0], panels.items()):
         axis.axvspan(-margin, margin, color='.9', zorder=0)
@@ -373,8 +420,15 @@ def interval_plot(
             low = [t.difference - t.interval95[0] for t in own.values()]
             high = [t.interval95[1] - t.difference for t in own.values()]
             shift = .16 * (k - (len(hues) - 1) / 2)
-            axis.errorbar(middle, [places.index(place) + shift for place in own], xerr=[low, high],
-                linestyle='none', marker='o', color=color, linewidth=1, label=label('objective', hue))
+            axis.errorbar(
+                middle,
+                [places.index(place) + shift for place in own],
+                xerr=[low, high],
+                linestyle='none',
+                marker='o',
+                color=color,
+                linewidth=1,
+                label=label('objective', hue))
         axis.locator_params(axis='x', nbins=5)
         axis.set(xlabel=title)
     axes[0][0].set_yticks(range(len(places)), places)

@@ -95,6 +95,7 @@ def _methods(arch, model, pretrain, retain)->dict:
     return own | {'finder': kind or (), 'schedule': schedules,
         'template': template if isinstance(template, str) else ()}
 
+# %% ../../nbs/steps/base.ipynb #7a8faf1f
 def base_models(
     data:dict, # from data_description
     arch:str, # 'llama' or 'olmo2'; of checkpoints any name
@@ -211,6 +212,7 @@ def _take_over(description, folder, progress):
     def known(name): return _knowledge(place_of(description, folder, name), description, examples)
     save_json(folder, {name: known(name) for name in there})
 
+# %% ../../nbs/steps/base.ipynb #bfc04fd2
 def compute(description:dict, parent:None, folder:Path, progress:Callable[[float], None])->None:
     "Train the tokenizer, the pretrained and the retained model, or take over existing checkpoints"
     prepare(description, description['_threads'])

@@ -50,6 +50,7 @@ def demand_others(n:int)->None: # n: held-out facts
     if n < 2: raise ValueError(f"a second group of facts is taken from the held-out ones, "
         f"and there are {n}; choose data with more (n_holdout)")
 
+# %% ../../nbs/steps/inject.ipynb #dd118888
 def injection(judged:dict, seed:int, inject:dict)->dict: # inject: settings of that group
     "Describe the injection of the forget set through a random target region"
     built_on(judged, 'judge')

@@ -80,6 +80,7 @@ def _recipe(objective:str, unlearn:dict, parent:dict)->tuple[dict, dict]: # its 
     demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
     return given, used | {'retain': recipe.retain}
 
+# %% ../../nbs/steps/unlearn.ipynb #1b97f3b0
 def unlearning(
     injected:dict, # from injection
     arm:str, # a name in ARMS
@@ -98,6 +99,7 @@ def unlearning(
     return described('unlearn', injected, methods, arm=arm, draw=draw, seed=injected['seed'],
         objective=objective, recipe=recipe, **more)
 
+# %% ../../nbs/steps/unlearn.ipynb #ee09ef65
 def localized_unlearning(
     localized:dict, # from localization
     fraction:float, # of all units
@@ -152,6 +154,7 @@ def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
         'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256,
         'locked_bit_equal': True})
 
+# %% ../../nbs/steps/unlearn.ipynb #a7d498b1
 def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Unlearn the forget set through a region"
     examples, probe, base, often = setting(description, parent)
