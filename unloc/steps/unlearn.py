@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas
+import torch
 from safetensors.torch import save_file
 
 from .. import training
@@ -104,21 +105,27 @@ def localized_unlearning(
     objective:str,
     unlearn:dict,
     seed:int,
+    matched:bool=False, # the control: chance chooses, as many value vectors in each layer
 )->dict:
-    "Describe an unlearning run through the highest scores of a localizer"
+    "Describe an unlearning run through the highest scores of a localizer, or its control"
     built_on(localized, 'localize')
     find('objective', objective)
     if type(fraction) not in (int, float) or not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
     recipe, methods = _recipe(objective, unlearn, localized)
+    name, more = localized['localizer'], {'matched': True} if matched else {}
+    if matched and find('localizer', name).about['unit'] != 'value vectors': raise ValueError(
+        f"a region matched by layer is of value vectors, {name!r} scores other units; "
+        "leave matched out")
     return described('unlearn', localized, methods, fraction=float(fraction), seed=seed,
-        objective=objective, recipe=recipe)
+        objective=objective, recipe=recipe, **more)
 
 # %% ../../nbs/steps/unlearn.ipynb #94650485
 def region_of(description:dict, parent:Run, model): # Region or Neurons; None: all weights
     "Give the region that a run may change"
     if parent.description['kind'] == 'localize':
-        return highest(parent, description['fraction'], model)
+        region = highest(parent, description['fraction'], model)
+        return _matched(region, description['seed']) if description.get('matched') else region
     injected, arm = parent.description, description['arm']
     target = load_region(parent, injected)
     seed = 1000 * (description['draw'] + 1) + description['seed']
@@ -140,6 +147,14 @@ def _corrupted(target:Region, swapped:float, seed:int)->Region:
         f"vectors swaps {'none' if n == 0 else 'all'}; take another share")
     lost = Region.sample(target.shape, n / size, seed, outside=~target)
     return (target - lost) | Region.sample(target.shape, n / size, seed, outside=target)
+
+# %% ../../nbs/steps/unlearn.ipynb #6d1c0a54
+def _matched(region:Region, seed:int)->Region:
+    "Draw as many value vectors in each layer as a region has there"
+    generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(region.mask)
+    for row, chosen in zip(mask, region.columns):
+        row[torch.randperm(len(row), generator=generator)[:len(chosen)]] = True
+    return Region(mask)
 
 # %% ../../nbs/steps/unlearn.ipynb #058cf849
 def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
