@@ -99,6 +99,7 @@ def unlearning(
     return described('unlearn', injected, methods, arm=arm, draw=draw, seed=injected['seed'],
         objective=objective, recipe=recipe, **more)
 
+# %% ../../nbs/steps/unlearn.ipynb #6d1c0a56
 def localized_unlearning(
     localized:dict, # from localization
     fraction:float, # of all units
