@@ -6,9 +6,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLOC = str(Path(sys.executable).with_name("unloc"))
-NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers", "26_region_share", "27_arms", "28_recovery", "29_reversal", "30_dose_response", "31_injection"]
-FIGURES = ["injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision", "localization", "region_share", "recovery", "reversal", "dose_response", "injection"]
-TABLES = ["table2_oracle_random", "table1_localizers", "table1_own_units", "table3_recovery", "table4_arms", "table5_equal_retention", "table6_inside"]
+NOTEBOOKS = ["20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers", "26_region_share", "27_arms", "28_recovery", "29_reversal", "30_dose_response", "31_injection", "32_bases"]
+FIGURES = ["injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision", "localization", "region_share", "recovery", "reversal", "dose_response", "injection", "bases"]
+TABLES = ["table2_oracle_random", "table1_localizers", "table1_own_units", "table3_recovery", "table4_arms", "table5_equal_retention", "table6_inside", "bases_pairs", "bases_localizers"]
 FILES = {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")} | {f"{name}{suffix}" for name in TABLES for suffix in (".json", ".csv", ".tex", "_data.csv")} | {"machine.json"}
 
 
@@ -154,7 +154,7 @@ def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):
 
 # --- the plan
 
-KINDS = {"base": 2, "judge": 2, "inject": 3 * 2 + 3 + 3 + 3 * 4, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8}
+KINDS = {"base": 2 + 1, "judge": 2 + 1, "inject": 3 * 2 + 3 + 3 + 3 * 4 + 1, "teach": 1, "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2 + 1, "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8 + 12, "supervise": 6, "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8 + 10}
 
 def test_a_measure_whose_ends_are_alike_is_not_tested(smoke):
     about = json.loads((smoke.out / "smoke" / "table6_inside.json").read_text("utf-8"))
@@ -166,7 +166,7 @@ def test_a_measure_whose_ends_are_alike_is_not_tested(smoke):
 def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     before = files(smoke.out, smoke.store, smoke.root / "nbs")
     code, out, err = smoke.call("plan", "--profile", "smoke", "--jobs", "1", store=tmp_path / "runs")
-    assert code == 0 and err == "" and out.startswith("profile smoke: 12 notebooks, 202 runs, 202 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
+    assert code == 0 and err == "" and out.startswith("profile smoke: 13 notebooks, 228 runs, 228 to do, 1 at a time\n") and out.endswith("everything is there and fits\n"), (out, err)
     assert {kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1] for kind in KINDS} == {kind: str(n) for kind, n in KINDS.items()}
     kinds = [json.loads((f / "description.json").read_text("utf-8"))["description"]["kind"] for f in smoke.store.iterdir() if f.name != "locks"]
     assert {k: kinds.count(k) for k in set(kinds)} == KINDS and not (tmp_path / "runs").exists() and files(smoke.out, smoke.store, smoke.root / "nbs") == before
@@ -174,7 +174,7 @@ def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
 def test_the_plan_of_what_is_done(smoke):
     before = files(smoke.out, smoke.store)
     code, out, err = smoke.call("plan", "--profile", "smoke", "--set", "margin=0.05")
-    assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 12 notebooks, 202 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
+    assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 13 notebooks, 228 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
     code, out, err = smoke.call("plan", "--profile", "cost", "--only", "40_cost")
     assert code == 0 and out == "profile cost: 1 notebooks, 0 runs, 0 to do\neverything is there\n"
 

@@ -292,6 +292,18 @@ def test_localized_runs_change_the_highest_scores(done, arch):
     assert sorted(len(c) for c in Region.load(layers).columns) == [0, 0, 0, 32] # a quarter of four projections
     assert all(run.json()["locked_bit_equal"] and math.isfinite(run.table().FQ.iloc[-1]) for run in runs)
 
+def test_the_control_of_a_localizer_keeps_its_layers_alone(tmp_path):
+    store, origin = Store(tmp_path), localization(injection(standard(parent(), JUDGE), 0, INJECT), "gradient")
+    def run(seed, **more): return sweep(store, [localized_unlearning(origin, .25, "npo", {"lr": 5e-3, "epochs": 1}, seed, **more)])[0]
+    chosen, control, other = (Region.load(run(seed, matched=matched).file("region.safetensors")) for seed, matched in ((0, False), (0, True), (1, True)))
+    assert [len(c) for c in chosen.columns] == [len(c) for c in control.columns] == [len(c) for c in other.columns]
+    assert len({chosen, control, other}) == 3 and control.recall(of=chosen) < .9
+    assert run_id(localized_unlearning(origin, .25, "npo", {"lr": 5e-3, "epochs": 1}, 0)) == run(0).path.name
+
+@pytest.mark.parametrize("name", ["random_projections", "random_weights", "wagle_weights", "memflex_projections"])
+def test_no_control_by_layer_of_other_units(name):
+    with pytest.raises(ValueError, match=f"of value vectors, '{name}' scores other units"): localized_unlearning(localization(teaching(standard(parent(), JUDGE)), name), .1, "npo", {"lr": 1e-3, "epochs": 1}, 0, matched=True)
+
 def test_bfloat16_goes_the_whole_way(tmp_path):
     store, judged = Store(tmp_path), standard(parent(precision="bfloat16"), JUDGE)
     injected, taught = injection(judged, 0, INJECT), teaching(judged)

@@ -1060,6 +1060,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unloc.steps.teach.teaching': ('steps/teach.html#teaching', 'unloc/steps/teach.py')},
             'unloc.steps.unlearn': { 'unloc.steps.unlearn.Unlearn': ('steps/unlearn.html#unlearn', 'unloc/steps/unlearn.py'),
                                      'unloc.steps.unlearn._corrupted': ('steps/unlearn.html#_corrupted', 'unloc/steps/unlearn.py'),
+                                     'unloc.steps.unlearn._matched': ('steps/unlearn.html#_matched', 'unloc/steps/unlearn.py'),
                                      'unloc.steps.unlearn._options': ('steps/unlearn.html#_options', 'unloc/steps/unlearn.py'),
                                      'unloc.steps.unlearn._recipe': ('steps/unlearn.html#_recipe', 'unloc/steps/unlearn.py'),
                                      'unloc.steps.unlearn.compute': ('steps/unlearn.html#compute', 'unloc/steps/unlearn.py'),
