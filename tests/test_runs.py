@@ -3,6 +3,7 @@ import errno, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from unloc import runs
+from unloc.experiment import USUAL_ATTACKS
 from unloc.runs import DamagedRun, Store, check_run, code_fingerprint, public, run_id, stages, sweep
 
 GRID = [{"kind": "leaf", "n": n, "parent": {"kind": "root", "n": n % 2, "_slow": .1}, "_slow": .1} for n in range(6)]
@@ -230,11 +231,13 @@ def test_fingerprint_sees_code_and_only_code(edit, same, tmp_path, monkeypatch):
 def test_fingerprint_covers_every_module_a_result_depends_on():
     import ast, unloc
     folder = Path(unloc.__file__).parent
-    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse((folder / f"{module}.py").read_text("utf-8")))
+    def file(module): return folder / f"{module.replace('.', '/')}.py"
+    def imported(module): return {n.module.removeprefix("unloc.") if n.module and n.module != "unloc" else a.name for n in ast.walk(ast.parse(file(module).read_text("utf-8")))
         if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").split(".")[0] == "unloc") for a in n.names}
-    seen, todo = set(), ["experiment"]
-    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if (folder / f"{i}.py").exists() and i not in seen]
-    assert seen - {"runs"} <= {*runs.CODE, *runs.ALSO["attack"]} and {"masked", "metrics", "tokens", "attacks"} <= seen # runs only stores
+    seen, todo = set(), ["experiment", *(m for kind in runs.ALSO.values() for m in kind)]
+    while todo: seen |= {m := todo.pop()}; todo += [i for i in imported(m) if file(i).exists() and i not in seen]
+    assert seen - {"runs"} <= {*runs.CODE, *runs.ALSO["attack"], *runs.ALSO["edit"]} and {"masked", "metrics", "tokens", "scene"} <= seen # runs only stores
+    assert set(runs.ALSO["attack"]) >= {f"methods.{name}" for name in USUAL_ATTACKS}
 
 def test_a_kind_that_needs_more_code_has_more_of_it_in_its_name(monkeypatch):
     one, other = {"kind": "unlearn", "n": 1}, {"kind": "attack", "n": 1}

@@ -4,7 +4,19 @@ import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 import unloc
-from unloc import attacks, attribution, checkpoints, evaluation, masked, models, training
+from unloc import attribution, checkpoints, evaluation, masked, models, training
+from unloc.change import Change, compared, edited
+from unloc.inside import final_norm, hidden_states, patched_logprob
+from unloc.methods.depth import unlearning_depth
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.methods.relearning import relearn
+from unloc.methods.sampling import best_of
+from unloc.methods.restore import restore
+from unloc.methods.zeroing import zeroing
+from unloc.quantization import library_quantized, quantized
+from unloc.register import METHODS
+from unloc.scene import Scene
 from unloc.facts import author_world
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
@@ -23,7 +35,12 @@ def small(): # every dropout of GPT-2, and strong
     return GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=160, resid_pdrop=.4, embd_pdrop=.4, attn_pdrop=.4, bos_token_id=1, eos_token_id=1)).eval()
 
 CLEAN = small()
-STATES, TARGETS = attacks.hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
+WHERE = {0: (torch.arange(2), torch.ones(2, 16))} # two value vectors
+def shifted(m): # a copy with one weight moved
+    other = copy.deepcopy(m)
+    with torch.no_grad(): next(other.parameters()).add_(1.)
+    return other
+STATES, TARGETS = hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
 KNOWN, HIDDEN = evaluation.score(CLEAN, GET).known, models.answer_hidden(CLEAN, BATCH).detach()
 def recipe(**more): return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
 def within(context, act=lambda m: evaluation.score(m, GET)):
@@ -54,10 +71,12 @@ LOOKING = { # name: a call that leaves the weights
     "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"), "evaluation.choose": lambda m: evaluation.choose(m, evaluation.Options([GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]])),
     "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).control.device.type,
-    "attacks.relearn": lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "attacks.quantized": within(lambda m: attacks.quantized(m, 4)), "attacks.library_quantized": within(lambda m: attacks.library_quantized(m, 8)),
-    "attacks.between": lambda m: attacks.between(m, {0: (torch.arange(2), torch.ones(2, 16))}, {0: (torch.arange(2), torch.ones(2, 16))}) and 0, "attacks.final_norm": lambda m: type(attacks.final_norm(m)).__name__,
-    "attacks.hidden_states": lambda m: attacks.hidden_states(m, GET), "attacks.logit_lens": lambda m: attacks.logit_lens(m, GET), "attacks.linear_probe": lambda m: attacks.linear_probe(m, GET, WRONG, folds=2),
-    "attacks.patched_logprob": lambda m: attacks.patched_logprob(m, GET, 1, STATES[1]), "attacks.unlearning_depth": lambda m: attacks.unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "attacks.best_of": lambda m: attacks.best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
+    "methods.relearning.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
+    "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "change.compared": lambda m: compared(m, shifted(m), m), "scene.Scene": lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(torch.ones(len(GET))), "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
+    "methods.restore.restore": lambda m: restore(m, REGION, shifted(m)).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
+    "inside.hidden_states": lambda m: hidden_states(m, GET), "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET), "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
+    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "methods.sampling.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
     "masked.is_unlocked": masked.is_unlocked, "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(m, folder / "whole"),
     "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),
@@ -67,7 +86,7 @@ LOOKING = { # name: a call that leaves the weights
 }
 TRAINING = { # name: a call that changes weights
     "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0), "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0), "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
-    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0), "training.supervise": lambda m: training.supervise(m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
+    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0), "change.edited": lambda m: edited(METHODS["editor"]["zeroing"], m, REGION)[1], "training.supervise": lambda m: training.supervise(m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
 }
 MORE = { # other ways of the same functions
     "unlearn through all weights": lambda m: training.unlearn(m, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(retain="kl"), 0), "unlearn by RMU": lambda m: training.unlearn(m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="rmu"), 0),
@@ -84,16 +103,16 @@ def takes_a_model(f):
     return any(p.annotation is nn.Module or p.name in ("model", "original") and p.annotation is not dict for p in parameters)
 
 def public(): # chapter.name of every public function, class and method of a class itself that takes a model
-    for info in pkgutil.iter_modules(unloc.__path__):
-        if info.name.startswith("_"): continue
-        chapter = importlib.import_module(f"unloc.{info.name}")
+    for info in pkgutil.walk_packages(unloc.__path__, "unloc."):
+        if info.name.startswith("unloc._"): continue
+        chapter = importlib.import_module(info.name)
         for name, thing in ((name, getattr(chapter, name)) for name in getattr(chapter, "__all__", ())):
             if getattr(thing, "__module__", "") != chapter.__name__: continue
             if inspect.isclass(thing):
                 for part, method in vars(thing).items():
-                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(method.__func__): yield f"{info.name}.{name}.{part}"
+                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(method.__func__): yield f"{info.name[6:]}.{name}.{part}"
                 thing = vars(thing).get("__init__")
-            if inspect.isfunction(thing) and takes_a_model(thing): yield f"{info.name}.{name}"
+            if inspect.isfunction(thing) and takes_a_model(thing): yield f"{info.name[6:]}.{name}"
 
 KNOWN_BY_NAME = {"models.check_linear", "models.value_vectors", "models.ExpertProjection", "models.Experts"} # they take a part of a model, and read its weights
 def test_every_public_function_that_takes_a_model_is_tested_here(): assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
@@ -146,7 +165,7 @@ def run(name, m, folder):
         return flat(call(m, folder) if "folder" in inspect.signature(call).parameters else call(m)), flat(weights(m))
 
 NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held" # what is trained inside them needs gradients
-ON_THE_DEVICE_OF_NEW_TENSORS = "checkpoints.save_change", "checkpoints.apply_change", "attacks.between", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
+ON_THE_DEVICE_OF_NEW_TENSORS = "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory): # what a model in evaluation mode gives, by name
@@ -244,7 +263,7 @@ def test_gradients_of_16_bit_weights_are_put_back():
     for p in model.parameters(): p.grad = torch.full_like(p, 3.)
     kept = [p.grad for p in model.parameters()]
     with masked.in_float32(model): training.finetune(model, GET, 1, 1e-3, 3, 0)
-    attacks.relearn(model, KEEP, GET, 1e-3, 1, 3, 0)
+    relearn(model, KEEP, GET, 1e-3, 1, 3, 0)
     training.unlearn(model, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(), 0)
     assert all(p.grad is g and (g == 3).all() for p, g in zip(model.parameters(), kept))
 
@@ -281,7 +300,7 @@ WRONG_KINDS = {"wrapper": (lambda: Wrapper(small()), "a Wrapper is no transforme
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_what_is_not_a_causal_language_model_is_named(kind):
     make, message = WRONG_KINDS[kind]
-    for call in (lambda m: evaluation.score(m, GET), lambda m: attribution.gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
+    for call in (lambda m: evaluation.score(m, GET), lambda m: attribution.gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
         with pytest.raises(ValueError, match=message): call(make())
 
 def test_an_adapter_is_to_be_merged_first():

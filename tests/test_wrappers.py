@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 from unloc import attribution as A
-from unloc.attacks import library_quantized, quantized
+from unloc.quantization import library_quantized, quantized
 from unloc.evaluation import score
 from unloc.checkpoints import inspect, load_model, recompute, save_change, save_model, save_pretrained
 from unloc.masked import Neurons, is_unlocked, locked_digest, put_columns, unlock

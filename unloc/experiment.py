@@ -8,10 +8,11 @@ Torch is imported only by what computes, so a notebook that describes runs and r
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'NAMES', 'REQUIRED', 'MAY_BE_ZERO', 'BENCHMARKS', 'PAIR', 'ARMS', 'LOCALIZERS', 'OWN_UNITS',
-           'SEEDED', 'COMPARING', 'TAUGHT', 'SUPPORTS', 'RELEARNING', 'KINDS', 'settings', 'benchmark',
+           'SEEDED', 'COMPARING', 'USUAL_ATTACKS', 'TAUGHT', 'SUPPORTS', 'RELEARNING', 'KINDS', 'settings', 'benchmark',
            'data_description', 'data_source', 'base_models', 'standard', 'injection', 'teaching', 'unlearning',
            'supervision', 'localization', 'localized_unlearning', 'device_name', 'unjudged', 'provenance', 'attacking',
-           'page_parameters', 'base', 'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'attack']
+           'editing', 'page_parameters', 'base', 'judge', 'inject', 'teach', 'localize', 'unlearn', 'supervise', 'edit',
+           'attack']
 
 # %% ../nbs/15_experiment.ipynb #623921cb
 import json
@@ -41,7 +42,7 @@ SETTINGS = { # group: the names of its settings and the type of each
     'inject': _TRAINING | {'fraction': float, 'others': bool, 'unit': str, 'style': str, 'room': int},
     'unlearn': {'lr': float, 'epochs': int, 'batch_size': int, 'retain': str, 'gamma': float, 'alpha': float, 'layer': float, 'coefficient': float, 'full_every': int},
     'supervise': {'lr': float, 'epochs': int, 'batch_size': int},
-    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str, 'kernels': bool},
+    'attack': {'level': float, 'lr': float, 'region_lr': float, 'epochs': int, 'batch_size': int, 'taught': int, 'samples': int, 'shots': int, 'by': str, 'only': str, 'kernels': bool, 'usual': bool},
 }
 OBJECTIVES = names('objective')
 NAMES = {'schedule': names('schedule'), 'retain': (*names('retain'), 'none'), 'template': names('template'), # what these settings may say; of these three, and what a user registers
@@ -339,8 +340,8 @@ def provenance(
         'pretrain': first['pretrain'], 'retain': first['retain'], 'device': device_name(first['device']), 'precision': first['precision']} | more
 
 # %% ../nbs/15_experiment.ipynb #248a1ab9
-TAUGHT = 'held-out facts', 'forgotten facts', 'retain facts' # what an attack teaches again
-SUPPORTS = 'target region', 'outside it', 'all weights' # and where
+USUAL_ATTACKS = 'relearning', 'rounding', 'rephrasing', 'few_shot', 'sampling', 'logit_lens', 'probing', 'depth' # what every run is attacked by, in the order of the table
+TAUGHT, SUPPORTS = (written('methods.relearning', name) for name in ('TAUGHT', 'SUPPORTS')) # what an attack teaches again, and where
 RELEARNING = tuple(f'relearn {kind}, {support}' for kind in TAUGHT for support in SUPPORTS)
 
 @cache
@@ -360,13 +361,28 @@ def _demand_held_out(n:int, how:dict)->None: # n: held-out facts that are no par
 def _demand_others(n:int)->None: # n: held-out facts
     if n < 2: raise ValueError(f"a second group of facts is taken from the held-out ones, and there are {n}; choose data with more (n_holdout)")
 
-def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, from localized_unlearning of an injection, or from injection; attack: settings of that group
+def _named_methods(kind:str, given)->dict: # kind: 'attack' or 'editor'; given: name: options -> the same, checked
+    "Check methods that a run names, with their options"
+    from unloc.register import find
+    if not isinstance(given, dict): raise ValueError(f"{kind}s are named in a dictionary, each with a dictionary of its options, got {given!r:.60}")
+    found = {name: find(kind, name) for name in given}
+    for name, options in given.items():
+        if not isinstance(options, dict): raise ValueError(f"{kind} {name}: options are a dictionary, got {options!r:.60}")
+    return {name: found[name].checked(options) for name, options in given.items()}
+
+def _described_methods(kind:str, names)->dict: # {} or {'methods': {name: digest}}, so that a run is named by a user's code as well
+    digests = {name: _digest_of_method(kind, name) for name in names}
+    return {'methods': own} if (own := {name: x for name, x in digests.items() if x}) else {}
+
+def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, editing, localized_unlearning of an injection, or injection; attack: settings of that group, and 'attacks', a dictionary of further ones with their options
     "Describe the attacks on an unlearned model"
-    _built_on(run, 'unlearn', 'inject')
+    _built_on(run, 'unlearn', 'inject', 'edit')
     origin = run
     while origin['kind'] not in ('inject', 'teach'): origin = origin['parent']
     if origin['kind'] == 'teach': raise ValueError("an attack is measured between the original and the retained model, which differ in a known region alone; attack runs that are built on an injection")
-    attack = settings('attack', attack)
+    more = attack.get('attacks') if isinstance(attack, dict) else None
+    attack = settings('attack', {k: v for k, v in attack.items() if k != 'attacks'} if isinstance(attack, dict) else attack)
+    if more is not None: attack |= {'attacks': _named_methods('attack', more)}
     if attack.get('only'): _one_of('attack', attack['only'], RELEARNING)
     if attack.get('by') == 'RS': _demand_retain(origin, 'attack: by RS', 'attack by FS')
     base = origin
@@ -375,7 +391,25 @@ def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, 
         forget, held_out = _sizes(json.dumps(base['data']))
         _demand_forgotten(forget, attack)
         _demand_held_out(held_out - (min(forget, held_out // 2) if origin.get('others') else 0), attack)
-    return {'kind': 'attack', 'parent': run, 'attack': attack, 'seed': seed} | additions(schedule='constant')
+    return {'kind': 'attack', 'parent': run, 'attack': attack, 'seed': seed} | additions(schedule='constant') | _described_methods('attack', attack.get('attacks', {}))
+
+def editing(
+    origin:dict, # from injection, teaching or localization
+    editor:str, # the name of one that is registered
+    options:dict|None=None, # its own
+    arm:str='Oracle', # of an injection: a name in ARMS, not Corrupt
+    draw:int=0, # of an injection: which random region
+    fraction:float=.1, # of a localization: how much of the highest scores
+    seed:int=0,
+)->dict:
+    "Describe a change of an original model by an editor"
+    _built_on(origin, 'inject', 'teach', 'localize')
+    how = {'editor': editor, 'options': _named_methods('editor', {editor: options or {}})[editor]}
+    how |= _described_methods('edit', [editor])
+    if origin['kind'] == 'inject': return _child('edit', origin, arm, draw, how, [a for a in ARMS if a != 'Corrupt'])
+    if origin['kind'] == 'teach': return {'kind': 'edit', 'parent': origin, 'seed': seed} | how
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1: raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
+    return {'kind': 'edit', 'parent': origin, 'fraction': float(fraction), 'seed': seed} | how
 
 # %% ../nbs/15_experiment.ipynb #c1df84b4
 _RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room for
@@ -804,142 +838,102 @@ def supervise(description:dict, parent:Run, folder:Path, progress:Callable[[floa
     trajectory = training.supervise(model, region, examples['forget'], probe, targets, seed=description['seed'], **description['recipe'], **often, start=_load_evaluation(parent), progress=progress)
     _save_trajectory(folder, region, trajectory)
 
-# %% ../nbs/15_experiment.ipynb #a05feb69
-def _way(parent, origin, model, without):
-    "Give what moves a model from its original towards the end of a run"
-    from unloc.attacks import between
-    from unloc.masked import AllWeights, unlock
-    from unloc.regions import Region
-    def columns(model):
-        with unlock(model, region) as found: return found.values()
-    if parent.file('weights.safetensors').exists(): return between(model, AllWeights(model).values(), parent.tensors('weights.safetensors'))
-    region = Region.load(parent.file('region.safetensors')) if parent.description.get('parent', {}).get('kind') == 'localize' else _load_region(parent, origin.description)
-    return between(model, columns(model), columns(without) if parent.description['kind'] == 'inject' else _load_columns(parent))
-
-def _brought_to(put, how, forgotten, retained):
-    "Bring a run to the level that arms are compared at: of FS the first point of its way, of RS the last, up to which it has not cost more"
-    from unloc.attacks import Level, to_level
-    _one_of('measure to compare by', by := how.get('by', 'FS'), NAMES['by'])
-    wanted, by_retention = how.get('level', 0), by == 'RS'
-    put(1.)
-    end = Level(1., retained() if by_retention else forgotten(), not wanted)
-    if not wanted or by_retention and end.reached > wanted + .03: return end # never as costly as wanted: not met
-    if not by_retention: return to_level(put, wanted, forgotten, tolerance=.03)
-    found = to_level(lambda share: put(1 - share), wanted, retained, tolerance=.03)
-    return found._replace(share=1 - found.share)
-
-def _change(model, original, without)->dict:
-    "Compare a change of a model with the reversal of its injection"
+# %% ../nbs/15_experiment.ipynb #e5a1c002
+def edit(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
+    "Change an original model by an editor, through a region"
     import torch
-    def all_of(model): return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    start, goal, here = all_of(original), all_of(without), all_of(model)
-    moved, back = here - start, goal - start # back: what would undo the injection
-    norm, whole = float(moved.norm()), float(back.norm())
-    return {'norm': norm, 'largest': float(moved.abs().max()), 'cosine_to_reversal': float(moved @ back) / (norm * whole) if norm else 0., 'reversed': float(moved @ back) / whole**2, 'distance_to_retained': float((here - goal).norm()) / whole}
+    from unloc import training
+    from unloc.change import edited
+    from unloc.evaluation import evaluate
+    from unloc.register import find
+    _demand_methods(description)
+    examples, probe, base, _ = _setting(description, parent)
+    origin = _ancestor(description, parent, ('inject', 'teach'))
+    model, start = _original(origin, base), _load_evaluation(origin)
+    region = None if parent.description['kind'] == 'teach' else _region(description, parent, model)
+    retained = _retained(base) if origin.description['kind'] == 'teach' else _without(origin, base)
+    change, digest = edited(find('editor', description['editor']), model, region, description['options'],
+        forget=examples['forget'], retain=examples['retain'], retained=retained,
+        seed=description['seed'], progress=progress)
+    change.save(folder)
+    both, nan = (start, evaluate(model, probe)), float('nan')
+    points = [{'epoch': i, 'loss': nan} | one.point for i, one in enumerate(both)]
+    facts = {name: torch.stack([one.facts[name] for one in both]) for name in start.facts}
+    _save_trajectory(folder, region, training.Trajectory(points, facts, nan, digest)) # no gradient was taken
+
+# %% ../nbs/15_experiment.ipynb #a05feb69
+def _change_of(parent, origin, model, without):
+    "Load the change that a run made to its original model; of an injection its reversal"
+    from unloc.change import Change
+    from unloc.masked import columns_at
+    if parent.description['kind'] != 'inject': return Change.load(parent.file('.')).on(model)
+    return Change.of(model, columns_at(without, _load_columns(origin)))
+
+def _set_scene(description, parent): # -> Scene; Level; RS at that level
+    "Bring a run to the level of the comparison, and gather what attacks need"
+    import copy
+    from unloc.evaluation import score
+    from unloc.level import at_level
+    from unloc.masked import put_columns
+    from unloc.regions import Region
+    from unloc.scene import Scene
+    examples, probe, base, _ = _setting(description, parent)
+    origin, how = _ancestor(description, parent, ('inject',)), description['attack']
+    without, by = _without(origin, base), how.get('by', 'FS')
+    put_columns(model := copy.deepcopy(without), _load_columns(origin))
+    original, forget = copy.deepcopy(model), examples['forget']
+    if by == 'RS' and not probe.retain: raise ValueError(
+        "attack: by RS needs retain facts, and the data have none; attack by FS")
+    def strength(asked): return float(score(model, asked).extraction_strength.mean()) if asked else float('nan')
+    measures = {'FS': lambda: 1 - strength(forget), 'RS': lambda: strength(probe.retain)}
+    change = _change_of(parent, origin, model, without)
+    level = at_level(change.at, how.get('level', 0), measures[by], by)
+    injected = len(_others(examples)) if origin.description.get('others') else 0
+    scene = Scene.of(model, original, without, examples | {'holdout': examples['holdout'][injected:]},
+        target=Region.load(origin.file('region.safetensors')), # of neurons their value vectors
+        change=change, choices=probe.choices.get('forget'), facts=benchmark(base.description['data']),
+        tokenizer=probe.tokenizer, template=_template(base.description),
+        max_new_tokens=probe.max_new_tokens, controls=parent.description['kind'] == 'inject')
+    return scene, level, measures['RS']()
 
 # %% ../nbs/15_experiment.ipynb #4e7b24d0
-def _teach_again(model, target, examples, how, others, seed, known, left)->tuple[list[dict], dict]: # known, left: [n] knowledge of the original and of the attacked model
-    "Relearn three kinds of facts through three supports; the measured facts are the same throughout"
-    from unloc import attacks
-    forget, k = examples['forget'], how['taught']
-    if only := how.get('only', ''): _one_of('attack', only, RELEARNING)
-    _demand_forgotten(len(forget), how)
-    _demand_held_out(len(examples['holdout']) - len(others), how)
-    chosen = {i * len(forget) // k for i in range(k)}
-    half, measured = [e for i, e in enumerate(forget) if i in chosen], [i for i in range(len(forget)) if i not in chosen]
-    taught = dict(zip(TAUGHT, (examples['holdout'][len(others):][:k], half, _spread(examples['retain'], k))))
-    taught = {kind: some for kind, some in taught.items() if some} # without a retain set its rows are missing
-    regions = dict(zip(SUPPORTS, (target, ~target, None)))
-    every = {f'relearn {kind}, {support}': (kind, support) for kind in taught for support in SUPPORTS}
-    rows, facts = [], {}
-    for name, (kind, support) in every.items():
-        if only not in ('', name): continue
-        where = regions[support]
-        curve = attacks.relearn(model, taught[kind], [forget[i] for i in measured], how['lr' if where is None else 'region_lr'], how['epochs'], how['batch_size'], seed, where, left[measured])
-        found = attacks.recovery(curve, known[measured]) if curve[0].mean() < known[measured].mean() else attacks.Recovery(*[float('nan')] * 3, 0, 0)
-        rows.append({'attack': f'relearn {kind}', 'support': support} | found._asdict())
-        facts[name] = curve
-    return rows, facts | {'measured': known.new_tensor(measured).long()}
+def _wanted(how)->dict: # name of an attack: its options
+    "Say which attacks are run; a setting goes to the attack that has an option of its name"
+    from unloc.register import find
+    usual = USUAL_ATTACKS if how.get('usual', True) else ()
+    names = USUAL_ATTACKS[:1] if how.get('only') else (*usual, *how.get('attacks', {}))
+    def own(name): return {k: v for k, v in how.items() if name in USUAL_ATTACKS and k in find('attack', name).options}
+    return {name: own(name) | how.get('attacks', {}).get(name, {}) for name in names}
 
-# %% ../nbs/15_experiment.ipynb #6b7def2e
-def _questions(facts, examples, probe, template, how)->dict: # name: the forgotten facts asked otherwise
-    "Put the questions in other words, and behind answered ones"
-    from unloc.attacks import few_shot
-    from unloc.tokens import encode
-    asked = {}
-    if all(f.paraphrased_question for f in facts.forget): asked['paraphrased'] = [encode(probe.tokenizer, f.paraphrased_question, f.answer, template) for f in facts.forget]
-    if (shots := how.get('shots', 3)) and examples['retain']: asked['few-shot'] = few_shot(examples['forget'], _spread(examples['retain'], shots))
-    return asked
+def _demand_methods(description:dict)->None:
+    "Demand that this process knows the attacks that a run was described with"
+    for name, digest in description.get('methods', {}).items():
+        if _digest_of_method(description['kind'], name) != digest: raise ValueError(
+            f"the {description['kind']} {name!r} is not the one that the run was described with; describe the run again")
 
-def _ask_otherwise(model, forget, questions, kernels)->dict: # per attack: [n] extraction strength
-    "Round a model, and ask it otherwise"
-    from unloc import attacks
-    from unloc.evaluation import score
-    found = {}
-    for bits in (8, 4):
-        with attacks.quantized(model, bits): found[f'{bits} bits'] = score(model, forget).extraction_strength
-        if kernels:
-            with attacks.library_quantized(model, bits): found[f'{bits} bits, bitsandbytes'] = score(model, forget).extraction_strength
-    return found | {name: score(model, asked).extraction_strength for name, asked in questions.items()}
-
-def _ask_often(models, forget, probe, n, seed)->dict: # [n_facts] ROUGE-L recall of the best of n sampled answers, and of the greedy one
-    from unloc.attacks import best_of
-    from unloc.evaluation import rouge, score
-    sampled = {f'sampled{when}': best_of(model, probe.tokenizer, forget, n, seed=seed, max_new_tokens=probe.max_new_tokens) for when, model in models.items()}
-    return sampled | {f'said{when}': rouge(model, probe.tokenizer, forget, score(model, forget).known, probe.max_new_tokens) for when, model in models.items()}
-
-def _look_inside(model, forget, choices, seed)->dict:
-    "Read the answers in the middle of a model"
-    from unloc import attacks
-    lens, right = attacks.logit_lens(model, forget).mean(1), choices.right if choices else []
-    found = {'lens': float(lens[:-1].max()), 'lens_last': float(lens[-1])}
-    if len(right) < 10: return found
-    return found | dict(zip(('probe', 'probe_control'), attacks.linear_probe(model, right, choices.wrong[::len(choices.wrong) // len(right)], seed).amax(0).tolist()))
-
-def _depth(model, original, without, forget)->float:
-    "Measure how far down the facts are gone"
-    from unloc.attacks import hidden_states, unlearning_depth
-    try: return unlearning_depth(original, forget, hidden_states(model, forget), hidden_states(without, forget))
-    except ValueError: return float('nan') # the injection taught too little to be told from the retained model
+def _digest_of_method(kind, name)->str: # '' for the package's own
+    from unloc.register import find
+    from unloc.registers import digest_of
+    kind = 'editor' if kind == 'edit' else kind
+    method = find(kind, name)
+    return '' if method.own else digest_of(kind, name, method.function)
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Bring a run to a level of forgetting, and try to get the facts back; of several right answers the one that was taught"
-    import copy, pandas
+    import pandas
     from safetensors.torch import save_file
-    from unloc.evaluation import mean_of_defined, score
-    from unloc.masked import put_columns
-    from unloc.regions import Region
-    examples, probe, base, _ = _setting(description, parent)
-    origin, how, seed = _ancestor(description, parent, ('inject',)), description['attack'], description['seed']
-    without = _without(origin, base)
-    put_columns(model := copy.deepcopy(without), _load_columns(origin))
-    original = copy.deepcopy(model)
-    forget, target = examples['forget'], Region.load(origin.file('region.safetensors')) # of neurons their value vectors
-    if how.get('by') == 'RS' and not probe.retain: raise ValueError("attack: by RS needs retain facts, and the data have none; attack by FS")
-    def strength(asked): return float(score(model, asked).extraction_strength.mean()) if asked else float('nan')
-    known = score(model, forget).extraction_strength
-    put = _way(parent, origin, model, without)
-    level = _brought_to(put, how, lambda: 1 - strength(forget), lambda: strength(probe.retain))
-    left = score(model, forget).extraction_strength
-    others = _others(examples) if origin.description.get('others') else []
-    rows, facts = _teach_again(model, target, examples, how, others, seed, known, left)
-    progress(.7)
-    gap, asked, inside = float((known - left).mean()), {}, {}
-    def share(gained, lost): return gained / lost if lost > 0 else float('nan')
-    if not how.get('only'):
-        ends = {' at first': original, ' without': without} # one and the same for all arms, so told where the injection itself is taken back
-        models, questions = {'': model} | (ends if parent.description['kind'] == 'inject' else {}), _questions(benchmark(base.description['data']), examples, probe, _template(base.description), how)
-        found = {when: _ask_otherwise(one, forget, questions, how.get('kernels')) for when, one in models.items()}
-        rows += [{'attack': name, 'support': ''} | {f'end{when}': share(float((x[name] - left).mean()), gap) for when, x in found.items()} for name in found['']]
-        asked = {f'{name}{when}': x for when, of_one in found.items() for name, x in of_one.items()}
-        inside = {f'{name}{when}': x for when, one in models.items() for name, x in _look_inside(one, forget, probe.choices.get('forget'), seed).items()} | {'depth': _depth(model, original, without, forget)}
-        if n := how.get('samples', 4):
-            asked |= (answers := _ask_often({'': model} | ends, forget, probe, n, seed))
-            sampled, said = (share(*(mean_of_defined(answers[name + when] - answers[f'{name} without']) for when in ('', ' at first'))) for name in ('sampled', 'said')) # in ROUGE-L recall, 0: as the retained model, 1: as the original
-            rows.append({'attack': 'sampled answers', 'support': '', 'end': share(sampled - said, 1 - said)}) # luck helps all three alike
-    pandas.DataFrame(rows).to_csv(folder / 'attacks.csv', index=False, lineterminator='\n')
-    save_file({'known': known, 'left': left} | facts | asked, folder / 'facts.safetensors')
-    _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(left.mean()), 'RS': strength(probe.retain), **_change(model, original, without), **inside})
+    from unloc.change import compared
+    from unloc.scene import run_attacks
+    _demand_methods(description)
+    how = description['attack']
+    scene, level, retention = _set_scene(description, parent)
+    found = run_attacks(scene, _wanted(how), description['seed'], progress)
+    pandas.DataFrame(found.rows).to_csv(folder / 'attacks.csv', index=False, lineterminator='\n')
+    save_file({'known': scene.known, 'left': scene.left} | found.facts, folder / 'facts.safetensors')
+    inside = {f'{name}{when}': x for when, of_one in found.inside.items() for name, x in of_one.items()}
+    change = compared(scene.attacked, scene.original, scene.retained)
+    _save_json(folder, {'level': how.get('level', 0), **level._asdict(), 'FS': 1 - float(scene.left.mean()),
+        'RS': retention, **change, **inside})
 
-KINDS = {f.__name__: f for f in (base, judge, inject, teach, localize, unlearn, supervise, attack)} # kind of run: what computes it
+KINDS = {f.__name__: f for f in (base, judge, inject, teach, localize, unlearn, supervise, edit, attack)} # kind of run: what computes it

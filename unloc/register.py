@@ -35,7 +35,7 @@ GIVEN = { # kind: the arguments that the study gives; a method takes those that 
     'localizer': ('model', 'forget', 'retain', 'seed', 'progress'),
     'objective': ('run', 'facts', 'rows', 'epoch'),
     'retain': ('run', 'facts'),
-    'editor': ('model', 'forget', 'retain', 'seed', 'progress', 'scene'),
+    'editor': ('model', 'forget', 'retain', 'region', 'retained', 'seed', 'progress'),
     'attack': ('scene', 'seed', 'progress'),
     'metric': ('measured',),
     'dataset': ('source',),

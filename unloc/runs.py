@@ -24,7 +24,10 @@ from .registers import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
 CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
-ALSO = {'attack': ('attacks',)} # kind of run: modules that it depends on besides
+ALSO = { # kind of run: modules that it depends on besides
+    'edit': 'register change methods.restore methods.zeroing'.split(),
+    'attack': ['register', 'change', 'level', 'scene', 'inside', 'quantization', *(f'methods.{name}'
+        for name in 'relearning rounding rephrasing few_shot sampling logit_lens probing depth'.split())]}
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
 @cache
