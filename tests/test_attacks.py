@@ -9,13 +9,13 @@ from unloc.change import Change
 from unloc.inside import hidden_states, patched_logprob
 from unloc.level import to_level
 from unloc.methods.depth import unlearning_depth
-from unloc.methods.few_shot import few_shot
+from unloc.asking import few_shot
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.methods.relearning import relearn
-from unloc.methods.sampling import best_of
+from unloc.relearn import relearn
+from unloc.asking import best_of
 from unloc.quantization import library_quantized, quantized, rounded
-from unloc.scene import Recovery, recovery
+from unloc.relearn import Recovery, recovery
 from unloc.evaluation import score
 from unloc.masked import unlock
 from unloc.models import answer_logits, region_shape, tiny_model
@@ -224,7 +224,7 @@ def test_sixteen_bits_learn_by_small_steps(): # of all weights; a region's colum
     for dtype in (torch.float32, torch.bfloat16):
         model = small().to(dtype); before = bits(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unloc.methods.relearning.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
+            patch.setattr("unloc.relearn.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
             ends[dtype] = relearn(model, taught, facts(4, 2), 1e-5, 300, 3, 0).mean(1)
         assert same(model, before) and all(x.dtype == dtype for x in model.parameters())
     first, wide, narrow = (float(x) for x in (ends[torch.float32][0], ends[torch.float32][-1], ends[torch.bfloat16][-1]))

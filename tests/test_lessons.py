@@ -6,7 +6,7 @@ import nbformat, pytest
 from nbclient import NotebookClient
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-TRAINED = "10_training", "11_scene", "12_inside", "12_quantization", "15_experiment" # a hundred steps of descent end in other digits on another kind of processor
+TRAINED = "10_training", "11_scene", "12_asking", "12_inside", "12_quantization", "12_relearn", "15_experiment" # a hundred steps of descent end in other digits on another kind of processor
 PAGES = {p.stem: p for p in sorted(NBS.glob("[01][0-9]_*.ipynb"))}
 
 

@@ -3,11 +3,11 @@ import pytest, torch, transformers
 from unloc import attribution, evaluation, models, training
 from unloc.inside import hidden_states, patched_logprob
 from unloc.methods.depth import unlearning_depth
-from unloc.methods.few_shot import few_shot
+from unloc.asking import few_shot
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.methods.relearning import relearn
-from unloc.methods.sampling import best_of
+from unloc.relearn import relearn
+from unloc.asking import best_of
 from unloc.facts import author_world
 from unloc.models import most_positions, vocabulary
 from unloc.regions import Region

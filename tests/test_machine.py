@@ -192,7 +192,7 @@ def test_executed_notebooks_have_a_place_where_the_checkout_is_read_only(tmp_pat
 @pytest.mark.parametrize("change", [lambda b: b.replace(b"\n", b"\r\n"), lambda b: codecs.BOM_UTF8 + b, lambda b: codecs.BOM_UTF8 + b.replace(b"\n", b"\r\n")], ids=["CRLF", "BOM", "both"])
 def test_the_name_of_a_run_does_not_see_line_ends_or_marks(change, tmp_path, monkeypatch):
     before = code_fingerprint()
-    for module in runs.CODE: (tmp_path / f"{module}.py").write_bytes(change((ROOT / "unloc" / f"{module}.py").read_bytes()))
+    for module in runs.CODE: (tmp_path / f"{module}.py").write_bytes(change((ROOT / "unloc" / f"{module.replace('.', '/')}.py").read_bytes()))
     class Spec:
         def __init__(self, name): self.origin = tmp_path / f"{name.removeprefix('unloc.')}.py"
     monkeypatch.setattr(runs, "find_spec", Spec)

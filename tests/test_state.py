@@ -10,8 +10,8 @@ from unloc.inside import final_norm, hidden_states, patched_logprob
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.methods.relearning import relearn
-from unloc.methods.sampling import best_of
+from unloc.relearn import relearn
+from unloc.asking import best_of
 from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
 from unloc.quantization import library_quantized, quantized
@@ -71,12 +71,12 @@ LOOKING = { # name: a call that leaves the weights
     "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"), "evaluation.choose": lambda m: evaluation.choose(m, evaluation.Options([GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]])),
     "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).control.device.type,
-    "methods.relearning.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
-    "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
+    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility], "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
     "change.compared": lambda m: compared(m, shifted(m), m), "scene.Scene": lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(torch.ones(len(GET))), "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
     "methods.restore.restore": lambda m: restore(m, REGION, shifted(m)).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
     "inside.hidden_states": lambda m: hidden_states(m, GET), "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET), "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
-    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "methods.sampling.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
+    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
     "masked.is_unlocked": masked.is_unlocked, "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(m, folder / "whole"),
     "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),

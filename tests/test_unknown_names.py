@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from unloc import attribution, experiment, models, registers, tokens, training
 from unloc.experiment import base_models, data_description, injection, localization, localized_unlearning, standard, teaching, unlearning
+from unloc.level import at_level
 from unloc.registers import REGISTERS, added, additions, demand, digest_of, names, receive, shipment, written
 from unloc.runs import Store, run_id, sweep
 
@@ -257,7 +258,7 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
     with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): experiment._draw(shape, one | {"unit": "head"}, 0)
     with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): experiment.inject(one | {"style": "quick"}, None, None, None)
     with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): experiment._localizer("compass")
-    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): experiment._brought_to(None, {"by": "MU"}, None, None)
+    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): at_level(None, .5, None, "MU")
     with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): experiment.attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
     with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
     with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: base, judge, inject"): Store(tmp_path).do({"kind": "settings"})

@@ -45,8 +45,11 @@ def _between(start:Tensor, end:Tensor, share:float)->Tensor: # end's dtype and d
 @dataclass(frozen=True, eq=False)
 class Change:
     "What a method did to a model"
-    end:Mapping # layer or place: index and columns, as from Columns.values; name of a weight: its values, or LowRank
-    start:Mapping=field(default_factory=dict) # the same places in the original model; LowRank: the weight
+    # layer or place: index and columns, as from Columns.values; name of a weight: its values, or
+    # LowRank
+    end:Mapping
+    # the same places in the original model; LowRank: the weight
+    start:Mapping=field(default_factory=dict)
     model:nn.Module|None=None # the one that `at` moves
 
     @property
@@ -80,9 +83,13 @@ def _check_weight(name, value, parameters:dict)->None:
 # %% ../nbs/11_change.ipynb #c8bf44aa
 def _at(self:Change, share:float)->None: # share: 0 is the original model, 1 the changed one
     "Put the model at a share of the way"
-    if self.model is None: raise ValueError("the change is not on a model yet; call change.on(model) with the original one")
+    if self.model is None:
+        raise ValueError(
+            "the change is not on a model yet; call change.on(model) with the original one")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], from the original model to the changed one, got {share!r:.40}")
+        raise ValueError(
+            "share must lie in [0, 1], from the original model to the changed one, got"
+            f" {share!r:.40}")
     columns = {at: (index, _between(self.start[at][1], values, share))
         for at, (index, values) in self.columns.items()}
     if columns: put_columns(self.model, columns)
@@ -102,9 +109,10 @@ def _of(
     start:Mapping|None=None, # of the same places; None: those that the model has now
 )->Change:
     "Describe where a method ended"
-    if start is not None and start.keys() != end.keys(): raise ValueError(
-        f"start and end hold {len(start)} and {len(end)} layers or weights; expected the same ones; "
-        "take both from one unlocked region")
+    if start is not None and start.keys() != end.keys():
+        raise ValueError(
+            f"start and end hold {len(start)} and {len(end)} layers or weights; expected the same"
+            " ones; take both from one unlocked region")
     change = Change(end).on(model)
     return change if start is None else replace(change, start=dict(start))
 
@@ -135,11 +143,13 @@ def _save(self:Change, folder:str|Path)->None: # an existing one
     for at, value in self.end.items():
         if type(value) is tuple: # a clone: the rows of a neuron share one index
             parts['columns'] |= {f'{at}.index': value[0].clone(), f'{at}.columns': value[1]}
-        elif isinstance(value, LowRank): parts['factors'] |= {f'{at}.left': value.left, f'{at}.right': value.right}
+        elif isinstance(value, LowRank):
+            parts['factors'] |= {f'{at}.left': value.left, f'{at}.right': value.right}
         else: parts['weights'][at] = value
     for name, tensors in parts.items():
         file = Path(folder) / f'{name}.safetensors'
-        if tensors: save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, file)
+        if tensors:
+            save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, file)
         else: file.unlink(missing_ok=True)
 
 Change.save = _save
@@ -148,9 +158,11 @@ Change.save = _save
 def _pairs(tensors:dict[str, Tensor], first:str, second:str, file:Path)->dict:
     "Put together what belongs to one place"
     places = dict.fromkeys(name.rpartition('.')[0] for name in tensors)
-    if set(tensors) != {f'{at}.{part}' for at in places for part in (first, second)}: raise ValueError(
-        f"{file} holds no change: each place has {first} and {second}; save the change anew")
-    order = sorted(int(at) if at.isdigit() else at for at in places) # layers, or places in the model
+    if set(tensors) != {f'{at}.{part}' for at in places for part in (first, second)}:
+        raise ValueError(
+            f"{file} holds no change: each place has {first} and {second}; save the change anew")
+    # layers, or places in the model
+    order = sorted(int(at) if at.isdigit() else at for at in places)
     return {at: (tensors[f'{at}.{first}'], tensors[f'{at}.{second}']) for at in order}
 
 def _load(
@@ -167,13 +179,16 @@ def _load(
             f"{file} cannot be read ({error}); save the change anew") from None
         if name == 'columns': end |= _pairs(tensors, 'index', 'columns', file)
         elif name == 'weights': end |= tensors
-        else: end |= {at: LowRank(*pair) for at, pair in _pairs(tensors, 'left', 'right', file).items()}
+        else:
+            end |= {
+                at: LowRank(*pair) for at, pair in _pairs(tensors, 'left', 'right', file).items()}
     return Change(end)
 
 Change.load = staticmethod(_load)
 
 # %% ../nbs/11_change.ipynb #fc832ca3
-def _all_of(model)->Tensor: return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+def _all_of(model)->Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 def compared(
     model:nn.Module, # changed
@@ -184,7 +199,10 @@ def compared(
     start, goal, here = _all_of(original), _all_of(retained), _all_of(model)
     moved, back = here - start, goal - start # back: what would undo the injection
     norm, whole = float(moved.norm()), float(back.norm())
-    if not whole: raise ValueError("the original and the retained model are equal, so there is nothing to reverse; give the two of one injection")
+    if not whole:
+        raise ValueError(
+            "the original and the retained model are equal, so there is nothing to reverse; give"
+            " the two of one injection")
     return {
         'norm': norm,
         'largest': float(moved.abs().max()),
@@ -202,16 +220,21 @@ def edited(
     region:Region|Neurons|None, # where the change must stay; None: anywhere
     options:Mapping={}, # of the editor
     **given, # what an editor may ask for: forget, retain, retained, seed, progress
-)->tuple[Change, str]: # on the model; digest of all weights outside the region, before and after; '' without one
+)->tuple[Change, str]: # on the model; digest of all weights outside the region, '' without one
     "Let an editor change a model, every weight outside the region proved untouched"
     before, locked = _digest(model), '' if region is None else locked_digest(model, region)
     change = method(options=options, model=model, region=region, **given)
-    if not isinstance(change, Change): raise ValueError(
-        f"the editor {method.name} gave {change!r:.40}; expected a Change, such as Change.of(model, values)")
-    if _digest(model) != before: raise ValueError(f"the editor {method.name} left the model changed; "
-        "let it work on a copy, and return Change.between(model, copy)")
+    if not isinstance(change, Change):
+        raise ValueError(
+            f"the editor {method.name} gave {change!r:.40}; expected a Change, such as"
+            " Change.of(model, values)")
+    if _digest(model) != before:
+        raise ValueError(f"the editor {method.name} left the model changed; "
+            "let it work on a copy, and return Change.between(model, copy)")
     change = Change(change.end).on(model)
     change.at(1)
     if region is None or locked_digest(model, region) == locked: return change, locked
     change.at(0)
-    raise ValueError(f"the editor {method.name} changed weights outside its region; let it change those inside alone")
+    raise ValueError(
+        f"the editor {method.name} changed weights outside its region; let it change those inside"
+        " alone")

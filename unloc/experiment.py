@@ -219,15 +219,52 @@ def _demand_retain(run:dict, what:str, remedy:str)->None: # what: needs them
     if data.get('name') and not _has_retain(json.dumps(data)):
         raise ValueError(f"{what} needs retain facts, and the data have none; {remedy}")
 
+# %% ../nbs/15_experiment.ipynb #1e7974fb
+def _named_methods(kind:str, given)->dict: # kind: in the register; given: name: options -> the same, checked
+    "Check methods that a run names, with their options"
+    from unloc.register import find
+    if not isinstance(given, dict): raise ValueError(f"{kind}s are named in a dictionary, each with a dictionary of its options, got {given!r:.60}")
+    found = {name: find(kind, name) for name in given}
+    for name, options in given.items():
+        if not isinstance(options, dict): raise ValueError(f"{kind} {name}: options are a dictionary, got {options!r:.60}")
+    return {name: found[name].checked(options) for name, options in given.items()}
+
+def _described_methods(kind:str, names)->dict: # {} or {'methods': {name: digest}}, so that a run is named by a user's code as well
+    digests = {name: _digest_of_method(kind, name) for name in names}
+    return {'methods': own} if (own := {name: x for name, x in digests.items() if x}) else {}
+
+def _without_methods(group:str, given, key:str)->tuple[dict, dict]: # key: 'attacks' or 'metrics' -> settings, checked; methods that they name
+    "Check a group of settings that may name further methods"
+    named = given.get(key) if isinstance(given, dict) else None
+    how = settings(group, {k: v for k, v in given.items() if k != key} if isinstance(given, dict) else given)
+    if named is None: return how, {}
+    named = _named_methods(key.removesuffix('s'), named)
+    return how | {key: named}, named
+
+_KINDS_OF = {'edit': 'editor', 'judge': 'metric'} # kind of run: of the methods that its description names, where it is another
+
+def _digest_of_method(kind:str, name:str)->str: # kind: of run; '' for the package's own
+    from unloc.register import find
+    from unloc.registers import digest_of
+    method = find(_KINDS_OF.get(kind, kind), name)
+    return '' if method.own else digest_of(method.kind, name, method.function)
+
+def _demand_methods(description:dict)->None:
+    "Demand that this process knows the methods that a run was described with"
+    for name, digest in description.get('methods', {}).items():
+        if _digest_of_method(description['kind'], name) != digest: raise ValueError(
+            f"the {_KINDS_OF.get(description['kind'], description['kind'])} {name!r} is not the one that the run was described with; describe the run again")
+
 # %% ../nbs/15_experiment.ipynb #bab7d92b
 def _built_on(parent, *kinds):
     "Demand a parent of the right kind"
     if not isinstance(parent, dict) or parent.get('kind') not in kinds: raise ValueError(f"this run is built on one of kind {' or '.join(kinds)}, got {parent.get('kind') if isinstance(parent, dict) else parent}")
 
-def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
+def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group, and 'metrics', a dictionary of further ones with their options
     "Describe the judgement of a retained model, the standard for all that is built on it"
     _built_on(base, 'base')
-    return {'kind': 'judge', 'parent': base, 'evaluate': settings('evaluate', evaluate)}
+    how, named = _without_methods('evaluate', evaluate, 'metrics')
+    return {'kind': 'judge', 'parent': base, 'evaluate': how} | _described_methods('judge', named)
 
 def injection(judged:dict, seed:int, inject:dict)->dict: # judged: from standard; inject: settings of that group
     "Describe the injection of the forget set through a random target region"
@@ -361,28 +398,13 @@ def _demand_held_out(n:int, how:dict)->None: # n: held-out facts that are no par
 def _demand_others(n:int)->None: # n: held-out facts
     if n < 2: raise ValueError(f"a second group of facts is taken from the held-out ones, and there are {n}; choose data with more (n_holdout)")
 
-def _named_methods(kind:str, given)->dict: # kind: 'attack' or 'editor'; given: name: options -> the same, checked
-    "Check methods that a run names, with their options"
-    from unloc.register import find
-    if not isinstance(given, dict): raise ValueError(f"{kind}s are named in a dictionary, each with a dictionary of its options, got {given!r:.60}")
-    found = {name: find(kind, name) for name in given}
-    for name, options in given.items():
-        if not isinstance(options, dict): raise ValueError(f"{kind} {name}: options are a dictionary, got {options!r:.60}")
-    return {name: found[name].checked(options) for name, options in given.items()}
-
-def _described_methods(kind:str, names)->dict: # {} or {'methods': {name: digest}}, so that a run is named by a user's code as well
-    digests = {name: _digest_of_method(kind, name) for name in names}
-    return {'methods': own} if (own := {name: x for name, x in digests.items() if x}) else {}
-
 def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, editing, localized_unlearning of an injection, or injection; attack: settings of that group, and 'attacks', a dictionary of further ones with their options
     "Describe the attacks on an unlearned model"
     _built_on(run, 'unlearn', 'inject', 'edit')
     origin = run
     while origin['kind'] not in ('inject', 'teach'): origin = origin['parent']
     if origin['kind'] == 'teach': raise ValueError("an attack is measured between the original and the retained model, which differ in a known region alone; attack runs that are built on an injection")
-    more = attack.get('attacks') if isinstance(attack, dict) else None
-    attack = settings('attack', {k: v for k, v in attack.items() if k != 'attacks'} if isinstance(attack, dict) else attack)
-    if more is not None: attack |= {'attacks': _named_methods('attack', more)}
+    attack, named = _without_methods('attack', attack, 'attacks')
     if attack.get('only'): _one_of('attack', attack['only'], RELEARNING)
     if attack.get('by') == 'RS': _demand_retain(origin, 'attack: by RS', 'attack by FS')
     base = origin
@@ -391,13 +413,14 @@ def attacking(run:dict, attack:dict, seed:int=0)->dict: # run: from unlearning, 
         forget, held_out = _sizes(json.dumps(base['data']))
         _demand_forgotten(forget, attack)
         _demand_held_out(held_out - (min(forget, held_out // 2) if origin.get('others') else 0), attack)
-    return {'kind': 'attack', 'parent': run, 'attack': attack, 'seed': seed} | additions(schedule='constant') | _described_methods('attack', attack.get('attacks', {}))
+    return {'kind': 'attack', 'parent': run, 'attack': attack, 'seed': seed} | additions(schedule='constant') | _described_methods('attack', named)
 
+# %% ../nbs/15_experiment.ipynb #8344d2bd
 def editing(
     origin:dict, # from injection, teaching or localization
     editor:str, # the name of one that is registered
-    options:dict|None=None, # its own
     arm:str='Oracle', # of an injection: a name in ARMS, not Corrupt
+    options:dict|None=None, # the editor's own
     draw:int=0, # of an injection: which random region
     fraction:float=.1, # of a localization: how much of the highest scores
     seed:int=0,
@@ -525,7 +548,7 @@ def _probe(tokenizer_folder:Path, data:str, template:str, evaluate:str): # data 
     examples = ([encode(tokenizer, f.question, f.answer, template) for f in rows] for rows in (facts.forget, kept, useful))
     offered = {name: choices(tokenizer, rows, template) for name, rows in asked.items()}
     others = _further(tokenizer, {'forget': facts.forget, 'retain': kept, 'useful': useful} | {f'{name} right': rows for name, rows in asked.items()}, template)
-    return Probe(*examples, offered, tokenizer, others=others, **{k: v for k, v in how.items() if k == 'max_new_tokens'})
+    return Probe(*examples, offered, tokenizer, others=others, **{k: v for k, v in how.items() if k in ('max_new_tokens', 'metrics')})
 
 def _further(tokenizer, sets, template)->dict:
     "Tokenize the further right answers of sets that have any"
@@ -535,6 +558,7 @@ def _further(tokenizer, sets, template)->dict:
 def _setting(description, run):
     "Give examples and probe, the base run, and how often to evaluate"
     judged = _ancestor(description, run, ('judge',))
+    _demand_methods(judged.description)
     base = _ancestor(description, run, ('base',))
     _prepare(base.description)
     facts, how = (base.file('tokenizer'), json.dumps(base.description['data']), _template(base.description)), judged.description['evaluate']
@@ -807,7 +831,8 @@ def _highest(localized, fraction, model):
 def _save_trajectory(folder, region, trajectory):
     import pandas
     from safetensors.torch import save_file
-    pandas.DataFrame(trajectory.points).to_csv(folder / 'trajectory.csv', index=False, lineterminator='\n')
+    from unloc.runs import in_rows
+    in_rows(pandas.DataFrame(trajectory.points)).to_csv(folder / 'trajectory.csv', index=False, lineterminator='\n')
     save_file(trajectory.facts, folder / 'facts.safetensors')
     if region is not None: region.save(folder / 'region.safetensors')
     _save_json(folder, {'region': None if region is None else len(region), 'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256, 'locked_bit_equal': True})
@@ -904,19 +929,6 @@ def _wanted(how)->dict: # name of an attack: its options
     names = USUAL_ATTACKS[:1] if how.get('only') else (*usual, *how.get('attacks', {}))
     def own(name): return {k: v for k, v in how.items() if name in USUAL_ATTACKS and k in find('attack', name).options}
     return {name: own(name) | how.get('attacks', {}).get(name, {}) for name in names}
-
-def _demand_methods(description:dict)->None:
-    "Demand that this process knows the attacks that a run was described with"
-    for name, digest in description.get('methods', {}).items():
-        if _digest_of_method(description['kind'], name) != digest: raise ValueError(
-            f"the {description['kind']} {name!r} is not the one that the run was described with; describe the run again")
-
-def _digest_of_method(kind, name)->str: # '' for the package's own
-    from unloc.register import find
-    from unloc.registers import digest_of
-    kind = 'editor' if kind == 'edit' else kind
-    method = find(kind, name)
-    return '' if method.own else digest_of(kind, name, method.function)
 
 # %% ../nbs/15_experiment.ipynb #ff016d30
 def attack(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:

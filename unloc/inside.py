@@ -19,7 +19,8 @@ from .models import answer_hidden, blocks_of, measuring, output_projections, val
 from .tokens import Example, batch_tokens, by_length, check_examples
 
 # %% ../nbs/12_inside.ipynb #87d38029
-NORMS = 'norm', 'ln_f', 'final_layer_norm', 'final_layernorm' # what transformers' models call the norm before the output layer
+# what transformers' models call the norm before the output layer
+NORMS = 'norm', 'ln_f', 'final_layer_norm', 'final_layernorm'
 
 def final_norm(model:nn.Module)->nn.Module:
     "Find the norm before the output layer"
@@ -35,7 +36,7 @@ def final_norm(model:nn.Module)->nn.Module:
 def hidden_states(
     model:nn.Module,
     examples:Sequence[Example],
-)->list[list[Tensor]]: # per layer, per fact: [n_answer, d_model], at the positions that predict the answer
+)->list[list[Tensor]]: # per layer, per fact: [n_answer, d_model]
     "Record what leaves each block while the answers are predicted"
     check_examples(examples, 'asked')
     blocks, found = blocks_of(model), [None] * len(examples)
@@ -68,7 +69,9 @@ def patched_logprob(
     model:nn.Module,
     examples:Sequence[Example],
     layer:int,
-    states:Sequence[Tensor], # per fact: [n_answer, d_model], what is to leave this layer at the positions that predict the answer
+    # per fact: [n_answer, d_model], what is to leave this layer at the positions that predict the
+    # answer
+    states:Sequence[Tensor],
 )->Tensor: # [n] float64, mean log-probability of the answer tokens, nats
     "Run a model with other states at one layer"
     check_examples(examples, 'asked')
@@ -83,5 +86,6 @@ def patched_logprob(
         handle = block.register_forward_hook(put)
         try: values = answer_token_logprob(model, batch)
         finally: handle.remove()
-        for i, own in zip(rows, values.split(batch.answer.sum(1).tolist())): found[i] = own.double().mean().cpu()
+        for i, own in zip(rows, values.split(batch.answer.sum(1).tolist())):
+            found[i] = own.double().mean().cpu()
     return torch.stack(found)

@@ -8,8 +8,7 @@ original model to the end of its run, to a point where it has forgotten, or reta
 # %% auto #0
 __all__ = ['MEASURES', 'TOLERANCE', 'Level', 'to_level', 'at_level']
 
-# %% ../nbs/11_level.ipynb #1f5741f6
-import math
+# %% ../nbs/11_level.ipynb #2af51100
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,13 +38,17 @@ def to_level(
     seen = [at(0.)]
     while not seen[-1].met and len(seen) <= points:
         seen.append(at(len(seen) / points))
-        if (seen[-1].reached < wanted) != (seen[0].reached < wanted): break # it lies between the last two
+        if (seen[-1].reached < wanted) != (seen[0].reached < wanted):
+            break # it lies between the last two
     low, high = seen[-2:] if len(seen) > 1 else (seen[0], seen[0])
     if (low.reached < wanted) != (high.reached < wanted):
         for _ in range(7):
             if seen[-1].met: break
             seen.append(middle := at((low.share + high.share) / 2))
-            low, high = (middle, high) if (middle.reached < wanted) == (low.reached < wanted) else (low, middle)
+            low, high = (
+                (middle, high)
+                if (middle.reached < wanted) == (low.reached < wanted)
+                else (low, middle))
     best = min(seen, key=lambda level: abs(level.reached - wanted))
     put(best.share)
     return best
@@ -61,8 +64,10 @@ def at_level(
     by:str='FS', # a name in MEASURES
 )->Level:
     "Move a model to the level that methods are compared at"
-    if by not in MEASURES: raise ValueError(f"unknown measure to compare by {by!r}; known: {', '.join(MEASURES)}")
-    if not 0 <= wanted <= 1: raise ValueError(f"level must lie in [0, 1], as FS and RS do, got {wanted!r:.40}")
+    if by not in MEASURES:
+        raise ValueError(f"unknown measure to compare by {by!r}; known: {', '.join(MEASURES)}")
+    if not 0 <= wanted <= 1:
+        raise ValueError(f"level must lie in [0, 1], as FS and RS do, got {wanted!r:.40}")
     put(1.)
     end = Level(1., measure(), not wanted)
     if not wanted or by == 'RS' and end.reached > wanted + TOLERANCE: return end

@@ -29,6 +29,7 @@ from .checkpoints import free_memory, inspect, load_tokenizer, recompute
 from .models import logits_of, mixed_precision, output_projections, over_logits, region_shape, tiny_model
 from .objectives import nll
 from .regions import region_size
+from .register import find
 from .runs import Store, cores, run_id, stages
 from .tokens import batch_tokens, train_tokenizer
 
@@ -292,13 +293,22 @@ def _attack(m, d)->Cost:
     cost = sum((m.over(step, forget[:how['taught']], how['batch_size'], (1 if only else 3) * how['epochs'], k) for name, (step, k) in supports.items() if (only or name).endswith(name)), Cost())
     if (n := how.get('samples', 4)) and not only: cost += _said(m, forget, 3 * (n + 1) * len(forget), experiment._probe(*m.facts, json.dumps(_up(d, 'judge')['evaluate'])).max_new_tokens) # and one greedy answer
     looks = (how['epochs'] + 10) if only else 9 * how['epochs'] + 25 # at each epoch of an attack, on the way to the level, inside
+    looks += sum(3 * find('attack', name).about['passes'] for name in how.get('attacks', {})) # on three models
     step, k, *_ = _through(m, d['parent'])
     way = 2 * one if step == 'all' else 8 * k * m.n_layers * m.d_model # both ends of the line to the attacked model
     relearned = max(cost.peak, asked.peak + 12 * m.weights - one) + one # looked at in float32 with two moments; and a copy to return to
     compared = one + 48 * m.weights # six vectors of all weights in float64
     return Cost(2 * one + way + max(relearned, compared), cost.flops + looks * asked.flops, cost.layers + looks * asked.layers, 16 * len(forget) * looks) # beside the original and the retained model
 
-COSTS = {'base': _base, 'judge': lambda m, d: _judged(m, d), 'teach': _teach, 'inject': _inject, 'localize': _localize, 'unlearn': _unlearn, 'supervise': _supervise, 'attack': _attack}
+def _edit(m, d)->Cost:
+    "Tell what an editor takes: its passes over the forget set, and the judgement of what it made"
+    passes, one = find('editor', d['editor']).about['passes'], m.weights * m.dtype.itemsize
+    kept = _saved(m) if d['parent']['kind'] == 'teach' else _through(m, d)[3]
+    judged = _judged(m, d)
+    along = Cost(judged.peak + one + 2 * kept.disk, judged.flops, judged.layers, 2 * judged.disk) # beside the retained model, both ends of the line
+    return m.over('score', m.examples['forget'], 0, passes) + along + kept
+
+COSTS = {'base': _base, 'judge': lambda m, d: _judged(m, d), 'teach': _teach, 'inject': _inject, 'localize': _localize, 'unlearn': _unlearn, 'supervise': _supervise, 'edit': _edit, 'attack': _attack}
 
 # %% ../nbs/17_plan.ipynb #efb32979
 @dataclass(frozen=True)

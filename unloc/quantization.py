@@ -28,7 +28,8 @@ def rounded(
     group:int=64, # weights of a row that share a grid
 )->Tensor: # the same shape and dtype
     "Round weights to the nearest point of each group's grid"
-    if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits}")
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits}")
     if group < 1: raise ValueError(f"group must be at least 1 weight, got {group}")
     if not weight.is_floating_point(): raise ValueError(
         f"only floats can be rounded, got {weight.dtype}; load the model unquantized")
@@ -53,6 +54,7 @@ def _linear_layers(model)->dict[str, nn.Module]: # by name, all but the output l
 def _expert_weights(model)->dict[str, nn.Parameter]: # by name: [n_experts, rows, columns]
     return {name: p for name, p in model.named_parameters() if p.ndim == 3}
 
+# %% ../nbs/12_quantization.ipynb #c74dd426
 @checked(but=['model'])
 @contextmanager
 def quantized(
@@ -91,13 +93,16 @@ def _library_layer(layer, bits)->nn.Module: # computes the same in fewer bits, o
     if bits == 8:
         made = library.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False,
             threshold=6., device='meta')
-        from_cpu = library.Int8Params(weight.cpu(), requires_grad=False) # it rounds on that way only
+        # it rounds on that way only
+        from_cpu = library.Int8Params(weight.cpu(), requires_grad=False)
         made.weight = from_cpu.to(weight.device)
     else:
-        made = library.LinearNF4(columns, rows, bias=False, compress_statistics=False, device='meta')
+        made = library.LinearNF4(
+            columns, rows, bias=False, compress_statistics=False, device='meta')
         four = library.Params4bit(weight, quant_type='nf4', compress_statistics=False)
         made.weight = four.to(weight.device)
-        made.support_avx512bf16_for_cpu = False # that kernel rounds inputs, too, and fails on narrow layers
+        # that kernel rounds inputs, too, and fails on narrow layers
+        made.support_avx512bf16_for_cpu = False
     if layer.bias is not None: # a copy: the library may change its dtype
         made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return made.eval()
@@ -111,16 +116,19 @@ def _check_for_library(model, layers, bits)->None:
     if experts := list(_expert_weights(model)): raise ValueError(
         f"{experts[0]} holds the weights of experts, which bitsandbytes has no layer for; "
         "`quantized` rounds them, too")
-    plain, floats = (nn.Linear.forward, Conv1D.forward), (torch.float16, torch.bfloat16, torch.float32)
+    plain = (nn.Linear.forward, Conv1D.forward)
+    floats = (torch.float16, torch.bfloat16, torch.float32)
     for name, m in layers.items():
-        if getattr(m.forward, '__func__', None) not in plain or m.weight.dtype not in floats: raise ValueError(
-            f"{name} is no plain linear layer of 16 or 32 bit floats but a {type(m).__name__} of "
-            f"{m.weight.dtype}, or computes something else already; take an unquantized model, "
-            "outside of any other block that changes its layers")
+        if getattr(m.forward, '__func__', None) not in plain or m.weight.dtype not in floats:
+            raise ValueError(
+                f"{name} is no plain linear layer of 16 or 32 bit floats but a {type(m).__name__}"
+                f" of {m.weight.dtype}, or computes something else already; take an unquantized"
+                " model, outside of any other block that changes its layers")
         columns = m.weight.shape[0 if isinstance(m, Conv1D) else 1]
         if bits == 4 and columns % 64: raise ValueError(f"{name} has rows of {columns} weights; "
             "bitsandbytes' 4 bits take multiples of 64, `quantized` any")
 
+# %% ../nbs/12_quantization.ipynb #e5989e55
 @contextmanager
 def library_quantized(
     model:nn.Module, # of 16 or 32 bit floats; for 4 bits, rows of a multiple of 64 weights

@@ -127,10 +127,17 @@ def register(
     if not (isinstance(label, str) and label.strip()): _refuse(kind, function, "lacks a label; name how tables call it: label='…'")
     if not (function.__doc__ or '').strip(): _refuse(kind, function, "lacks a docstring; say in one line what it does")
     before = METHODS[kind].get(name)
-    if before and before.function.__module__ != function.__module__: _refuse(kind, function,
+    other = before and before.function.__module__ != function.__module__
+    if other and not _of_one_page(before.function, function): _refuse(kind, function,
         f"is registered twice, here and in {_place(before.function)}; rename one of them")
     METHODS[kind][name] = Method(kind, name, label, function, source, about, _options_of(kind, function))
     return function
+
+def _of_one_page(a:Callable, b:Callable)->bool:
+    "Say whether one is defined in a page and the other in the module that the page exports"
+    modules = {a.__module__, b.__module__}
+    same = a.__qualname__ == b.__qualname__ and a.__doc__ == b.__doc__
+    return same and '__main__' in modules and any(m.startswith('unloc.methods.') for m in modules)
 
 def _decorator(kind, **about):
     def decorate(function): return register(kind, function, **about)

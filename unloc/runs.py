@@ -7,8 +7,8 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 
 # %% auto #0
 __all__ = ['CODE', 'ALSO', 'LIBRARIES', 'ENGINES', 'code_fingerprint', 'public', 'run_id', 'DamagedRun', 'Run', 'check_run',
-           'cores', 'processor', 'machines', 'checkout', 'in_checkout', 'Store', 'report', 'stages', 'engine',
-           'cluster', 'sweep', 'finished', 'results']
+           'in_rows', 'in_columns', 'cores', 'processor', 'machines', 'checkout', 'in_checkout', 'Store', 'report',
+           'stages', 'engine', 'cluster', 'sweep', 'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import ast, contextlib, errno, hashlib, importlib, json, os, platform, re, socket, subprocess, sys, tempfile, threading, time, traceback, uuid, warnings
@@ -23,10 +23,10 @@ from .arguments import checked
 from .registers import demand, load_plugins, receive, shipment
 
 # %% ../nbs/14_runs.ipynb #fe170f05
-CODE = 'arguments facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment'.split() # the modules a result depends on
+CODE = 'arguments register facts tokens models regions attribution masked checkpoints objectives metrics evaluation training registers experiment methods.strength methods.memorization methods.forget_quality methods.model_utility'.split() # the modules a result depends on
 ALSO = { # kind of run: modules that it depends on besides
-    'edit': 'register change methods.restore methods.zeroing'.split(),
-    'attack': ['register', 'change', 'level', 'scene', 'inside', 'quantization', *(f'methods.{name}'
+    'edit': 'change methods.restore methods.zeroing'.split(),
+    'attack': ['change', 'level', 'scene', 'asking', 'inside', 'quantization', 'relearn', *(f'methods.{name}'
         for name in 'relearning rounding rephrasing few_shot sampling logit_lens probing depth'.split())]}
 LIBRARIES = 'torch', 'transformers', 'tokenizers'
 
@@ -84,7 +84,7 @@ class Run:
     def json(self, name:str='result.json')->dict: return json.loads(self.file(name).read_text('utf-8'))
     def table(self, name:str='trajectory.csv'): # pandas.DataFrame
         import pandas
-        return pandas.read_csv(self.file(name))
+        return in_columns(pandas.read_csv(self.file(name)))
     def tensors(self, name:str)->dict: # name: torch.Tensor
         from safetensors.torch import load_file
         return load_file(self.file(name))
@@ -101,6 +101,19 @@ def check_run(path:Path)->None:
         if not file.exists(): raise DamagedRun(f"run {path.name} lacks {name}, {size} bytes expected; {again}")
         if file.stat().st_size != size: raise DamagedRun(f"run {path.name}: {name} has {file.stat().st_size} bytes, {size} expected; {again}")
         if _digest(file) != digest: raise DamagedRun(f"run {path.name}: {name} was altered (its SHA-256 is not the manifest's); {again}")
+
+# %% ../nbs/14_runs.ipynb #14a1c002
+_ROWS = ['epoch', 'metric', 'value']
+
+def in_rows(points): # pandas.DataFrame with a column for each metric -> one with epoch, metric and value
+    "Give each number of a trajectory a row"
+    return points.melt('epoch', var_name='metric', value_name='value')
+
+def in_columns(rows): # pandas.DataFrame as in_rows gives it; any other is given back
+    "Give each metric of a trajectory a column"
+    if list(rows.columns) != _ROWS: return rows
+    wide = rows.pivot(index='epoch', columns='metric', values='value')[list(rows.metric.unique())]
+    return wide.rename_axis(columns=None).reset_index()
 
 # %% ../nbs/14_runs.ipynb #26cdd14e
 def cores()->int: # at least 1

@@ -35,13 +35,17 @@ def unlearning_depth(
     "Measure how far down a fact is gone, next to a model that never knew it"
     check_examples(examples, 'asked')
     n_layers = len(output_projections(original))
-    if not len(unlearned) == len(retained) == n_layers: raise ValueError(
-        f"states of {len(unlearned)} and {len(retained)} layers, the original model has {n_layers}; "
-        "take them from hidden_states of models of one architecture")
-    def patched(states, layer): return patched_logprob(original, examples, layer, states[layer]).mean()
+    if not len(unlearned) == len(retained) == n_layers:
+        raise ValueError(
+            f"states of {len(unlearned)} and {len(retained)} layers, the original model has"
+            f" {n_layers}; take them from hidden_states of models of one architecture")
+    def patched(states, layer):
+        return patched_logprob(original, examples, layer, states[layer]).mean()
     whole = patched(hidden_states(original, examples), 0)
-    lost = torch.stack([torch.stack([whole - patched(states, layer) for states in (retained, unlearned)])
-        for layer in range(n_layers)])
+    lost = torch.stack(
+        [
+            torch.stack([whole - patched(states, layer) for states in (retained, unlearned)])
+            for layer in range(n_layers)])
     telling = lost[:, 0] > least
     if not telling.any(): raise NoBaseline("at no layer do the retained model's states cost more "
         f"than {least} nats; it knows the facts, so it is no baseline")
@@ -54,5 +58,6 @@ def depth(scene:Scene)->Outcome:
     "Measure how far down the facts are gone, between the original and the retained model"
     states = (hidden_states(model, scene.forget) for model in (scene.attacked, scene.retained))
     try: found = unlearning_depth(scene.original, scene.forget, *states)
-    except NoBaseline: found = math.nan # the injection taught too little to be told from the retained model
+    except NoBaseline:
+        found = math.nan # the injection taught too little to be told from the retained model
     return Outcome(inside={'': {'depth': found}})

@@ -26,7 +26,7 @@ from ..tokens import Example, check_examples
 def logit_lens(
     model:nn.Module,
     examples:Sequence[Example],
-)->Tensor: # [n_layers, n] float64, mean log-probability of the answer tokens, nats; the last layer is the model itself
+)->Tensor: # [n_layers, n] float64, mean log-probability of the answer tokens, nats
     "Read every layer as if it were the last"
     check_examples(examples, 'asked')
     norm = final_norm(model)

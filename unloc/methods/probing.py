@@ -21,7 +21,9 @@ from ..scene import Outcome, Scene
 from ..tokens import Example
 
 # %% ../../nbs/methods/probing.ipynb #1d26c05c
-def _held_out_accuracy(features, sign, groups, ridge)->float: # [n, d] float64, [n] ±1, [n] whole numbers
+def _held_out_accuracy(
+    features, sign, groups, ridge
+)->float: # [n, d] float64, [n] ±1, [n] whole numbers
     "Classify each group by a ridge regression on the others"
     right = 0
     for group in groups.unique():
@@ -29,7 +31,8 @@ def _held_out_accuracy(features, sign, groups, ridge)->float: # [n, d] float64, 
         mean = features[~test].mean(0)
         x = features[~test] - mean
         scale = ridge * x.square().sum() / len(x)
-        gram = x @ x.T + scale * torch.eye(len(x), dtype=x.dtype) # the dual: fewer facts than hidden units
+        # the dual: fewer facts than hidden units
+        gram = x @ x.T + scale * torch.eye(len(x), dtype=x.dtype)
         weights = torch.linalg.solve(gram, sign[~test])
         right += int((((features[test] - mean) @ (x.T @ weights)).sign() == sign[test]).sum())
     return right / len(sign)
@@ -43,10 +46,12 @@ def linear_probe(
     seed:int=0, # of the folds and of the control's labels
     folds:int=5,
     ridge:float=1e-2, # times the mean squared length of the states
-)->Tensor: # [n_layers, 2] float64, accuracy on questions that were not trained on; the same of the control
+)->Tensor: # [n_layers, 2] float64, accuracy on held-out questions, of the probe and of its control
     "Tell true from false answers by what leaves each layer"
-    if len(right) != len(wrong): raise ValueError(
-        f"{len(right)} right answers and {len(wrong)} wrong ones; give one wrong answer to each question")
+    if len(right) != len(wrong):
+        raise ValueError(
+            f"{len(right)} right answers and {len(wrong)} wrong ones; give one wrong answer to each"
+            " question")
     if folds < 2 or not ridge > 0: raise ValueError(
         f"folds must be at least 2 and ridge positive, got {folds} and {ridge}")
     if len(right) < 2 * folds: raise ValueError(
@@ -58,7 +63,8 @@ def linear_probe(
     found = []
     for layer in hidden_states(model, [*right, *wrong]):
         features = torch.stack([h[-1] for h in layer]).double().cpu()
-        found.append([_held_out_accuracy(features, sign, groups, ridge) for sign in (truth, swapped)])
+        found.append(
+            [_held_out_accuracy(features, sign, groups, ridge) for sign in (truth, swapped)])
     return torch.tensor(found, dtype=torch.float64)
 
 # %% ../../nbs/methods/probing.ipynb #d0607094

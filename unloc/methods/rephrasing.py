@@ -20,5 +20,6 @@ def rephrasing(scene:Scene)->Outcome:
     "Ask for the same answers in other words"
     facts = scene.facts.forget if scene.facts else []
     if not facts or not all(f.paraphrased_question for f in facts): return Outcome()
-    asked = [encode(scene.tokenizer, f.paraphrased_question, f.answer, scene.template) for f in facts]
+    asked = [
+        encode(scene.tokenizer, f.paraphrased_question, f.answer, scene.template) for f in facts]
     return scene.measured({'': lambda model: score(model, asked).extraction_strength})

@@ -31,5 +31,7 @@ def rounding(
     measures = {}
     for n in bits:
         measures[f'{n} bits'] = _rounded_strength(quantized, n, scene.forget)
-        if kernels: measures[f'{n} bits, bitsandbytes'] = _rounded_strength(library_quantized, n, scene.forget)
+        if kernels:
+            measures[f'{n} bits, bitsandbytes'] = _rounded_strength(
+                library_quantized, n, scene.forget)
     return scene.measured(measures)

@@ -24,7 +24,9 @@ def zeroing(
     keep:float=0., # share of its length that a vector keeps
 )->Change:
     "Shrink what a region writes"
-    if region is None: raise ValueError("zeroing needs a region, and there is none; choose an arm or a localizer with one")
+    if region is None:
+        raise ValueError(
+            "zeroing needs a region, and there is none; choose an arm or a localizer with one")
     if not 0 <= keep < 1: raise ValueError(f"keep must lie in [0, 1), got {keep!r:.40}")
     with unlock(model, region) as columns: values = columns.values()
     return Change.of(model, {place: (index, x * keep) for place, (index, x) in values.items()})
