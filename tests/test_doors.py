@@ -33,7 +33,7 @@ HOW = dict(epochs=1, lr=1e-3, batch_size=4, seed=0)
 
 def one_line(error):
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if Path(f.filename).parent == PACKAGE]
+    inside = [f for f in frames if PACKAGE in Path(f.filename).parents]
     text = str(error)
     return isinstance(error, (ValueError, OSError)) and text.strip() and "\n" not in text.strip() and frames[-1].filename == (inside[-1].filename if inside else "") and len(text) > 20
 

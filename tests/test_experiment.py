@@ -412,7 +412,7 @@ def test_luck_is_no_recovery(armed): # the retained model, asked often, says som
 @pytest.mark.parametrize("bad, says", [
     (lambda: attacking(injection(JUDGED, 0, INJECT), ATTACK | {"level": 1.5}), "attack: level must be at most 1, as FS and RS are, got 1.5"),
     (lambda: attacking(localized_unlearning(localization(teaching(JUDGED), "wagle"), .1, "npo", UNLEARN, 0), ATTACK), "an attack is measured between the original and the retained model"),
-    (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
+    (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject or edit, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Wrong group", "npo", UNLEARN), "no other facts were injected"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Corrupt", "npo", UNLEARN), "swapped must lie between 0 and 1 for the arm Corrupt"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN, swapped=.5), "be 0 for all others, got 0.5 for Oracle"), (lambda: supervision(injection(JUDGED, 0, INJECT), "All weights", SUPERVISE), "unknown arm 'All weights'; known: Oracle, Random")])
 def test_a_bad_arm_or_attack_is_one_line(bad, says):

@@ -40,6 +40,7 @@ def shifted(m): # a copy with one weight moved
     other = copy.deepcopy(m)
     with torch.no_grad(): next(other.parameters()).add_(1.)
     return other
+SHIFTED = shifted(small())
 STATES, TARGETS = hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
 KNOWN, HIDDEN = evaluation.score(CLEAN, GET).known, models.answer_hidden(CLEAN, BATCH).detach()
 def recipe(**more): return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
@@ -72,9 +73,9 @@ LOOKING = { # name: a call that leaves the weights
     "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).control.device.type,
     "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
-    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility], "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility], "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "masked.columns_of": lambda m: masked.columns_of(m, REGION), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
     "change.compared": lambda m: compared(m, shifted(m), m), "scene.Scene": lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(torch.ones(len(GET))), "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
-    "methods.restore.restore": lambda m: restore(m, REGION, shifted(m)).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
+    "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
     "inside.hidden_states": lambda m: hidden_states(m, GET), "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET), "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
     "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
@@ -165,7 +166,7 @@ def run(name, m, folder):
         return flat(call(m, folder) if "folder" in inspect.signature(call).parameters else call(m)), flat(weights(m))
 
 NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held" # what is trained inside them needs gradients
-ON_THE_DEVICE_OF_NEW_TENSORS = "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
+ON_THE_DEVICE_OF_NEW_TENSORS = "scene.Scene", "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory): # what a model in evaluation mode gives, by name

@@ -212,7 +212,8 @@ def compared(
 
 # %% ../nbs/11_change.ipynb #3ef1ef44
 def _digest(model)->str: # of every weight
-    return locked_digest(model, Region(torch.zeros(region_shape(model), dtype=torch.bool)))
+    with torch.device('cpu'): empty = Region(torch.zeros(region_shape(model), dtype=torch.bool))
+    return locked_digest(model, empty)
 
 def edited(
     method:Method, # an editor

@@ -156,7 +156,8 @@ def toy_scene()->Scene:
 
 # %% ../nbs/11_scene.ipynb #55970e59
 def _digests(scene)->list[str]:
-    empty = Region(torch.zeros(region_shape(scene.original), dtype=torch.bool))
+    shape = region_shape(scene.original)
+    with torch.device('cpu'): empty = Region(torch.zeros(shape, dtype=torch.bool))
     return [
         locked_digest(model, empty) for model in (scene.attacked, scene.original, scene.retained)]
 

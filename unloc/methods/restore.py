@@ -12,7 +12,7 @@ __all__ = ['restore']
 from torch import nn
 
 from ..change import Change
-from ..masked import AllWeights, Neurons, unlock
+from ..masked import AllWeights, Neurons, columns_of
 from ..regions import Region
 from ..register import editor
 
@@ -25,5 +25,4 @@ def restore(
 )->Change:
     "Give a region the values that it has in the retained model"
     if region is None: return Change.of(model, AllWeights(retained).values())
-    with unlock(retained, region) as columns: values = columns.values()
-    return Change.of(model, values)
+    return Change.of(model, columns_of(retained, region))

@@ -12,7 +12,7 @@ __all__ = ['zeroing']
 from torch import nn
 
 from ..change import Change
-from ..masked import Neurons, unlock
+from ..masked import Neurons, columns_of
 from ..regions import Region
 from ..register import editor
 
@@ -28,5 +28,5 @@ def zeroing(
         raise ValueError(
             "zeroing needs a region, and there is none; choose an arm or a localizer with one")
     if not 0 <= keep < 1: raise ValueError(f"keep must lie in [0, 1), got {keep!r:.40}")
-    with unlock(model, region) as columns: values = columns.values()
-    return Change.of(model, {place: (index, x * keep) for place, (index, x) in values.items()})
+    values = columns_of(model, region).items()
+    return Change.of(model, {place: (index, x * keep) for place, (index, x) in values})
