@@ -8,7 +8,7 @@ nbformat = pytest.importorskip("nbformat", reason="lessons run in kernels")
 NotebookClient = pytest.importorskip("nbclient", reason="lessons run in kernels").NotebookClient
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-TRAINED = "10_training", "11_attacks", *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps") # a hundred steps of descent end in other digits on another kind of processor
+TRAINED = "10_training", "11_scene", "12_asking", "12_inside", "12_quantization", "12_relearn", *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps") # a hundred steps of descent end in other digits on another kind of processor
 PAGES = {p.relative_to(NBS).with_suffix("").as_posix(): p for p in [*sorted(NBS.glob("[01][0-9]_*.ipynb")), *sorted(NBS.glob("[a-z]*/*.ipynb"))]}
 
 

@@ -124,8 +124,8 @@ WIDTH = 100
 # Pages and tests that are still wide, or that have cells which are too long once re-flowed.
 # This list only shrinks: what has become narrow has to leave it.
 TO_BE_NARROWED = (
-    "04_attribution", "05_masked", "10_training", "11_attacks", "14_registers", "14_runs",
-    "15_experiment", "17_plan", "18_cli", "20_injection_ratio", "21_oracle_random",
+    "04_attribution", "05_masked", "10_training", "14_registers", "14_runs",
+    "17_plan", "18_cli", "20_injection_ratio", "21_oracle_random",
     "22_trajectories", "23_direct_supervision", "24_localization", "25_localizers",
     "26_region_share", "27_arms", "28_recovery", "29_reversal", "30_dose_response",
     "31_injection", "40_cost", "41_evaluation_cost", "test_attacks", "test_attribution",

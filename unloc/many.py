@@ -787,7 +787,7 @@ def _decode_all(model, columns, asked:dict[int, _Greedy], max_rows:int=512)->Non
 def _evaluating_with(score:Callable, greedy:Callable)->Callable: # evaluate
     "Give the judgement of the chapter before its scores and its greedy answers"
     names = dict(vars(evaluation))
-    for name in ('evaluate', '_rouges', 'rouge', 'greedy_answers'):
+    for name in ('evaluate', '_scores_of', '_rouges', 'rouge', 'greedy_answers'):
         plain = inspect.unwrap(names[name])
         names[name] = FunctionType(plain.__code__, names, name, plain.__defaults__)
     names |= {'score': score, 'greedy': greedy}

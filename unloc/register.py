@@ -35,7 +35,7 @@ GIVEN = { # kind: the arguments that the study gives; a method takes those that 
     'localizer': ('model', 'forget', 'retain', 'seed', 'progress'),
     'objective': ('run', 'facts', 'rows', 'epoch'),
     'retain': ('run', 'facts'),
-    'editor': ('model', 'forget', 'retain', 'seed', 'progress', 'scene'),
+    'editor': ('model', 'forget', 'retain', 'region', 'retained', 'seed', 'progress'),
     'attack': ('scene', 'seed', 'progress'),
     'metric': ('measured',),
     'dataset': ('source',),
@@ -142,7 +142,8 @@ def register(
     if not (function.__doc__ or '').strip():
         _refuse(kind, function, "lacks a docstring; say in one line what it does")
     before = METHODS[kind].get(name)
-    if before and _home(before.function) != _home(function): _refuse(kind, function,
+    other = before and _home(before.function) != _home(function)
+    if other and not _of_one_page(before.function, function): _refuse(kind, function,
         f"is registered twice, here and in {_place(before.function)}; rename one of them")
     options = _options_of(kind, function)
     METHODS[kind][name] = Method(kind, name, label, function, source, about, options)
@@ -151,6 +152,12 @@ def register(
 def _home(function)->str: # of a plugin its file, which may have been edited
     place = inspect.unwrap(function).__globals__
     return place['__file__'] if '__unloc_plugin__' in place else function.__module__
+
+def _of_one_page(a:Callable, b:Callable)->bool:
+    "Say whether one is defined in a page and the other in the module that the page exports"
+    modules = {a.__module__, b.__module__}
+    same = a.__qualname__ == b.__qualname__ and a.__doc__ == b.__doc__
+    return same and '__main__' in modules and any(m.startswith('unloc.methods.') for m in modules)
 
 def _decorator(kind, **about):
     def decorate(function): return register(kind, function, **about)

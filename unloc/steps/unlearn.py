@@ -22,7 +22,7 @@ from .. import training
 from ..cost import Cost, Models
 from ..regions import Region
 from ..register import find, methods
-from ..runs import Run
+from ..runs import Run, in_rows
 from unloc.settings import (Count, NotNegative, Positive, Settings, about, checked,
     demand_known)
 from .common import ancestor, built_on, demand_retain, described, named, save_json
@@ -144,7 +144,7 @@ def _corrupted(target:Region, swapped:float, seed:int)->Region:
 # %% ../../nbs/steps/unlearn.ipynb #058cf849
 def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
     "Write what a run went through, and that it changed nothing outside its region"
-    points = pandas.DataFrame(trajectory.points)
+    points = in_rows(pandas.DataFrame(trajectory.points))
     points.to_csv(folder / 'trajectory.csv', index=False, lineterminator='\n')
     save_file(trajectory.facts, folder / 'facts.safetensors')
     if region is not None: region.save(folder / 'region.safetensors')
