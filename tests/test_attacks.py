@@ -5,7 +5,16 @@ from bitsandbytes import functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from unloc import objectives, training
-from unloc.attacks import Recovery, between, best_of, few_shot, hidden_states, library_quantized, linear_probe, logit_lens, patched_logprob, quantized, recovery, relearn, rounded, to_level, unlearning_depth
+from unloc.change import Change
+from unloc.inside import hidden_states, patched_logprob
+from unloc.level import to_level
+from unloc.methods.depth import unlearning_depth
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.relearn import relearn
+from unloc.asking import best_of
+from unloc.quantization import library_quantized, quantized, rounded
+from unloc.relearn import Recovery, recovery
 from unloc.evaluation import score
 from unloc.masked import unlock
 from unloc.models import answer_logits, region_shape, tiny_model
@@ -214,7 +223,7 @@ def test_sixteen_bits_learn_by_small_steps(): # of all weights; a region's colum
     for dtype in (torch.float32, torch.bfloat16):
         model = small().to(dtype); before = bits(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unloc.attacks.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
+            patch.setattr("unloc.relearn.score", lambda model, examples: score(model, taught)) # what was taught itself tells how fast it went
             ends[dtype] = relearn(model, taught, facts(4, 2), 1e-5, 300, 3, 0).mean(1)
         assert same(model, before) and all(x.dtype == dtype for x in model.parameters())
     first, wide, narrow = (float(x) for x in (ends[torch.float32][0], ends[torch.float32][-1], ends[torch.bfloat16][-1]))
@@ -240,13 +249,13 @@ def test_the_first_crossing_is_found(f, wanted, share):
     model = small(); start, end = line(model, Region.sample(region_shape(model), .1, 0))
     layer, (index, columns) = next(iter(start.items()))
     def place(): return f(float(model.model.layers[layer].mlp.down_proj.weight.detach()[0, index[0]] - columns[0, 0]))
-    found = to_level(between(model, start, end), wanted, place, tolerance=.01)
+    found = to_level(Change.of(model, end, start).at, wanted, place, tolerance=.01)
     assert found.met and abs(found.reached - wanted) <= .01 and found.share == pytest.approx(share, abs=.02) and place() == found.reached
 
 def test_a_level_out_of_reach_is_said():
     model = small(); start, end = line(model, Region.sample(region_shape(model), .1, 0))
     layer, (index, columns) = next(iter(start.items()))
-    found = to_level(between(model, start, end), .9, lambda: .5 * float(model.model.layers[layer].mlp.down_proj.weight.detach()[0, index[0]] - columns[0, 0]))
+    found = to_level(Change.of(model, end, start).at, .9, lambda: .5 * float(model.model.layers[layer].mlp.down_proj.weight.detach()[0, index[0]] - columns[0, 0]))
     assert not found.met and found.share == 1. and found.reached == pytest.approx(.5, abs=1e-5)
 
 def test_both_ends_of_a_line_are_exact():
@@ -254,7 +263,7 @@ def test_both_ends_of_a_line_are_exact():
         model, other = small(), small(seed=1)
         if all_weights: start, end = (dict(m.state_dict()) | {} for m in (copy.deepcopy(model), other))
         else: start, end = line(model, Region.sample(region_shape(model), .1, 0), .3)
-        before = bits(model); put = between(model, start, end)
+        before = bits(model); put = Change.of(model, end, start).at
         put(1.); assert not same(model, before) and (not all_weights or same(model, bits(other)))
         put(.5); put(0.); assert same(model, before)
 
@@ -296,7 +305,7 @@ def test_bad_settings_are_named():
     w = torch.ones(2, 4)
     for match, call in {
         "bits must be a whole number from 2 to 8, got 4.5": lambda: rounded(w, 4.5), "bits must be .*, got 9": lambda: rounded(w, 9), "group must be at least 1 weight, got 0": lambda: rounded(w, 4, 0),
-        "only floats can be rounded, got torch.int8": lambda: rounded(w.to(torch.int8), 4), "start and end hold 0 and 0 layers": lambda: between(model, {}, {}), "start and end hold 1 and 2 layers": lambda: between(model, {0: (w, w)}, {0: (w, w), 1: (w, w)}),
+        "only floats can be rounded, got torch.int8": lambda: rounded(w.to(torch.int8), 4), "the change holds no weight": lambda: Change.of(model, {}), "start and end hold 1 and 2 layers": lambda: Change.of(model, {0: (w, w), 1: (w, w)}, {0: (w, w)}),
         "before holds 2 strengths of 6 measured facts": lambda: relearn(model, facts(3, 9), some, 1e-3, 1, 4, 0, before=torch.zeros(2)), "batch_size must be a whole number of at least 1, got 0": lambda: relearn(model, facts(3, 9), some, 1e-3, 1, 0, 0),
         "a recovery curve needs .* got 1 rows": lambda: recovery(torch.zeros(1, 3), torch.ones(3)), "folds must be at least 2 and ridge positive, got 1": lambda: linear_probe(model, some, some, folds=1), "ridge positive, got 2 and 0": lambda: linear_probe(model, some, some, folds=2, ridge=0),
         "the asked set is empty": lambda: hidden_states(model, []), "layer must be 0 to 2, got 3": lambda: patched_logprob(model, some, 3, states[0]), "layer must be 0 to 2, got -1": lambda: patched_logprob(model, some, -1, states[0]),

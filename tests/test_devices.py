@@ -3,8 +3,15 @@ import math
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from unloc import attacks, models
-from unloc.attacks import quantized, relearn
+from unloc import models
+from unloc.asking import best_of
+from unloc.change import Change
+from unloc.inside import hidden_states, patched_logprob
+from unloc.methods.depth import unlearning_depth
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.quantization import quantized
+from unloc.relearn import relearn
 from unloc.checkpoints import apply_change, save_change
 from unloc.evaluation import Probe, choices, evaluate, membership, score
 from unloc.facts import author_world
@@ -148,7 +155,7 @@ def put(model):
     with unlock(model, region(model)) as columns: values = columns.values()
     put_columns(model, {layer: (index.cpu(), column.cpu() + 1) for layer, (index, column) in values.items()})
     put_columns(model, {layer: (index, column) for layer, (index, column) in values.items()})
-    attacks.between(model, values, {layer: (index, column + 1) for layer, (index, column) in values.items()})(.5)
+    Change.of(model, {layer: (index, column + 1) for layer, (index, column) in values.items()}, values).at(.5)
 
 def supervised(model):
     found = supervise(model, region(model), GET, PROBE, mlp_targets(small(model.dtype), GET), 1, 1e-3, 4, 0) # targets of a model on the processor
@@ -158,15 +165,15 @@ def all_weights(model):
     with in_float32(model): finetune(model, GET[:4], 1, 1e-3, 2, 0)
 
 def probed(model):
-    states = attacks.hidden_states(model, GET)
-    return [attacks.linear_probe(model, GET, WRONG), attacks.logit_lens(model, GET), attacks.patched_logprob(model, GET, 1, states[1])]
+    states = hidden_states(model, GET)
+    return [linear_probe(model, GET, WRONG), logit_lens(model, GET), patched_logprob(model, GET, 1, states[1])]
 
 def depth(model):
     retained, other = another(model), small(model.dtype)
     finetune(retained, KEEP[:4], 1, 1e-2, 2, 0)
     with unlock(retained, region(retained)) as columns, torch.no_grad():
         for p in columns.parameters(): p += .5
-    return attacks.unlearning_depth(model, GET[:4], attacks.hidden_states(other, GET[:4]), attacks.hidden_states(retained, GET[:4]), least=-math.inf)
+    return unlearning_depth(model, GET[:4], hidden_states(other, GET[:4]), hidden_states(retained, GET[:4]), least=-math.inf)
 
 def rounded(model):
     with quantized(model, 4): return score(model, GET).nll
@@ -180,7 +187,7 @@ def judged(model):
     found = evaluate(model, probe)
     return found.point, found.facts, membership(model, TOKENIZER, GET)
 
-def sampled(model): return attacks.best_of(model, TOKENIZER, GET[:3], n=2, max_new_tokens=4)
+def sampled(model): return best_of(model, TOKENIZER, GET[:3], n=2, max_new_tokens=4)
 
 OWN = {kind: {name: m for name, m in methods(kind).items() if m.own} for kind in ("localizer", "objective", "retain")}
 DOORS = {f"unlearn {o}": unlearned(o) for o in OWN["objective"]} | {f"retain {r}": unlearned("wga", r) for r in OWN["retain"]} | {
@@ -355,7 +362,7 @@ def test_a_run_on_a_gpu_that_diverges_is_named_by_step_and_keeps_its_parameters(
 def test_samples_of_a_gpu_depend_on_the_seed_alone():
     model = small().cuda()
     before, here = torch.cuda.get_rng_state(), torch.get_rng_state()
-    first, again = (attacks.best_of(model, TOKENIZER, GET[:4], n=3, temperature=2., max_new_tokens=8, seed=1) for _ in range(2))
+    first, again = (best_of(model, TOKENIZER, GET[:4], n=3, temperature=2., max_new_tokens=8, seed=1) for _ in range(2))
     assert torch.equal(first, again) and torch.equal(torch.cuda.get_rng_state(), before) and torch.equal(torch.get_rng_state(), here)
 
 @gpu

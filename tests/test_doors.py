@@ -4,7 +4,12 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from torch import nn
-from unloc import attacks, checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, steps, tokens, tradeoff, training
+from unloc import checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics, steps, tokens, tradeoff, training
+from unloc.asking import best_of, few_shot
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.relearn import recovery, relearn
+from unloc.quantization import quantized
 from unloc.models import answer_logits, hidden_after, logits_of, mlp_outputs, output_projections, region_shape, tiny_model, value_vectors
 from unloc.register import methods
 from unloc.regions import Region
@@ -57,13 +62,13 @@ DOORS = {
     "training.inject": (training.inject, dict(model=model, region=region, examples=FORGET) | HOW, dict(model=[NONE, TEXT], region=[NONE, TEXT, Region.sample((3, 4), .5, 0)], examples=[NONE, LIST], epochs=[0, TEXT], lr=[0, TEXT], batch_size=[0, TEXT])),
     "training.Recipe": (training.Recipe, dict(objective="wga", lr=1e-3, epochs=1), dict(objective=[NONE, "simnpo", NUMBER], lr=[NONE, 0, TEXT], epochs=[NONE, 0, TEXT], batch_size=[0, TEXT, NONE], retain=["x", NUMBER])),
     "training.unlearn": (training.unlearn, dict(model=model, region=region, forget=FORGET, retain=RETAIN, probe=probe, recipe=training.Recipe("wga", 1e-3, 1), seed=0), dict(model=[NONE, TEXT], region=[TEXT, Region.sample((3, 4), .5, 0)], forget=[NONE, LIST, RETAIN, TEXT], retain=[NONE, LIST, TEXT], probe=[NONE, TEXT], recipe=[NONE, TEXT, {"objective": "wga"}], seed=[NONE, TEXT])),
-    "attacks.relearn": (attacks.relearn, dict(model=model, taught=RETAIN[:3], measured=FORGET) | HOW, dict(model=[NONE, TEXT], taught=[NONE, LIST, FORGET], measured=[NONE, LIST, TEXT], support=[TEXT, Region.sample((3, 4), .5, 0)], lr=[0, TEXT], epochs=[0, TEXT], batch_size=[0])),
-    "attacks.recovery": (attacks.recovery, dict(curve=torch.tensor([[.1, .2], [.4, .5]]).double(), known=torch.ones(2).double()), dict(curve=[NONE, TEXT, LIST, torch.zeros(2, 3), torch.full((2, 2), NAN)], known=[NONE, TEXT, torch.zeros(2), torch.full((2,), NAN)])),
-    "attacks.quantized": (lambda **a: attacks.quantized(**a).__enter__(), dict(model=model, bits=4), dict(model=[NONE, TEXT], bits=[NONE, 1, 9, TEXT, 4.5], group=[0, TEXT, NONE])),
-    "attacks.logit_lens": (attacks.logit_lens, dict(model=model, examples=FORGET), dict(model=[NONE, TEXT, nn.Linear(2, 2)], examples=[NONE, LIST, TEXT])),
-    "attacks.linear_probe": (attacks.linear_probe, dict(model=model, right=RETAIN, wrong=RETAIN), dict(model=[NONE], right=[NONE, RETAIN[:2], TEXT], wrong=[NONE, RETAIN[:2]], folds=[0, 1, TEXT])),
-    "attacks.few_shot": (attacks.few_shot, dict(examples=FORGET, shots=RETAIN[:2]), dict(examples=[NONE, TEXT, [NONE]], shots=[NONE, TEXT, FORGET])),
-    "attacks.best_of": (attacks.best_of, dict(model=model, tokenizer=TOKENIZER, examples=FORGET[:2], n=1, max_new_tokens=2), dict(model=[NONE], tokenizer=[NONE, TEXT], examples=[NONE, LIST], n=[0, NONE, TEXT], temperature=[0, NAN, NONE], max_new_tokens=[0, NONE, TEXT])),
+    "relearn.relearn": (relearn, dict(model=model, taught=RETAIN[:3], measured=FORGET) | HOW, dict(model=[NONE, TEXT], taught=[NONE, LIST, FORGET], measured=[NONE, LIST, TEXT], support=[TEXT, Region.sample((3, 4), .5, 0)], lr=[0, TEXT], epochs=[0, TEXT], batch_size=[0])),
+    "relearn.recovery": (recovery, dict(curve=torch.tensor([[.1, .2], [.4, .5]]).double(), known=torch.ones(2).double()), dict(curve=[NONE, TEXT, LIST, torch.zeros(2, 3), torch.full((2, 2), NAN)], known=[NONE, TEXT, torch.zeros(2), torch.full((2,), NAN)])),
+    "quantization.quantized": (lambda **a: quantized(**a).__enter__(), dict(model=model, bits=4), dict(model=[NONE, TEXT], bits=[NONE, 1, 9, TEXT, 4.5], group=[0, TEXT, NONE])),
+    "methods.logit_lens.logit_lens": (logit_lens, dict(model=model, examples=FORGET), dict(model=[NONE, TEXT, nn.Linear(2, 2)], examples=[NONE, LIST, TEXT])),
+    "methods.probing.linear_probe": (linear_probe, dict(model=model, right=RETAIN, wrong=RETAIN), dict(model=[NONE], right=[NONE, RETAIN[:2], TEXT], wrong=[NONE, RETAIN[:2]], folds=[0, 1, TEXT])),
+    "asking.few_shot": (few_shot, dict(examples=FORGET, shots=RETAIN[:2]), dict(examples=[NONE, TEXT, [NONE]], shots=[NONE, TEXT, FORGET])),
+    "asking.best_of": (best_of, dict(model=model, tokenizer=TOKENIZER, examples=FORGET[:2], n=1, max_new_tokens=2), dict(model=[NONE], tokenizer=[NONE, TEXT], examples=[NONE, LIST], n=[0, NONE, TEXT], temperature=[0, NAN, NONE], max_new_tokens=[0, NONE, TEXT])),
     "checkpoints.load_model": (checkpoints.load_model, dict(source="x"), dict(source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""], dtype=[NONE, "int3", TEXT], device=[NONE, "gpu", TEXT], attention=["fast"])),
     "checkpoints.load_tokenizer": (checkpoints.load_tokenizer, dict(source="x"), dict(source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""])),
     "checkpoints.inspect": (checkpoints.inspect, dict(source="x"), dict(source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""])),

@@ -9,7 +9,7 @@ from unloc.pages import provenance, sweep
 from unloc.register import methods
 from unloc.settings import checked, reference
 from unloc.steps import compute, groups
-from unloc.steps.attack import MEASURES, RELEARNING, _brought_to, _teach_again, attacking
+from unloc.steps.attack import MEASURES, attacking
 from unloc.steps.base import base_models, learn
 from unloc.steps.common import examples_of, retained_model, spread, template_of, tokenizer_of
 from unloc.steps.common import load as load_as_runs_do
@@ -23,6 +23,9 @@ from unloc.facts import author_world, own_facts, tofu
 from unloc.models import ARCHITECTURES, output_projections, tiny_model
 from unloc.regions import Region
 from unloc.runs import Store, run_id
+from unloc.level import at_level
+from unloc.methods.relearning import relearning
+from unloc.scene import Scene
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOFU = SHARED / "data" / "tofu"
@@ -474,17 +477,19 @@ def test_luck_is_no_recovery(armed): # the retained model, asked often, says som
 @pytest.mark.parametrize("bad, says", [
     (lambda: attacking(injection(JUDGED, 0, INJECT), ATTACK | {"level": 1.5}), "attack: level must lie in [0, 1], got 1.5"),
     (lambda: attacking(localized_unlearning(localization(teaching(JUDGED), "wagle"), .1, "npo", UNLEARN, 0), ATTACK), "an attack is measured between the original and the retained model"),
-    (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
+    (lambda: attacking(JUDGED, ATTACK), "this run is built on one of kind unlearn or inject or edit, got judge"), (lambda: attacking(injection(JUDGED, 0, INJECT), {"lr": 1.}), "attack lacks batch_size, epochs, region_lr, taught"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Wrong group", "npo", UNLEARN), "no other facts were injected"), (lambda: unlearning(injection(JUDGED, 0, INJECT), "Corrupt", "npo", UNLEARN), "swapped must lie between 0 and 1 for the arm Corrupt"),
     (lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", UNLEARN, swapped=.5), "be 0 for all others, got 0.5 for Oracle"), (lambda: supervision(injection(JUDGED, 0, INJECT), "All weights", SUPERVISE), "unknown arm 'All weights'; known: Oracle, Random")])
 def test_a_bad_arm_or_attack_is_one_line(bad, says):
     with pytest.raises(ValueError) as error: bad()
     assert says in str(error.value) and "\n" not in str(error.value)
 
+def unmodelled(examples): return Scene(None, None, None, examples, None, None)
+
 @pytest.mark.parametrize("how, says", [({"taught": 10}, "taught = 10 of 10 forgotten facts leaves none to be measured; teach fewer"), ({"taught": 9, "others": 2}, "9 expected; choose data with more (n_holdout), or teach fewer")])
 def test_an_attack_without_facts_says_what_it_needs(how, says):
     examples = {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}
-    with pytest.raises(ValueError) as error: _teach_again(None, None, examples, how, [None] * how.get("others", 0), 0, None, None)
+    with pytest.raises(ValueError) as error: relearning(unmodelled(examples | {"holdout": examples["holdout"][how.get("others", 0):]}), taught=how["taught"])
     assert says in str(error.value)
 
 # --- ways of injecting
@@ -539,10 +544,10 @@ def test_equal_retention_is_the_last_point_that_cost_no_more():
     at = []
     def put(share): at.append(share)
     cost = lambda: 1 - .2 * (1 - at[-1]) if at[-1] < .5 else .9 - .4 * (at[-1] - .5) # rises to .9 half way, falls to .7 at the end
-    level = _brought_to(put, {"level": .8, "by": "RS"}, None, cost)
+    level = at_level(put, .8, cost, "RS")
     assert level.met and level.share > .5 and abs(level.reached - .8) <= .03 and at[-1] == level.share
-    assert _brought_to(put, {"level": .5, "by": "RS"}, None, cost) == (1., pytest.approx(.7), False) # never so costly: shown as not met
-    assert _brought_to(put, {}, lambda: .6, None) == (1., .6, True)
+    assert at_level(put, .5, cost, "RS") == (1., pytest.approx(.7), False) # never so costly: shown as not met
+    assert at_level(put, 0, lambda: .6) == (1., .6, True)
 
 @pytest.mark.parametrize("more, says", [({"style": "frozen"}, "inject: unknown style 'frozen'; known: fine-tuned, mixed, with room"), ({"unit": "layer"}, "unknown unit 'layer'"), ({"style": "with room"}, "style 'with room' takes room, its epochs"),
     ({"style": "mixed", "others": True}, "others and style are studied one at a time")])
@@ -553,7 +558,7 @@ def test_a_bad_way_of_injecting_is_one_line(more, says):
 def test_the_usual_way_needs_no_word():
     assert run_id(injection(JUDGED, 0, INJECT | {"style": "fine-tuned", "unit": "value vector"})) == run_id(injection(JUDGED, 0, INJECT))
     with pytest.raises(ValueError, match="the arm Corrupt is made of value vectors"): unlearning(injection(JUDGED, 0, INJECT | {"unit": "neuron"}), "Corrupt", "npo", UNLEARN, swapped=.5)
-    with pytest.raises(ValueError, match="unknown attack 'shout'"): _teach_again(None, None, {"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}, {"taught": 5, "only": "shout"}, [], 0, torch.ones(10), torch.ones(10))
+    with pytest.raises(ValueError, match="unknown attack 'shout'"): relearning(unmodelled({"forget": list(range(10)), "holdout": list(range(10)), "retain": list(range(10))}), taught=5, only="shout")
 
 def test_room_is_made_in_wide_weights(tmp_path):
     store, judged = Store(tmp_path), standard(parent(precision="bfloat16"), JUDGE)

@@ -12,7 +12,7 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 # a hundred steps of descent end in other digits on another kind of processor
 TRAINED = (
     "10_training",
-    "11_attacks",
+    "11_scene", "12_asking", "12_inside", "12_quantization", "12_relearn",
     *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps"))
 PAGES = {
     p.relative_to(NBS).with_suffix("").as_posix(): p

@@ -1,9 +1,15 @@
 "A token that a model does not have, and a fact or an answer longer than its positions, is one line that names the fact and the limit, before anything is computed."
 import pytest, torch, transformers
-from unloc import attacks, evaluation, models, training
+from unloc import evaluation, models, training
 from unloc.methods.gradient import gradient
 from unloc.methods.memflex import memflex
 from unloc.register import methods
+from unloc.asking import best_of, few_shot
+from unloc.inside import hidden_states, patched_logprob
+from unloc.methods.depth import unlearning_depth
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.relearn import relearn
 from unloc.facts import author_world
 from unloc.models import most_positions, vocabulary
 from unloc.regions import Region
@@ -53,7 +59,7 @@ TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.
 GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts] for facts in (WORLD.forget, WORLD.retain))
 def learned(n=200): return small("gpt2", vocab_size=400, n_positions=n)
 M, REGION = learned(), Region.sample((2, 64), .2, 0)
-STATES, TARGETS, KNOWN = attacks.hidden_states(M, GET), training.mlp_targets(M, GET), evaluation.score(M, GET).known
+STATES, TARGETS, KNOWN = hidden_states(M, GET), training.mlp_targets(M, GET), evaluation.score(M, GET).known
 def probe(forget=GET, retain=KEEP): return evaluation.Probe(forget, retain)
 RECIPE = training.Recipe("ga", 1e-3, 1)
 DOORS = {
@@ -62,9 +68,9 @@ DOORS = {
     "answer_hidden": lambda m, x: models.answer_hidden(m, collate(x)), "mlp_outputs": lambda m, x: models.mlp_outputs(m, collate(x)), "hidden_after": lambda m, x: models.hidden_after(m, collate(x), 0),
     "finetune": lambda m, x: training.finetune(m, x, 1, 1e-3, 4, 0), "finetune beside": lambda m, x: training.finetune(m, KEEP, 1, 1e-3, 4, 0, beside=x), "inject": lambda m, x: training.inject(m, REGION, x, 1, 1e-3, 4, 0), "make_room": lambda m, x: training.make_room(m, REGION, x, 1, 1e-3, 4, 0),
     "unlearn forget": lambda m, x: training.unlearn(m, REGION, x, KEEP, probe(), RECIPE, 0), "unlearn retain": lambda m, x: training.unlearn(m, REGION, GET, KEEP[:3] + x[3:], probe(), RECIPE, 0), "unlearn probe": lambda m, x: training.unlearn(m, REGION, GET, KEEP, probe(x), RECIPE, 0),
-    "supervise": lambda m, x: training.supervise(m, REGION, x, probe(), TARGETS, 1, 1e-3, 4, 0), "mlp_targets": lambda m, x: training.mlp_targets(m, x), "relearn taught": lambda m, x: attacks.relearn(m, x, KEEP, 1e-3, 1, 4, 0), "relearn measured": lambda m, x: attacks.relearn(m, KEEP, x, 1e-3, 1, 4, 0),
-    "hidden_states": lambda m, x: attacks.hidden_states(m, x), "logit_lens": lambda m, x: attacks.logit_lens(m, x), "linear_probe": lambda m, x: attacks.linear_probe(m, GET, x), "patched_logprob": lambda m, x: attacks.patched_logprob(m, x, 0, STATES[0]),
-    "unlearning_depth": lambda m, x: attacks.unlearning_depth(m, x, STATES, STATES), "best_of": lambda m, x: attacks.best_of(m, TOKENIZER, x, 2, max_new_tokens=5),
+    "supervise": lambda m, x: training.supervise(m, REGION, x, probe(), TARGETS, 1, 1e-3, 4, 0), "mlp_targets": lambda m, x: training.mlp_targets(m, x), "relearn taught": lambda m, x: relearn(m, x, KEEP, 1e-3, 1, 4, 0), "relearn measured": lambda m, x: relearn(m, KEEP, x, 1e-3, 1, 4, 0),
+    "hidden_states": lambda m, x: hidden_states(m, x), "logit_lens": lambda m, x: logit_lens(m, x), "linear_probe": lambda m, x: linear_probe(m, GET, x), "patched_logprob": lambda m, x: patched_logprob(m, x, 0, STATES[0]),
+    "unlearning_depth": lambda m, x: unlearning_depth(m, x, STATES, STATES), "best_of": lambda m, x: best_of(m, TOKENIZER, x, 2, max_new_tokens=5),
 } | {name: lambda m, x, f=f: f(model=m, forget=x, retain=KEEP, seed=0) for name, f in methods("localizer").items() if f.takes("forget")}
 
 def changed(ids): return GET[:3] + [Example(ids, GET[3].start)] + GET[4:]
@@ -115,7 +121,7 @@ def test_corrupted_facts_are_made_of_tokens_that_the_model_has():
 
 START = max(e.start for e in GET)
 ROOM = 200 - START # tokens that fit behind the longest prompt
-@pytest.mark.parametrize("call", [lambda m, n: evaluation.greedy_answers(m, GET, KNOWN, n), lambda m, n: evaluation.rouge(m, TOKENIZER, GET, KNOWN, n), lambda m, n: attacks.best_of(m, TOKENIZER, GET, 1, max_new_tokens=n)], ids=["greedy_answers", "rouge", "best_of"])
+@pytest.mark.parametrize("call", [lambda m, n: evaluation.greedy_answers(m, GET, KNOWN, n), lambda m, n: evaluation.rouge(m, TOKENIZER, GET, KNOWN, n), lambda m, n: best_of(m, TOKENIZER, GET, 1, max_new_tokens=n)], ids=["greedy_answers", "rouge", "best_of"])
 def test_answers_may_grow_up_to_the_last_position(call):
     model = learned()
     call(model, ROOM + 1) # the last token is not read again
@@ -141,7 +147,7 @@ def test_a_run_learns_at_its_start_that_answers_would_not_fit():
         with pytest.raises(ValueError, match=r"fact 0 of useful has a prompt of \d+ tokens, and 200 new ones \(max_new_tokens\) go past the model's 200 positions"): call()
 
 def test_shots_count():
-    longer = attacks.few_shot(GET, KEEP[:8])
+    longer = few_shot(GET, KEEP[:8])
     assert max(len(e.ids) for e in longer) > 200
     with pytest.raises(ValueError, match=r"fact 0 of examples is \d+ tokens long, the model has 200 positions; shorten it \(with fewer shots"): evaluation.score(M, longer)
 

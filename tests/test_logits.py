@@ -5,7 +5,8 @@ import pytest, torch, transformers
 from torch import nn
 # noqa: F401, the fixture registers the one unknown architecture
 from test_architectures import BUILD, FORGET, KNOWN, build, registered
-from unloc.attacks import final_norm, logit_lens
+from unloc.inside import final_norm
+from unloc.methods.logit_lens import logit_lens
 from unloc.evaluation import score
 from unloc.models import (
     PROJECTIONS, Bend, answer_logits, bend_of, blocks_of, logits_of, mask_limit,

@@ -168,7 +168,7 @@ WIDTH = 100
 # Pages and tests that are still wide, or that have cells which are too long once re-flowed.
 # This list only shrinks: what has become narrow has to leave it.
 TO_BE_NARROWED = (
-    "00_register", "05_masked", "10_training", "11_attacks", "11_many", "14_identity",
+    "00_register", "05_masked", "10_training", "11_many", "14_identity",
     "14_runs", "14_transport", "17_plan", "18_cli", "25_localizers", "26_region_share",
     "28_recovery", "29_reversal", "30_dose_response", "31_injection", "40_cost", "steps/attack",
     "steps/common", "tests/test_answers", "tests/test_attacks", "tests/test_cli",

@@ -4,9 +4,21 @@ import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 import unloc
-from unloc import attacks, checkpoints, evaluation, masked, models, streaming, training
+from unloc import checkpoints, evaluation, masked, models, streaming, training
 from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
+from unloc.change import Change, compared, edited
+from unloc.inside import final_norm, hidden_states, patched_logprob
+from unloc.methods.depth import unlearning_depth
+from unloc.methods.logit_lens import logit_lens
+from unloc.methods.probing import linear_probe
+from unloc.relearn import relearn
+from unloc.asking import best_of
+from unloc.methods.restore import restore
+from unloc.methods.zeroing import zeroing
+from unloc.quantization import library_quantized, quantized
+from unloc.register import METHODS
+from unloc.scene import Scene
 from unloc.facts import author_world
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
@@ -25,7 +37,13 @@ def small(): # every dropout of GPT-2, and strong
     return GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=160, resid_pdrop=.4, embd_pdrop=.4, attn_pdrop=.4, bos_token_id=1, eos_token_id=1)).eval()
 
 CLEAN = small()
-STATES, TARGETS = attacks.hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
+WHERE = {0: (torch.arange(2), torch.ones(2, 16))} # two value vectors
+def shifted(m): # a copy with one weight moved
+    other = copy.deepcopy(m)
+    with torch.no_grad(): next(other.parameters()).add_(1.)
+    return other
+SHIFTED = shifted(small())
+STATES, TARGETS = hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
 KNOWN, HIDDEN = evaluation.score(CLEAN, GET).known, models.answer_hidden(CLEAN, BATCH).detach()
 def recipe(**more): return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
 def within(context, act=lambda m: evaluation.score(m, GET)):
@@ -65,10 +83,12 @@ LOOKING = {place(method): scored_by(name) for name, method in methods("localizer
     "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"), "evaluation.choose": lambda m: evaluation.choose(m, evaluation.Options([GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]])),
     "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
-    "attacks.relearn": lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "attacks.quantized": within(lambda m: attacks.quantized(m, 4)), "attacks.library_quantized": within(lambda m: attacks.library_quantized(m, 8)),
-    "attacks.between": lambda m: attacks.between(m, {0: (torch.arange(2), torch.ones(2, 16))}, {0: (torch.arange(2), torch.ones(2, 16))}) and 0, "attacks.final_norm": lambda m: type(attacks.final_norm(m)).__name__,
-    "attacks.hidden_states": lambda m: attacks.hidden_states(m, GET), "attacks.logit_lens": lambda m: attacks.logit_lens(m, GET), "attacks.linear_probe": lambda m: attacks.linear_probe(m, GET, WRONG, folds=2),
-    "attacks.patched_logprob": lambda m: attacks.patched_logprob(m, GET, 1, STATES[1]), "attacks.unlearning_depth": lambda m: attacks.unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "attacks.best_of": lambda m: attacks.best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
+    "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
+    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility], "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "masked.columns_of": lambda m: masked.columns_of(m, REGION), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "change.compared": lambda m: compared(m, shifted(m), m), "scene.Scene": lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(torch.ones(len(GET))), "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
+    "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
+    "inside.hidden_states": lambda m: hidden_states(m, GET), "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET), "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
+    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
     "masked.is_unlocked": masked.is_unlocked, "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(m, folder / "whole"),
     "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.locked_checksum": lambda m: masked.locked_checksum(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),
@@ -78,7 +98,7 @@ LOOKING = {place(method): scored_by(name) for name, method in methods("localizer
 }
 TRAINING = { # name: a call that changes weights
     "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0), "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0), "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
-    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0), "training.supervise": lambda m: training.supervise(m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
+    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0), "change.edited": lambda m: edited(METHODS["editor"]["zeroing"], m, REGION)[1], "training.supervise": lambda m: training.supervise(m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
 }
 MORE = { # other ways of the same functions
     "unlearn through all weights": lambda m: training.unlearn(m, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(retain="kl"), 0), "unlearn by RMU": lambda m: training.unlearn(m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="rmu"), 0),
@@ -157,7 +177,7 @@ def run(name, m, folder):
         return flat(call(m, folder) if "folder" in inspect.signature(call).parameters else call(m)), flat(weights(m))
 
 NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held" # what is trained inside them needs gradients
-ON_THE_DEVICE_OF_NEW_TENSORS = "checkpoints.save_change", "checkpoints.apply_change", "attacks.between", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
+ON_THE_DEVICE_OF_NEW_TENSORS = "scene.Scene", "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory): # what a model in evaluation mode gives, by name
@@ -255,7 +275,7 @@ def test_gradients_of_16_bit_weights_are_put_back():
     for p in model.parameters(): p.grad = torch.full_like(p, 3.)
     kept = [p.grad for p in model.parameters()]
     with masked.in_float32(model): training.finetune(model, GET, 1, 1e-3, 3, 0)
-    attacks.relearn(model, KEEP, GET, 1e-3, 1, 3, 0)
+    relearn(model, KEEP, GET, 1e-3, 1, 3, 0)
     training.unlearn(model, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(), 0)
     assert all(p.grad is g and (g == 3).all() for p, g in zip(model.parameters(), kept))
 
@@ -292,7 +312,7 @@ WRONG_KINDS = {"wrapper": (lambda: Wrapper(small()), "a Wrapper is no transforme
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_what_is_not_a_causal_language_model_is_named(kind):
     make, message = WRONG_KINDS[kind]
-    for call in (lambda m: evaluation.score(m, GET), lambda m: scored_by_gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: attacks.relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
+    for call in (lambda m: evaluation.score(m, GET), lambda m: scored_by_gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
         with pytest.raises(ValueError, match=message): call(make())
 
 def test_an_adapter_is_to_be_merged_first():

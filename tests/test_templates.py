@@ -5,7 +5,7 @@ import pytest, torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 from unloc import training
-from unloc.attacks import best_of, few_shot
+from unloc.asking import best_of, few_shot
 from unloc.evaluation import greedy, greedy_answers, score
 from unloc.facts import author_world
 from unloc.models import tiny_model

@@ -2,9 +2,10 @@
 import dataclasses, functools, importlib, os, subprocess, sys, textwrap, threading
 import numpy as np, pytest, torch
 from unloc import identity, models, register, tokens, training
+from unloc.level import at_level
 from unloc.data import benchmark, data_description
 from unloc.pages import sweep
-from unloc.steps.attack import _brought_to, attacking
+from unloc.steps.attack import attacking
 from unloc.steps.base import base_models
 from unloc.steps.inject import draw, injection
 from unloc.steps.judge import standard
@@ -377,7 +378,7 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
     with pytest.raises(ValueError, match="unknown unit 'head'; known: neuron, head . neuron"): draw(shape, one | {"unit": "head"}, 0)
     with pytest.raises(ValueError, match="unknown style 'quick'; known: fine-tuned, mixed, with room"): compute(one | {"style": "quick"}, None, None, None)
     with pytest.raises(ValueError, match="unknown localizer 'compass'; known: "): find("localizer", "compass")
-    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): _brought_to(None, {"by": "MU"}, None, None)
+    with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): at_level(None, .5, None, "MU")
     with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
     with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
     with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: attack, base, inject"): Store(tmp_path).do({"kind": "settings"}, compute)

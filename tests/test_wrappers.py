@@ -10,7 +10,7 @@ from unloc.methods.activations import activations
 from unloc.methods.gradient import gradient
 from unloc.methods.weight_norm import weight_norm
 from unloc.register import methods
-from unloc.attacks import library_quantized, quantized
+from unloc.quantization import library_quantized, quantized
 from unloc.evaluation import score
 from unloc.checkpoints import inspect, load_model, recompute, save_change, save_model, save_pretrained
 from unloc.masked import Neurons, is_unlocked, locked_digest, put_columns, unlock

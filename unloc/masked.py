@@ -7,7 +7,7 @@ Every other weight leaves training with the bits it entered with."""
 
 # %% auto #0
 __all__ = ['still', 'Neurons', 'Columns', 'is_unlocked', 'unlock', 'locked_digest', 'checksum', 'locked_checksum', 'put_columns',
-           'AllWeights', 'in_float32']
+           'columns_at', 'columns_of', 'AllWeights', 'in_float32']
 
 # %% ../nbs/05_masked.ipynb #cec4b84a
 import hashlib, math
@@ -450,6 +450,36 @@ def _check_values(place, weight, index, columns):
     raise ValueError(f"{f'layer {place}' if isinstance(place, int) else place}: {len(index)} places "
         f"up to {high} with values {list(columns.shape)} do not fit its weight "
         f"{list(weight.shape)}; give values of a model of this shape")
+
+# %% ../nbs/05_masked.ipynb #c01a5a72
+@checked(but=['model'])
+def columns_at(
+    model:nn.Module,
+    places:dict[int|str, tuple[Tensor, Tensor]], # as for put_columns; of the values the shapes alone count
+)->dict[int|str, tuple[Tensor, Tensor]]: # as from Columns.values
+    "Read value vectors, single weights, or neurons and heads of a model"
+    if not places: return {}
+    projections = output_projections(model)
+    writers = _writers(model) if any(isinstance(place, str) for place in places) else set()
+    found = {}
+    for place, (index, columns) in places.items():
+        view = _view_at(model, place, projections, writers).detach()
+        _check_values(place, view, index, columns)
+        found[place] = _read(view, index, single=columns.ndim == 1)
+    return found
+
+def columns_of(
+    model:nn.Module,
+    region:Region|Neurons,
+)->dict[int|str, tuple[Tensor, Tensor]]: # as from Columns.values
+    "Read the value vectors, single weights, or neurons and heads of a region"
+    return {place: _read(kind.view(layer).detach(), index, single=kind is _UnlockedWeights)
+        for place, (kind, layer, index) in _parts(model, region).items()}
+
+def _read(view:Tensor, index:Tensor, single:bool)->tuple[Tensor, Tensor]: # index; copies, wide
+    index, width = index.to(view.device), view.shape[1]
+    now = view[index // width, index % width] if single else view[:, index].T.contiguous()
+    return index, now.to(torch.promote_types(now.dtype, torch.float32), copy=True)
 
 # %% ../nbs/05_masked.ipynb #caa76e99
 class AllWeights:

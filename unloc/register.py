@@ -36,7 +36,7 @@ GIVEN = { # kind: the arguments that the study gives; a method takes those that 
     'localizer': ('model', 'forget', 'retain', 'seed', 'progress'),
     'objective': ('run', 'facts', 'rows', 'epoch'),
     'retain': ('run', 'facts'),
-    'editor': ('model', 'forget', 'retain', 'seed', 'progress', 'scene'),
+    'editor': ('model', 'forget', 'retain', 'region', 'retained', 'seed', 'progress'),
     'attack': ('scene', 'seed', 'progress'),
     'metric': ('measured',),
     'dataset': ('source',),
@@ -170,13 +170,21 @@ def _plugin(function:Callable)->str: # '': it comes from no plugin
     module = _module(function)
     return module.__file__ if hasattr(module, '__unloc_plugin__') else ''
 
+def _of_one_page(a:Callable, b:Callable)->bool:
+    "Say whether one is defined in a page and the other in the module that the page exports"
+    modules = {a.__module__, b.__module__} if hasattr(a, '__module__') else set()
+    if '__main__' not in modules or a.__doc__ != b.__doc__: return False
+    return any(str(m).startswith('unloc.methods.') for m in modules)
+
 def _replaces(new:Callable, old:Callable)->bool:
     "Say whether a method takes the place of another"
     before, now = _plugin(old), _plugin(new)
+    if _of_one_page(new, old): return True
     if not before: return not now and _module(new) is _module(old)
     if before == now: return _core(new).__globals__ is not _core(old).__globals__
     return before not in {str(file.resolve()) for file in plugin_files()}
 
+# %% ../nbs/00_register.ipynb #0efb5d86
 def register(
     kind:str, # a name in GIVEN
     function:Callable,

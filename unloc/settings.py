@@ -109,8 +109,9 @@ def _taken(wanted)->str:
     "Name in a word or two which values a setting takes"
     kind, words, limits = _split(wanted)
     if words: return ', '.join(words)
-    name = {str: 'text', bool: 'true or false', int: 'whole number', float: 'number'}[kind]
-    if kind in (str, bool): return name
+    name = {str: 'text', bool: 'true or false', int: 'whole number', float: 'number',
+        dict: 'names, each with options'}[kind]
+    if kind in (str, bool, dict): return name
     low = 'above 0' if 'gt' in limits else 'at least 0'
     return f"{name} {low}{', at most 1' if limits.get('le') == 1 else ''}"
 

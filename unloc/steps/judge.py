@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 from ..cost import Cost, Models
 from ..data import benchmark
-from ..evaluation import (KINDS, Evaluation, Probe, choices, evaluate, membership,
-    membership_aucs, other_answers, undefined)
+from ..evaluation import (KINDS, USUAL_METRICS, Evaluation, Probe, choices, evaluate,
+    membership, membership_aucs, other_answers, undefined)
 from ..runs import Run
 from ..settings import Count, Settings, about, checked
 from .common import (above, ancestor, built_on, described, examples_of, prepare,
-    retained_model, save_json, spread, template_of, tokenizer_of)
+    retained_model, save_json, spread, template_of, tokenizer_of, with_options)
 from ..tokens import encode
 
 # %% ../../nbs/steps/judge.ipynb #8716ad79
@@ -36,11 +36,15 @@ class Evaluate(Settings):
     max_new_tokens: Annotated[Count, about("of a generated answer, at most")] = 200
     every: Annotated[Count, about("epochs between judgements along a run")] = 1
     full_every: Annotated[Count, about("epochs between those with forget quality and utility")] = 1
+    metrics: Annotated[dict, about("what is measured beside the usual metrics")] = None
 
 def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
     "Describe the judgement of a retained model, the standard for all that is built on it"
     built_on(base, 'base')
-    return described('judge', base, evaluate=checked(Evaluate, evaluate))
+    how = checked(Evaluate, evaluate)
+    if 'metrics' in how: how['metrics'] = with_options('metric', how['metrics'])
+    measured = {'metric': (*USUAL_METRICS, *how.get('metrics', {}))}
+    return described('judge', base, measured, evaluate=how)
 
 # %% ../../nbs/steps/judge.ipynb #0691bff4
 @cache
@@ -63,7 +67,7 @@ def probe_of(
     offered = {name: choices(tokenizer, rows, template) for name, rows in asked.items()}
     sets = {'forget': facts.forget, 'retain': kept, 'useful': useful}
     sets |= {f'{name} right': rows for name, rows in asked.items()}
-    more = {k: v for k, v in how.items() if k == 'max_new_tokens'}
+    more = {k: v for k, v in how.items() if k in ('max_new_tokens', 'metrics')}
     return Probe(*map(tokenized, (facts.forget, kept, useful)), offered, tokenizer,
         others=_further(tokenizer, sets, template), **more)
 
