@@ -160,19 +160,19 @@ def _demand_words(kind:str, name:str, function:Callable, label:str)->None:
         f"cannot be called {name!r}; give it a name of letters, digits and _: name='…'")
 
 # %% ../nbs/00_register.ipynb #2f9d0b61
-def _module(function:Callable)->ModuleType|None:
-    "Find the module that a callable was written in"
+def _written_in(function:Callable)->str:
+    "Name the module that a callable was written in"
     while isinstance(function, partial): function = function.func
-    return sys.modules.get(function.__module__)
+    return function.__module__
 
 def _plugin(function:Callable)->str: # '': it comes from no plugin
     "Name the plugin that a callable comes from"
-    module = _module(function)
+    module = sys.modules.get(_written_in(function))
     return module.__file__ if hasattr(module, '__unloc_plugin__') else ''
 
 def _of_one_page(a:Callable, b:Callable)->bool:
     "Say whether one is defined in a page and the other in the module that the page exports"
-    modules = {a.__module__, b.__module__} if hasattr(a, '__module__') else set()
+    modules = {_written_in(a), _written_in(b)}
     if '__main__' not in modules or a.__doc__ != b.__doc__: return False
     return any(str(m).startswith('unloc.methods.') for m in modules)
 
@@ -180,7 +180,7 @@ def _replaces(new:Callable, old:Callable)->bool:
     "Say whether a method takes the place of another"
     before, now = _plugin(old), _plugin(new)
     if _of_one_page(new, old): return True
-    if not before: return not now and _module(new) is _module(old)
+    if not before: return not now and _written_in(new) == _written_in(old)
     if before == now: return _core(new).__globals__ is not _core(old).__globals__
     return before not in {str(file.resolve()) for file in plugin_files()}
 
