@@ -61,54 +61,32 @@ def provenance(
 
 # %% ../nbs/15_pages.ipynb #d775d714
 _RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room for
-_MAY_BE_EMPTY = {
-    'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
-    'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates'}
+_MAY_BE_EMPTY = {'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs', 'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates'}
 
 def _names_for(page:dict)->dict: # parameter: the names that it may hold
     "Say which names the parameters of a page choose from"
-    rules = {
-        'rule': written('tradeoff', 'AUES_RULES'),
-        'rule_mu95': written('tradeoff', 'MU95_RULES')}
+    rules = {'rule': written('tradeoff', 'AUES_RULES'), 'rule_mu95': written('tradeoff', 'MU95_RULES')}
     choices = rules | {'arms': ARMS, 'arm_rates': ARMS, 'strongest': RELEARNING}
-    among = {
-        'own_archs': 'archs',
-        'share_archs': 'archs',
-        'share_objectives': 'localized_unlearn',
-        'retention': 'attacked_unlearn',
-        'injected_rates': 'injected'}
+    among = {'own_archs': 'archs', 'share_archs': 'archs', 'share_objectives': 'localized_unlearn', 'retention': 'attacked_unlearn', 'injected_rates': 'injected'}
     return choices | {name: page[other] for name, other in among.items() if other in page}
 
-# %% ../nbs/15_pages.ipynb #e8cb10c4
 def _read(name, kind, value):
     "Give a parameter its type"
     if kind in (list, dict) and isinstance(value, str):
         try: value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(
-                f"parameter {name}: expected a {kind.__name__}, or its JSON text, got {value!r:.60}"
-                f" ({error})") from None
+        except ValueError as error: raise ValueError(f"parameter {name}: expected a {kind.__name__}, or its JSON text, got {value!r:.60} ({error})") from None
     if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"parameter {name} must be of type {kind.__name__}, got {value!r:.60}")
+    if type(value) is not kind: raise ValueError(f"parameter {name} must be of type {kind.__name__}, got {value!r:.60}")
     return value
 
 def _check(name, value):
     "Demand that a parameter leaves something to do"
-    if type(value) is int and not (value >= 1 or name == _RUNS_AT_ONCE and value == -1):
-        raise ValueError(
-            f"parameter {name} must be at least 1{' or -1' if name == _RUNS_AT_ONCE else ''}, got"
-            f" {value}")
-    if isinstance(value, (list, dict)) and not value and name not in _MAY_BE_EMPTY:
-        raise ValueError(f"parameter {name} is empty; name at least one")
+    if type(value) is int and not (value >= 1 or name == _RUNS_AT_ONCE and value == -1): raise ValueError(f"parameter {name} must be at least 1{' or -1' if name == _RUNS_AT_ONCE else ''}, got {value}")
+    if isinstance(value, (list, dict)) and not value and name not in _MAY_BE_EMPTY: raise ValueError(f"parameter {name} is empty; name at least one")
     if name.startswith('margin'):
         for key, margin in (value if isinstance(value, dict) else {name: value}).items():
-            if type(margin) not in (int, float) or not 0 < margin < float('inf'):
-                raise ValueError(
-                    f"parameter {name}: an equivalence margin must be above 0 and finite, got"
-                    f" {margin!r}{f' for {key}' if key != name else ''}")
+            if type(margin) not in (int, float) or not 0 < margin < float('inf'): raise ValueError(f"parameter {name}: an equivalence margin must be above 0 and finite, got {margin!r}{f' for {key}' if key != name else ''}")
 
-# %% ../nbs/15_pages.ipynb #5f63aa9c
 def page_parameters(
     page:dict, # globals() of a page; its parameters are the names with an annotation
 )->dict: # name: value, lists and dictionaries read from text where they came as text
@@ -119,7 +97,5 @@ def page_parameters(
     for name, known in _names_for(found).items():
         if name not in found: continue
         for word in [found[name]] if isinstance(found[name], str) else found[name]:
-            if word not in known:
-                raise ValueError(
-                    f"parameter {name}: unknown name {word!r}; known: {', '.join(map(str, known))}")
+            if word not in known: raise ValueError(f"parameter {name}: unknown name {word!r}; known: {', '.join(map(str, known))}")
     return found

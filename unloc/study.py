@@ -40,10 +40,8 @@ def _in_full(name:str, value, kind:type):
     if value != 'all' or kind is not list: return value
     if name not in ALL: raise ValueError(f"parameter {name} cannot be \"all\"; name what it lists")
     found = names(ALL[name])
-    # each is compared with random
-    return [x for x in found if name != 'localizers' or x != 'random']
+    return [x for x in found if name != 'localizers' or x != 'random'] # each is compared with random
 
-# %% ../nbs/19_study.ipynb #f86c8bd3
 def _parameters(
     profile:str, # a section of settings.ini
     own:dict, # the page's own parameters
@@ -54,9 +52,7 @@ def _parameters(
     known = profiles(project_root())
     section = known[_known('profile', profile, list(known))]
     for name in changes: _known('parameter of the study', name, [*SHARED])
-    usual = {
-        'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}',
-        'attacked_data': {}}
+    usual = {'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}', 'attacked_data': {}}
     there = {name: value for name, value in section.items() if name in SHARED}
     found = overlaid(overlaid(usual | known.get('smoke', {}), there), changes)
     found = {name: value for name, value in found.items() if name in SHARED} | own

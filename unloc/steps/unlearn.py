@@ -80,7 +80,6 @@ def _recipe(objective:str, unlearn:dict, parent:dict)->tuple[dict, dict]: # its 
     demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
     return given, used | {'retain': recipe.retain}
 
-# %% ../../nbs/steps/unlearn.ipynb #1b97f3b0
 def unlearning(
     injected:dict, # from injection
     arm:str, # a name in ARMS
@@ -99,7 +98,6 @@ def unlearning(
     return described('unlearn', injected, methods, arm=arm, draw=draw, seed=injected['seed'],
         objective=objective, recipe=recipe, **more)
 
-# %% ../../nbs/steps/unlearn.ipynb #ee09ef65
 def localized_unlearning(
     localized:dict, # from localization
     fraction:float, # of all units
