@@ -16,7 +16,7 @@ from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import unlearning
-from unloc.register import methods
+from unloc.register import METHODS, localizer, methods
 from unloc.cost import Memory, _gradients, _score, of_all_weights, rehearse, through_region
 from unloc.data import benchmark, data_description
 from unloc.plan import Machine, _code_of, machine, plan, problems_of, rows_of, text_of, wanted
@@ -143,6 +143,22 @@ def test_every_kind_of_run_has_a_cost(study):
     for localizer in methods("localizer"): assert cost_of(known, localization(found["teach"], localizer)).peak > 4 * known.weights
     dpo, rmu = (cost_of(known, unlearning(found["inject"], "Random", objective, {"lr": 1e-3, "epochs": 3})) for objective in ("dpo", "rmu"))
     assert dpo.flops > costs["unlearn"].flops > rmu.flops
+
+def test_a_method_of_ones_own_costs_what_its_decorator_says(study):
+    found, _, known = study
+    def cost(localizer): return cost_of(known, localization(found["teach"], localizer))
+    def own(**about):
+        def mine(model): "Rank by place"
+        localizer(label="Mine", **about)(mine)
+        try: return cost("mine")
+        finally: METHODS["localizer"].pop("mine")
+    assert own(passes=1) == cost("activations"), "the same passes, the same unit"
+    assert own(passes=3).flops == 3 * own(passes=1).flops
+    assert own(passes=3).layers == 3 * own(passes=1).layers
+    assert own(gradients=True).flops >= 2 * own(passes=1).flops
+    assert own(gradients=True).peak > 2 * own(passes=1).peak
+    assert own(per_layer=True).flops == 2 * own(passes=1).flops, "of two layers"
+    assert own(unit="weights").disk == 32 * own().disk, "one score for each of its entries"
 
 @pytest.mark.parametrize("kind", kinds())
 def test_a_page_of_a_kind_of_run_describes_computes_and_counts(kind):
