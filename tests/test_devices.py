@@ -1,4 +1,6 @@
-"A model on another device than the processor: every function that meets one mixes no tensors of two devices, and gives what it gives on the processor. Most need no GPU: tensors only claim to be elsewhere; where there is one, the same is asked of it."
+"""A model on another device than the processor: every function that meets one mixes no tensors of
+two devices, and gives what it gives on the processor. Most need no GPU: tensors only claim to be
+elsewhere; where there is one, the same is asked of it."""
 import math
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,17 +17,22 @@ from unloc.relearn import relearn
 from unloc.checkpoints import apply_change, save_change
 from unloc.evaluation import Probe, choices, evaluate, membership, score
 from unloc.facts import author_world
-from unloc.masked import Neurons, checksum, in_float32, locked_checksum, locked_digest, put_columns, unlock
-from unloc.models import output_projections, region_shape, tiny_model
+from unloc.masked import (
+    Neurons, checksum, in_float32, locked_checksum, locked_digest, put_columns, unlock)
+from unloc.models import region_shape, tiny_model
 from unloc.register import methods
 from unloc.regions import Region
 from unloc.streaming import check_scores
 from unloc.tokens import encode, train_tokenizer
-from unloc.training import Checkpoint, Recipe, descend, finetune, inject, make_room, mlp_targets, supervise, unlearn
+from unloc.training import (
+    Checkpoint, Recipe, descend, finetune, inject, make_room, mlp_targets, supervise, unlearn)
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
-TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
-GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts] for facts in (WORLD.forget, WORLD.retain))
+TOKENIZER = train_tokenizer(
+    (t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
+GET, KEEP = (
+    [encode(TOKENIZER, f.question, f.answer) for f in facts]
+    for facts in (WORLD.forget, WORLD.retain))
 REFUSALS = [encode(TOKENIZER, "", text) for text in WORLD.refusals[:5]]
 REFUSALS = [e.ids[e.start:] for e in REFUSALS]
 WRONG = [encode(TOKENIZER, f.question, f.perturbed_answer[0]) for f in WORLD.forget]
@@ -35,35 +42,52 @@ AWAY = torch.device("cuda", 0)
 # --- a second device, as CUDA treats its tensors
 
 MOVING = "_to_copy", "copy_"
-INDEXING = "index", "index_put", "index_put_", "_index_put_impl_" # an index may lie on the processor
+# an index may lie on the processor
+INDEXING = "index", "index_put", "index_put_", "_index_put_impl_"
 
 class Elsewhere(torch.Tensor):
     "A tensor that computes on the processor and says that it is on a GPU"
     @staticmethod
     def __new__(cls, here):
-        shape, more = here.shape, dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, device="meta", **more) # autograd's threads know this device everywhere
+        shape = here.shape
+        more = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype)
+        # autograd's threads know this device everywhere
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, device="meta", **more)
         made.here = here
         return made
-    device, is_cuda, is_meta = (property(lambda self, value=value: value) for value in (AWAY, True, False))
+    device, is_cuda, is_meta = (
+        property(lambda self, value=value: value) for value in (AWAY, True, False))
     def data_ptr(self): return self.here.data_ptr()
     def tolist(self): return self.here.tolist()
     @classmethod
-    def __torch_dispatch__(cls, op, types, args=(), kwargs=None): return computed(op, args, kwargs or {})
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return computed(op, args, kwargs or {})
 
 class Second(TorchDispatchMode):
     "Let tensors be made on the second device"
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None): return computed(op, args, kwargs or {})
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return computed(op, args, kwargs or {})
 
 def computed(op, args, kwargs):
-    name, asked, generator = op._schema.name.split("::")[1], kwargs.get("device"), kwargs.get("generator")
+    name = op._schema.name.split("::")[1]
+    asked = kwargs.get("device")
+    generator = kwargs.get("generator")
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     free = [i for i in args[1] if i is not None] if name in INDEXING else []
-    home = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim and not any(x is i for i in free)] # a number may lie anywhere
-    away = any(isinstance(x, Elsewhere) for x in tensors) if asked is None else torch.device(asked).type in ("cuda", "meta")
+    # a number may lie anywhere
+    home = [
+        x
+        for x in tensors
+        if not isinstance(x, Elsewhere) and x.ndim and not any(x is i for i in free)]
+    away = (
+        any(isinstance(x, Elsewhere) for x in tensors)
+        if asked is None
+        else torch.device(asked).type in ("cuda", "meta"))
     if name == "copy_": away = isinstance(args[0], Elsewhere)
-    elif name not in MOVING and away and home: raise RuntimeError(f"{name}: tensors on two devices, cuda:0 and cpu")
-    if away and generator is not None and generator.device.type == "cpu": raise RuntimeError(f"{name}: a generator of the cpu for a tensor on cuda")
+    elif name not in MOVING and away and home:
+        raise RuntimeError(f"{name}: tensors on two devices, cuda:0 and cpu")
+    if away and generator is not None and generator.device.type == "cpu":
+        raise RuntimeError(f"{name}: a generator of the cpu for a tensor on cuda")
     if away and asked is not None: kwargs = kwargs | {"device": torch.device("cpu")}
     found = op(*tree_map(inside, args), **tree_map(inside, kwargs))
     if name.endswith("_"): return args[0] if isinstance(args[0], torch.Tensor) else None # in place
@@ -74,7 +98,9 @@ def inside(x): return x.here if isinstance(x, Elsewhere) else x
 def moved(model):
     for m in model.modules():
         for name, p in m._parameters.items():
-            if p is not None: m._parameters[name] = torch.nn.Parameter(Elsewhere(p.detach()), requires_grad=p.requires_grad)
+            if p is not None:
+                m._parameters[name] = torch.nn.Parameter(
+                    Elsewhere(p.detach()), requires_grad=p.requires_grad)
         for name, b in m._buffers.items():
             if b is not None: m._buffers[name] = Elsewhere(b)
     return model
@@ -85,24 +111,29 @@ def second(monkeypatch): # CUDA is never asked, as there may be none
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     monkeypatch.setattr(models, "FakeTensor", Elsewhere) # a weight of this type is a weight
-    torch._C._set_only_lift_cpu_tensors(True) # torch.tensor(..., device=...) makes it here, and moves it
+    # torch.tensor(..., device=...) makes it here, and moves it
+    torch._C._set_only_lift_cpu_tensors(True)
     try:
         with Second(): yield
     finally: torch._C._set_only_lift_cpu_tensors(False)
 
 def small(dtype=torch.float32, n_layers=2):
-    model = tiny_model("llama", vocab_size=400, d_model=16, d_ff=32, n_layers=n_layers, n_heads=2).to(dtype)
+    model = tiny_model(
+        "llama", vocab_size=400, d_model=16, d_ff=32, n_layers=n_layers, n_heads=2).to(dtype)
     model.set_attn_implementation("eager") # one way to compute it
     return model
 
-def region(model, seed=0, outside=None): return Region.sample(region_shape(model), .25, seed, outside)
+def region(model, seed=0, outside=None):
+    return Region.sample(region_shape(model), .25, seed, outside)
 def weights(model): return {name: inside(p.detach()) for name, p in model.named_parameters()}
 def plain(found): # numbers, wherever they lie
-    return tree_map(lambda x: inside(x.detach()).clone() if isinstance(x, torch.Tensor) else x, found)
+    return tree_map(
+        lambda x: inside(x.detach()).clone() if isinstance(x, torch.Tensor) else x, found)
 def same(a, b):
     a, b = tree_leaves(a), tree_leaves(b)
     def equal(x, y):
-        if isinstance(x, torch.Tensor): return x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())
+        if isinstance(x, torch.Tensor):
+            return x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())
         return x == y or isinstance(x, float) and math.isnan(x) and math.isnan(y)
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
 
@@ -110,14 +141,22 @@ def same(a, b):
 
 def test_the_second_device_refuses_to_be_mixed(second):
     here, there = torch.ones(3), torch.ones(3, device=AWAY)
-    assert there.device == AWAY and there.cpu().device.type == "cpu" and here.to(AWAY).is_cuda and torch.tensor([1, 2], device=AWAY).is_cuda
+    assert there.device == AWAY
+    assert there.cpu().device.type == "cpu"
+    assert here.to(AWAY).is_cuda
+    assert torch.tensor([1, 2], device=AWAY).is_cuda
     with pytest.raises(RuntimeError, match="two devices"): here + there
-    with pytest.raises(RuntimeError, match="two devices"): there[torch.ones(3, dtype=torch.bool, device=AWAY)] @ here
+    with pytest.raises(RuntimeError, match="two devices"):
+        there[torch.ones(3, dtype=torch.bool, device=AWAY)] @ here
     with pytest.raises(RuntimeError, match="two devices"): torch.where(there > 0, here, there)
     with pytest.raises(RuntimeError, match="two devices"): torch.cat([here, there])
     with pytest.raises(RuntimeError, match="two devices"): here[torch.tensor([0], device=AWAY)]
-    with pytest.raises(RuntimeError, match="a generator of the cpu"): torch.rand(3, device=AWAY, generator=torch.Generator())
-    assert same(plain([there[torch.tensor([0, 2])], there * torch.tensor(2.), there.tolist()]), [torch.ones(2), torch.full((3,), 2.), [1.] * 3])
+    with pytest.raises(RuntimeError, match="a generator of the cpu"):
+        torch.rand(3, device=AWAY, generator=torch.Generator())
+    assert same(
+        plain([there[torch.tensor([0, 2])], there * torch.tensor(2.), there.tolist()]),
+        [torch.ones(2), torch.full((3,), 2.), [1.] * 3],
+    )
 
 # --- everything that meets a model
 
@@ -130,7 +169,15 @@ def proved(model, where, digest): # each device has its own proof
 
 def unlearned(objective, retain="nll"):
     def run(model):
-        trajectory, values = unlearn(model, region(model), GET, KEEP, PROBE, Recipe(objective, lr=1e-3, epochs=2, batch_size=4, retain=retain), 0, REFUSALS)
+        trajectory, values = unlearn(
+            model,
+            region(model),
+            GET,
+            KEEP,
+            PROBE,
+            Recipe(objective, lr=1e-3, epochs=2, batch_size=4, retain=retain),
+            0,
+            REFUSALS)
         proved(model, region(model), trajectory.locked_sha256)
         return trajectory.points, trajectory.facts, trajectory.live_fraction, values
     return run
@@ -153,12 +200,17 @@ def single_weights(model):
 
 def put(model):
     with unlock(model, region(model)) as columns: values = columns.values()
-    put_columns(model, {layer: (index.cpu(), column.cpu() + 1) for layer, (index, column) in values.items()})
+    put_columns(
+        model, {layer: (index.cpu(), column.cpu() + 1) for layer, (index, column) in values.items()}
+    )
     put_columns(model, {layer: (index, column) for layer, (index, column) in values.items()})
-    Change.of(model, {layer: (index, column + 1) for layer, (index, column) in values.items()}, values).at(.5)
+    changed = {layer: (index, column + 1) for layer, (index, column) in values.items()}
+    Change.of(model, changed, values).at(.5)
 
 def supervised(model):
-    found = supervise(model, region(model), GET, PROBE, mlp_targets(small(model.dtype), GET), 1, 1e-3, 4, 0) # targets of a model on the processor
+    # targets of a model on the processor
+    found = supervise(
+        model, region(model), GET, PROBE, mlp_targets(small(model.dtype), GET), 1, 1e-3, 4, 0)
     return found.points, found.facts
 
 def all_weights(model):
@@ -166,35 +218,67 @@ def all_weights(model):
 
 def probed(model):
     states = hidden_states(model, GET)
-    return [linear_probe(model, GET, WRONG), logit_lens(model, GET), patched_logprob(model, GET, 1, states[1])]
+    return [
+        linear_probe(model, GET, WRONG),
+        logit_lens(model, GET),
+        patched_logprob(model, GET, 1, states[1])]
 
 def depth(model):
     retained, other = another(model), small(model.dtype)
     finetune(retained, KEEP[:4], 1, 1e-2, 2, 0)
     with unlock(retained, region(retained)) as columns, torch.no_grad():
         for p in columns.parameters(): p += .5
-    return unlearning_depth(model, GET[:4], hidden_states(other, GET[:4]), hidden_states(retained, GET[:4]), least=-math.inf)
+    states = [hidden_states(m, GET[:4]) for m in (other, retained)]
+    return unlearning_depth(model, GET[:4], *states, least=-math.inf)
 
 def rounded(model):
     with quantized(model, 4): return score(model, GET).nll
 
 def taught_again(support):
-    return lambda model: relearn(model, GET[:5], GET[5:], 1e-3, 2, 2, 0, region(model) if support else None)
+    return lambda model: relearn(
+        model, GET[:5], GET[5:], 1e-3, 2, 2, 0, region(model) if support else None)
 
 def judged(model):
-    facts = {"forget": WORLD.forget, "retain": WORLD.retain, "real_authors": WORLD.real_authors, "world_facts": WORLD.world_facts}
-    probe = Probe(GET[:3], KEEP[:4], KEEP[:2], {name: choices(TOKENIZER, some[:2]) for name, some in facts.items()}, TOKENIZER, max_new_tokens=4)
+    facts = {
+        "forget": WORLD.forget,
+        "retain": WORLD.retain,
+        "real_authors": WORLD.real_authors,
+        "world_facts": WORLD.world_facts}
+    probe = Probe(
+        GET[:3],
+        KEEP[:4],
+        KEEP[:2],
+        {name: choices(TOKENIZER, some[:2]) for name, some in facts.items()},
+        TOKENIZER,
+        max_new_tokens=4)
     found = evaluate(model, probe)
     return found.point, found.facts, membership(model, TOKENIZER, GET)
 
 def sampled(model): return best_of(model, TOKENIZER, GET[:3], n=2, max_new_tokens=4)
 
-OWN = {kind: {name: m for name, m in methods(kind).items() if m.own} for kind in ("localizer", "objective", "retain")}
-DOORS = {f"unlearn {o}": unlearned(o) for o in OWN["objective"]} | {f"retain {r}": unlearned("wga", r) for r in OWN["retain"]} | {
-    "make_room": with_room, "neurons": neurons, "single weights": single_weights, "put_columns": put, "supervise": supervised, "all weights": all_weights,
-    "probes": probed, "depth": depth, "quantized": rounded, "relearn region": taught_again(True), "relearn": taught_again(False), "evaluate": judged, "best_of": sampled}
+KINDS = "localizer", "objective", "retain"
+OWN = {kind: {name: m for name, m in methods(kind).items() if m.own} for kind in KINDS}
+DOORS = (
+    {f"unlearn {o}": unlearned(o) for o in OWN["objective"]}
+    | {f"retain {r}": unlearned("wga", r) for r in OWN["retain"]}
+    | {
+        "make_room": with_room,
+        "neurons": neurons,
+        "single weights": single_weights,
+        "put_columns": put,
+        "supervise": supervised,
+        "all weights": all_weights,
+        "probes": probed,
+        "depth": depth,
+        "quantized": rounded,
+        "relearn region": taught_again(True),
+        "relearn": taught_again(False),
+        "evaluate": judged,
+        "best_of": sampled})
 
-def scored(name, model): return OWN["localizer"][name](model=model, forget=GET[:4], retain=KEEP[:4], seed=0)
+def scored(name, model):
+    some = {"forget": GET[:4], "retain": KEEP[:4]}
+    return OWN["localizer"][name](model=model, seed=0, **some)
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_model_elsewhere_gives_the_same(door, second):
@@ -212,7 +296,16 @@ def test_scores_of_a_model_elsewhere_are_the_same_and_here(name, second):
 
 def test_a_checkpoint_goes_back_to_the_device(second, tmp_path):
     whole, resumed = moved(small()), moved(small())
-    def train(model, epochs, *more): finetune(model, GET, epochs, 1e-3, 4, 0, schedule="constant", checkpoint=Checkpoint(tmp_path / "state", *more))
+    def train(model, epochs, *more):
+        finetune(
+            model,
+            GET,
+            epochs,
+            1e-3,
+            4,
+            0,
+            schedule="constant",
+            checkpoint=Checkpoint(tmp_path / "state", *more))
     train(whole, 3, 1e9)
     train(resumed, 2, 0.)
     train(resumed, 3, 1e9)
@@ -225,39 +318,65 @@ def test_a_change_travels_between_devices(second, tmp_path):
     apply_change(base, tmp_path / "change.safetensors")
     assert same(weights(base), weights(trained))
 
-def test_a_run_elsewhere_that_diverges_is_named_by_step_and_keeps_its_parameters(second): # its losses are read when the epoch ends
+def test_a_run_elsewhere_that_diverges_is_named_by_step_and_keeps_its_parameters(
+    second
+): # its losses are read when the epoch ends
     found = []
     for x in (torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device=AWAY))):
-        def loss(batch, epoch): return (x * torch.tensor([1., -2.], device=x.device)).sum() * (math.nan if (epoch, batch) == (1, 2) else 1. + batch)
-        with pytest.raises(FloatingPointError) as error: descend([x], lambda epoch: range(5), loss, 3, .1)
+        def loss(batch, epoch):
+            return (x * torch.tensor([1., -2.], device=x.device)).sum() * (
+                math.nan if (epoch, batch) == (1, 2) else 1. + batch)
+        with pytest.raises(FloatingPointError) as error:
+            descend([x], lambda epoch: range(5), loss, 3, .1)
         found.append((str(error.value), plain(x)))
-    assert found[0][0] == found[1][0] == "the loss is nan at step 3 of epoch 2 (lr 0.1); lower the learning rate" and torch.equal(found[0][1], found[1][1])
+    assert (
+        found[0][0]
+        == found[1][0]
+        == "the loss is nan at step 3 of epoch 2 (lr 0.1); lower the learning rate")
+    assert torch.equal(found[0][1], found[1][1])
 
 @pytest.mark.parametrize("device", ["cpu", AWAY], ids=str)
 def test_losses_elsewhere_are_read_once_an_epoch(device, second, monkeypatch):
     reads, means, x = [], [], torch.nn.Parameter(torch.ones(2, device=device))
     for name in ("tolist", "item"):
         plainly = getattr(Elsewhere, name)
-        monkeypatch.setattr(Elsewhere, name, lambda self, plainly=plainly: reads.append(len(means)) or plainly(self))
-    descend([x], lambda epoch: range(7), lambda batch, epoch: x.square().sum() / 3, 4, .01, after_epoch=lambda epoch, mean: means.append(mean))
-    assert reads == ([] if device == "cpu" else [0, 1, 2, 3]) and means == sorted(means, reverse=True) and len(means) == 4
+        monkeypatch.setattr(
+            Elsewhere, name, lambda self, plainly=plainly: reads.append(len(means)) or plainly(self)
+        )
+    descend(
+        [x],
+        lambda epoch: range(7),
+        lambda batch, epoch: x.square().sum() / 3,
+        4,
+        .01,
+        after_epoch=lambda epoch, mean: means.append(mean))
+    assert reads == ([] if device == "cpu" else [0, 1, 2, 3])
+    assert means == sorted(means, reverse=True)
+    assert len(means) == 4
 
 # --- the proof that needs no copy
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int8], ids=str)
 def test_a_checksum_sees_each_bit_its_place_and_the_length(dtype):
     x = torch.randn(11, 7, generator=torch.Generator().manual_seed(0))
     x = x > 0 if dtype == torch.bool else (x * 9).to(dtype)
-    sums = {int(checksum(x)), int(checksum(x.T)), int(checksum(x[:-1])), int(checksum(torch.cat([x, x[:1] * 0])))}
+    sums = {
+        int(checksum(x)),
+        int(checksum(x.T)),
+        int(checksum(x[:-1])),
+        int(checksum(torch.cat([x, x[:1] * 0])))}
     bits = x.flatten().view(torch.uint8)
     places = torch.arange(0, bits.numel(), 5)
     for place in places.tolist():
         bits[place] ^= 1
         sums.add(int(checksum(x)))
         bits[place] ^= 1
-    assert len(sums) == 4 + len(places) and {int(checksum(x, words=n)) for n in (1, 3, 2**22)} == {int(checksum(x))}
+    assert len(sums) == 4 + len(places)
+    assert {int(checksum(x, words=n)) for n in (1, 3, 2**22)} == {int(checksum(x))}
 
-def test_two_signs_that_flip_together_do_not_cancel(): # as they would in a sum of words times odd numbers
+# as they would in a sum of words times odd numbers
+def test_two_signs_that_flip_together_do_not_cancel():
     x = torch.ones(64, dtype=torch.float64)
     found = {int(checksum(x))}
     for i in range(1, 64):
@@ -269,7 +388,10 @@ def test_two_signs_that_flip_together_do_not_cancel(): # as they would in a sum 
 @pytest.mark.parametrize("unit", ["columns", "weights", "neurons"])
 def test_a_locked_checksum_covers_what_the_digest_covers(unit):
     model, (n, d_ff) = small(), (2, 32)
-    where = {"columns": region(model), "weights": Region.sample((n, 16, d_ff), .2, 0), "neurons": Neurons.sample(model, .2, 0, heads=True)}[unit]
+    where = {
+        "columns": region(model),
+        "weights": Region.sample((n, 16, d_ff), .2, 0),
+        "neurons": Neurons.sample(model, .2, 0, heads=True)}[unit]
     first = locked_digest(model, where), locked_checksum(model, where)
     differ = {True: 0, False: 0}
     for p in model.parameters():
@@ -277,7 +399,10 @@ def test_a_locked_checksum_covers_what_the_digest_covers(unit):
             with torch.no_grad():
                 old = p.view(-1)[k].item()
                 p.view(-1)[k] = old + 1
-                now = [a != b for a, b in zip((locked_digest(model, where), locked_checksum(model, where)), first)]
+                now = [
+                    a != b
+                    for a, b in zip(
+                        (locked_digest(model, where), locked_checksum(model, where)), first)]
                 p.view(-1)[k] = old
             assert now[0] == now[1]
             differ[now[0]] += 1
@@ -285,20 +410,25 @@ def test_a_locked_checksum_covers_what_the_digest_covers(unit):
 
 # --- a GPU that is there
 
-def gpu(test): return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+def gpu(test):
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 def near(a, b, **limits):
     a, b = tree_leaves(a), tree_leaves(b)
     assert len(a) == len(b)
     for x, y in zip(a, b):
-        if isinstance(x, (torch.Tensor, float)): torch.testing.assert_close(torch.as_tensor(y).cpu(), torch.as_tensor(x).cpu(), equal_nan=True, **limits)
+        if isinstance(x, (torch.Tensor, float)):
+            torch.testing.assert_close(
+                torch.as_tensor(y).cpu(), torch.as_tensor(x).cpu(), equal_nan=True, **limits)
         else: assert x == y
 
 def held_by(found): # without the proofs, which differ by device
     return [x for x in tree_leaves(found) if not isinstance(x, str)]
 
 @gpu
-@pytest.mark.parametrize("door", [door for door in DOORS if door != "best_of"]) # which draws from the device's own generator
+# which draws from the device's own generator
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "best_of"])
 def test_a_gpu_gives_what_the_processor_gives(door):
     here, there = small(torch.float64), small(torch.float64).cuda()
     near(held_by(DOORS[door](here)), held_by(DOORS[door](there)), rtol=1e-3, atol=1e-4)
@@ -317,23 +447,41 @@ def test_scores_of_a_model_on_a_gpu_are_the_same_and_here(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_locked_weights_on_a_gpu_keep_their_bits(dtype, unit):
     model = small(dtype).cuda()
-    where = {"columns": region(model), "weights": Region.sample((2, 16, 32), .2, 0), "neurons": Neurons.sample(model, .2, 0, heads=True)}[unit]
-    start, both = small(dtype).cuda(), lambda m: (locked_digest(m, where), locked_checksum(m, where))
+    where = {
+        "columns": region(model),
+        "weights": Region.sample((2, 16, 32), .2, 0),
+        "neurons": Neurons.sample(model, .2, 0, heads=True)}[unit]
+    start, both = small(dtype).cuda(), lambda m: (
+        locked_digest(m, where),
+        locked_checksum(m, where))
     assert both(model) == both(small(dtype)), "bits are the same everywhere"
     before = both(model)
-    trajectory, values = unlearn(model, where, GET, KEEP, PROBE, Recipe("npo", lr=1e-2, epochs=3, batch_size=4), 0)
-    assert both(model) == before and trajectory.locked_sha256 == before[1] and trajectory.live_fraction == 1
+    trajectory, values = unlearn(
+        model, where, GET, KEEP, PROBE, Recipe("npo", lr=1e-2, epochs=3, batch_size=4), 0)
+    assert both(model) == before
+    assert trajectory.locked_sha256 == before[1]
+    assert trajectory.live_fraction == 1
     moved_weights = sum(int((p != q).sum()) for p, q in zip(model.parameters(), start.parameters()))
     assert 0 < moved_weights <= sum(column.numel() for _, column in values.values())
     put_columns(start, values)
-    assert all(torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in zip(model.parameters(), start.parameters())), "the values are the whole change"
+    assert all(
+        torch.equal(p.view(torch.uint8), q.view(torch.uint8))
+        for p, q in zip(model.parameters(), start.parameters())), "the values are the whole change"
 
 @gpu
 def test_two_runs_on_a_gpu_are_bit_equal():
     found = []
     for _ in range(2):
         model = small().cuda()
-        trajectory, values = unlearn(model, region(model), GET, KEEP, PROBE, Recipe("dpo", lr=5e-3, epochs=2, batch_size=4), 0, REFUSALS)
+        trajectory, values = unlearn(
+            model,
+            region(model),
+            GET,
+            KEEP,
+            PROBE,
+            Recipe("dpo", lr=5e-3, epochs=2, batch_size=4),
+            0,
+            REFUSALS)
         found.append((trajectory.points, plain(values)))
     assert same(*found)
 
@@ -341,10 +489,18 @@ def test_two_runs_on_a_gpu_are_bit_equal():
 def test_a_gpu_is_not_waited_for_between_the_steps_of_an_epoch():
     x = torch.nn.Parameter(torch.ones(3, device="cuda"))
     def loss(batch, epoch):
-        torch.cuda.set_sync_debug_mode("error" if batch < 4 else "default") # the last one ends the epoch
+        # the last one ends the epoch
+        torch.cuda.set_sync_debug_mode("error" if batch < 4 else "default")
         return x.square().sum()
     means = []
-    try: descend([x], lambda epoch: range(5), loss, 3, .01, after_epoch=lambda epoch, mean: means.append(mean))
+    try:
+        descend(
+            [x],
+            lambda epoch: range(5),
+            loss,
+            3,
+            .01,
+            after_epoch=lambda epoch, mean: means.append(mean))
     finally: torch.cuda.set_sync_debug_mode("default")
     assert means == sorted(means, reverse=True) and len(means) == 3 and x.isfinite().all()
 
@@ -353,8 +509,14 @@ def test_a_run_on_a_gpu_that_diverges_is_named_by_step_and_keeps_its_parameters(
     kept = []
     for device in ("cpu", "cuda"):
         x = torch.nn.Parameter(torch.ones(2, device=device))
-        with pytest.raises(FloatingPointError, match="the loss is inf at step 3 of epoch 2 .lr 0.1."):
-            descend([x], lambda epoch: range(5), lambda batch, epoch: x.sum() * (math.inf if (epoch, batch) == (1, 2) else 1.), 3, .1)
+        with pytest.raises(
+            FloatingPointError, match="the loss is inf at step 3 of epoch 2 .lr 0.1."):
+            descend(
+                [x],
+                lambda epoch: range(5),
+                lambda batch, epoch: x.sum() * (math.inf if (epoch, batch) == (1, 2) else 1.),
+                3,
+                .1)
         kept.append(x.detach())
     near(*kept, rtol=1e-6, atol=1e-6)
 
@@ -362,16 +524,22 @@ def test_a_run_on_a_gpu_that_diverges_is_named_by_step_and_keeps_its_parameters(
 def test_samples_of_a_gpu_depend_on_the_seed_alone():
     model = small().cuda()
     before, here = torch.cuda.get_rng_state(), torch.get_rng_state()
-    first, again = (best_of(model, TOKENIZER, GET[:4], n=3, temperature=2., max_new_tokens=8, seed=1) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(torch.cuda.get_rng_state(), before) and torch.equal(torch.get_rng_state(), here)
+    first, again = (
+        best_of(model, TOKENIZER, GET[:4], n=3, temperature=2., max_new_tokens=8, seed=1)
+        for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), here)
 
 @gpu
 def test_a_proof_takes_a_gpu_no_second_model():
-    model = tiny_model("llama", 8000, d_model=512, n_layers=8, d_ff=4096, n_heads=8).bfloat16().cuda()
+    model = (
+        tiny_model("llama", 8000, d_model=512, n_layers=8, d_ff=4096, n_heads=8).bfloat16().cuda())
     where, size = region(model), sum(p.nbytes for p in model.parameters())
     locked_checksum(model, where)
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     locked_checksum(model, where)
-    assert torch.cuda.max_memory_allocated() - start < max(size / 4, 6 * 8 * 2**22), "blocks of words at a time"
+    assert torch.cuda.max_memory_allocated() - start < max(
+        size / 4, 6 * 8 * 2**22), "blocks of words at a time"
