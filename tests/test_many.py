@@ -268,19 +268,23 @@ def test_prompts_at_the_end_of_the_positions_are_decoded_run_by_run(monkeypatch)
     assert calls and [e.point for e in found] == [pytest.approx(e.point, rel=1e-9) for e in want]
 
 def test_a_judgement_that_calls_the_model_calls_the_runs_own(monkeypatch):
-    def asking(nll, *rest, f=evaluation.utility): return f(nll, *rest) | {"logit": now[-1](input_ids=collate(GET[:2]).ids).logits.square().mean().item()}
-    monkeypatch.setattr(evaluation, "utility", asking)
-    model, now = taught(), []
+    def asking(probe, full, f=evaluation._sets_of):
+        seen.append(now[-1](input_ids=collate(GET[:2]).ids).logits.square().mean().item())
+        return f(probe, full)
+    monkeypatch.setattr(evaluation, "_sets_of", asking)
+    model, now, seen = taught(), [], []
     now.append(model)
     with unlock_many(model, regions(model)) as columns:
         with torch.no_grad():
             for p in columns.parameters(): p += torch.tensor([0., .1, .2])[:, None, None]
-        found, values = evaluate_many(model, columns, full_probe()), [columns.values(k) for k in range(3)]
-    for own, columns in zip(found, values):
+        evaluate_many(model, columns, PROBE)
+        values = [columns.values(k) for k in range(3)]
+    together, seen = seen, []
+    for columns in values:
         now.append(copy.deepcopy(model))
         put_columns(now[-1], columns)
-        assert own.point == pytest.approx(evaluate(now[-1], full_probe()).point, rel=1e-9, nan_ok=True)
-    assert len({own.point["logit"] for own in found}) == 3
+        evaluate(now[-1], PROBE)
+    assert together == pytest.approx(seen, rel=1e-9) and len(set(seen)) == 3
 
 # --- what an unlocked model does
 
