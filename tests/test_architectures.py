@@ -539,8 +539,8 @@ def test_dropout_sleeps(name, tmp_path):
     a.train()
     assert not torch.equal(
         a(input_ids=BATCH.ids).logits, b(input_ids=BATCH.ids).logits), "dropout is there"
-    for name in ("activations", "gradient"):
-        assert torch.equal(getattr(A, name)(a, FORGET), getattr(A, name)(b, FORGET))
+    for score_of in (activations, gradient):
+        assert torch.equal(score_of(a, FORGET), score_of(b, FORGET))
 
 # --- experts
 
