@@ -104,7 +104,8 @@ def test_options_of_a_name_reach_an_objective():
     given = dict(run=None, facts=[], rows=[], epoch=0)
     assert bound(find("objective", "mine(power=3)"), {})(**given) == 3.
     assert Recipe("mine(power=3)", 1e-3, 1).methods()[0].bound == {"power": 3.}
-    one_line(lambda: Recipe("mine(power=-3)", 1e-3, 1), "power must be at least 0, got -3.0")
+    one_line(lambda: Recipe("mine(power=-3)", 1e-3, 1),
+        "objective mine(power=-3): power must be at least 0 and finite, got -3.0")
 
 @pytest.mark.parametrize("name, says", [
     ("wagle(gama=1)", "localizer wagle has no option 'gama'; known: gamma"),
