@@ -162,6 +162,14 @@ def test_a_value_of_a_profile_has_its_own_cause(line, says, tmp_path):
     (tmp_path / "settings.ini").write_text(f"[smoke]\n{line}\n", "utf-8")
     with pytest.raises(cli.Problem, match=says): cli.order(tmp_path, "smoke")
 
+INHERIT = {"itself": ('[a]\ninherits = "a"', "a from a"),
+    "in a circle": ('[a]\ninherits = "b"\n[b]\ninherits = "c"\n[c]\ninherits = "a"', "a from b from c from a")}
+
+@pytest.mark.parametrize("text, line", INHERIT.values(), ids=INHERIT)
+def test_a_profile_that_inherits_from_itself_is_one_line(text, line, project):
+    (project.root / "settings.ini").write_text(text + "\n", "utf-8")
+    one_line(project.call("plan", "--profile", "a"), rf"settings.ini \[\w\]: a profile cannot inherit from itself \({line}\); let one of them name all its values")
+
 def test_a_percent_sign_and_an_umlaut_are_plain_text(tmp_path):
     (tmp_path / "settings.ini").write_text('[smoke]\nsource = "100 %/größe # 3"\n', "utf-8")
     assert cli.profiles(tmp_path) == {"smoke": {"source": "100 %/größe # 3"}}
@@ -457,6 +465,16 @@ def test_runs_of_other_versions_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=says): sweep(store, grid, compute=compute)
     with pytest.warns(UserWarning, match=says): sweep(store, grid, compute=compute, mixed=True)
     assert len(libraries()) == 2 and any("torch 0.1" in versions for versions in libraries())
+
+def test_runs_of_another_device_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_met", set())
+    store, grid = Store(tmp_path / "s"), [{"kind": "a", "n": n} for n in range(2)]
+    with monkeypatch.context() as there: # as a machine with a GPU says it
+        there.setattr(runs, "_computed_on", lambda description: f"{processor()} + H100")
+        sweep(store, grid[:1], compute=compute)
+    says = rf"several kinds of machine or library versions \({processor()} \+ H100 with .*; {processor()} with "
+    with pytest.raises(ValueError, match=says) as error: sweep(store, grid, compute=compute)
+    assert "\n" not in str(error.value) and grid[1] not in store
 
 def test_a_run_on_one_of_another_kind_is_refused(two_kinds): # what it builds on counts
     store, grid = two_kinds

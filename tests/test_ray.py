@@ -190,7 +190,7 @@ def test_a_store_whose_locks_end_at_the_node_is_named(on_ray, tmp_path, monkeypa
 
 def test_a_node_with_other_code_is_named(on_ray, tmp_path):
     described = numbered(1, code={"steps.base": "0" * 16}) # as a driver with another page says
-    fails(RuntimeError, f"{NODE}this node has other code of unloc (steps.base) than the run was described with; install the same on every node", Store(tmp_path), described, -1, write)
+    fails(RuntimeError, f"{NODE}this process has other code of unloc (steps.base) than the run was described with; install the same on every node", Store(tmp_path), described, -1, write)
     assert lines(tmp_path / "log") == [] and described[0] not in Store(tmp_path)
 
 def test_a_node_without_the_package_is_named(on_ray, tmp_path, monkeypatch):

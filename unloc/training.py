@@ -500,7 +500,7 @@ def _check_limits(method, name, value)->None:
     low, high = method.about.get('limits', {}).get(name, (None, None))
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     if low <= value <= high and math.isfinite(value): return
-    wanted = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be at least {low}"
+    wanted = f"lie in [{low}, {high}]" if math.isfinite(high) else f"be at least {low} and finite"
     if not math.isfinite(low): wanted = 'be finite'
     raise ValueError(f"{method.kind} {method.name}: {name} must {wanted}, got {value!r}")
 
