@@ -170,11 +170,12 @@ WIDTH = 100
 TO_BE_NARROWED = (
     "00_register", "10_training", "11_attacks", "11_many", "14_identity", "14_runs", "15_pages",
     "17_plan", "18_cli", "19_study", "31_injection", "40_cost", "steps/attack", "steps/common",
-    "steps/unlearn", "tests/test_answers", "tests/test_attacks", "tests/test_cli",
-    "tests/test_devices", "tests/test_doors", "tests/test_experiment", "tests/test_lessons",
-    "tests/test_limits", "tests/test_localizers", "tests/test_machine", "tests/test_many",
-    "tests/test_plan", "tests/test_ray", "tests/test_runs", "tests/test_second_python",
-    "tests/test_state", "tests/test_unknown_names", "tests/test_wrappers")
+    "steps/unlearn", "tests/test_answers", "tests/test_architectures", "tests/test_attacks",
+    "tests/test_cli", "tests/test_devices", "tests/test_doors", "tests/test_experiment",
+    "tests/test_lessons", "tests/test_limits", "tests/test_localizers", "tests/test_machine",
+    "tests/test_many", "tests/test_plan", "tests/test_ray", "tests/test_runs",
+    "tests/test_second_python", "tests/test_state", "tests/test_unknown_names",
+    "tests/test_wrappers")
 
 def sources(path): # the code of a page, and so of its module, or of a file
     if path.suffix == ".py": return [path.read_text("utf-8")]
