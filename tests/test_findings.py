@@ -1,4 +1,5 @@
-"What a result page says it finds is what the committed figures hold: each number of a finding is computed anew, and its sentence must carry it."
+"""What a result page says it finds is what the committed figures hold: each number of a finding is
+computed anew, and its sentence must carry it."""
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "figures" / "tiny"
 PAGES = {p.stem[:2]: p for p in sorted((ROOT / "nbs").glob("[23][0-9]_*.ipynb"))}
-HELD, WORDS = .05, ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+HELD = .05
+WORDS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def about(name): return json.loads((TINY / f"{name}.json").read_text("utf-8"))
@@ -20,7 +22,10 @@ def p(cells): return cells.replace({"<0.001": "0", "–": None}).astype(float)
 def survives(frame, column="p Holm"): return frame[p(frame[column]) < HELD]
 
 def finding(n):
-    cells = ["".join(c["source"]) for c in json.loads(PAGES[n].read_text("utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    cells = [
+        "".join(c["source"])
+        for c in json.loads(PAGES[n].read_text("utf-8"))["cells"]
+        if c["cell_type"] == "markdown"]
     found = [text for text in cells if text.startswith("## What we find")]
     assert len(found) == 1 and cells[-1] == found[0], "one finding, at the end of the page"
     return " ".join(found[0].split())
@@ -35,10 +40,19 @@ def test_every_page_ends_with_what_it_finds(n):
 
 def test_20_why_ten_percent():
     mean = data("injection_ratio").groupby(["model", "share", "arch", "metric"]).value.mean()
-    def of(model, share, metric): return [f"{mean[model, share, arch, metric]:.2f}" for arch in ("llama", "olmo2")]
-    (a, b), (c, d), (e, f) = of("original", .1, "FS"), of("retained", .1, "FS"), of("original", .1, "RS")
+    def of(model, share, metric):
+        return [f"{mean[model, share, arch, metric]:.2f}" for arch in ("llama", "olmo2")]
+    (a, b), (c, d), (e, f) = (
+        of("original", .1, "FS"),
+        of("retained", .1, "FS"),
+        of("original", .1, "RS"))
     g, h = of("original", 1., "RS")
-    carries("20", f"FS falls to {a} (Llama) and {b} (OLMo 2)", f"has {c} and {d}", f"RS is still {e} and {f}", f"an RS of {g} and {h}")
+    carries(
+        "20",
+        f"FS falls to {a} (Llama) and {b} (OLMo 2)",
+        f"has {c} and {d}",
+        f"RS is still {e} and {f}",
+        f"an RS of {g} and {h}")
 
 def test_21_oracle_against_random():
     areas = rows("table2_oracle_random").query("metric == 'AUES'")
@@ -46,58 +60,106 @@ def test_21_oracle_against_random():
     assert {*kept.index} == {("Llama", "RMU"), ("Llama", "NPO")}
     equal = areas[areas.verdict == "equivalent"]
     assert equal[["model", "objective"]].values.tolist() == [["Llama", "WGA"]]
-    carries("21", f"better with RMU ({signed(kept.loc['Llama', 'RMU'])} AUES) and worse with NPO ({signed(kept.loc['Llama', 'NPO'])})",
-        f"the other {WORDS[len(areas) - len(kept)]} of {WORDS[len(areas)]} rows", "One row (Llama with WGA) is equivalent")
+    carries(
+        "21",
+        f"better with RMU ({signed(kept.loc['Llama', 'RMU'])} AUES) and worse with NPO"
+        f" ({signed(kept.loc['Llama', 'NPO'])})",
+        f"the other {WORDS[len(areas) - len(kept)]} of {WORDS[len(areas)]} rows",
+        "One row (Llama with WGA) is equivalent")
 
 def test_22_trajectories():
-    ends = data("trajectories").sort_values("epoch").groupby(["arch", "objective", "seed", "arm"]).last()
+    ends = (
+        data("trajectories")
+        .sort_values("epoch")
+        .groupby(["arch", "objective", "seed", "arm"])
+        .last())
     means = ends[["FS", "RS"]].groupby(["arch", "objective", "arm"]).mean().unstack()
     gaps = {name: (means[name].Oracle - means[name].Random).abs().max() for name in ("FS", "RS")}
     spans = [means.RS.xs(o, level="objective").to_numpy().ravel() for o in ("wga", "npo")]
     (a, b), (c, d) = ((f"{x.min():.2f}", f"{x.max():.2f}") for x in spans)
     assert means.FS.min().min() > .85, "far"
-    carries("22", f"at most {gaps['FS']:.2f} in FS and {gaps['RS']:.2f} in RS", f"WGA ends at an RS of {a} to {b}, NPO at {c} to {d}")
+    carries(
+        "22",
+        f"at most {gaps['FS']:.2f} in FS and {gaps['RS']:.2f} in RS",
+        f"WGA ends at an RS of {a} to {b}, NPO at {c} to {d}")
 
 def test_23_direct_supervision():
     found = about("figure1_direct_supervision")
-    def values(name, oracle): return [float(x[name]) for end in found["ends"].values() for region, x in end.items() if (region == "Oracle") is oracle]
+    def values(name, oracle):
+        return [
+            float(x[name])
+            for end in found["ends"].values()
+            for region, x in end.items()
+            if (region == "Oracle") is oracle]
     oracle, random, kept = values("FS", True), values("FS", False), values("RS", False)
     goal = [float(x["FS"]) for x in found["retained"].values()]
     assert oracle == goal, "Oracle ends where the retained model is"
-    carries("23", f"Oracle ends at FS {oracle[0]:.2f} (Llama) and {oracle[1]:.2f} (OLMo 2)", f"FS {min(random):.2f} to {max(random):.2f}", f"RS {min(kept):.2f} to {max(kept):.2f}")
+    carries(
+        "23",
+        f"Oracle ends at FS {oracle[0]:.2f} (Llama) and {oracle[1]:.2f} (OLMo 2)",
+        f"FS {min(random):.2f} to {max(random):.2f}",
+        f"RS {min(kept):.2f} to {max(kept):.2f}")
 
 def test_24_localization():
     means = about("localization")["means"]
-    def recall(name): return " and ".join(means[arch][name]["recall"] for arch in ("llama", "olmo2"))
-    blind = [float(means[arch][x]["recall"]) for arch in means for x in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio")]
-    others = [name for name in means["llama"] if name not in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio", "random")]
+    def recall(name):
+        return " and ".join(means[arch][name]["recall"] for arch in ("llama", "olmo2"))
+    blind = [
+        float(means[arch][x]["recall"])
+        for arch in means
+        for x in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio")]
+    others = [
+        name
+        for name in means["llama"]
+        if name not in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio", "random")]
     assert {*others} == {"weight_norm", "wanda", "activations", "integrated_gradients"}
-    carries("24", f"weight norm finds all of it (recall {recall('weight_norm')}, on", f"Wanda ({recall('wanda')})", f"activations ({recall('activations')})",
-        f"integrated gradients ({recall('integrated_gradients')})", f"at most {max(blind):.2f}", f"chance is {about('localization')['chance']}")
+    carries(
+        "24",
+        f"weight norm finds all of it (recall {recall('weight_norm')}, on",
+        f"Wanda ({recall('wanda')})",
+        f"activations ({recall('activations')})",
+        f"integrated gradients ({recall('integrated_gradients')})",
+        f"at most {max(blind):.2f}",
+        f"chance is {about('localization')['chance']}")
 
 def test_25_localizers():
     tested = rows("table1_localizers").query("verdict != '–'")
     areas, utility = tested[tested.metric == "AUES"], tested[tested.metric == "MU95"]
     kept, own = survives(areas), rows("table1_own_units")
-    assert kept[["model", "region"]].values.tolist() == [["Llama", "WAGLE"]] and survives(utility).empty and survives(own).empty
+    assert kept[["model", "region"]].values.tolist() == [["Llama", "WAGLE"]]
+    assert survives(utility).empty
+    assert survives(own).empty
     equal = (utility.verdict == "equivalent").sum()
-    carries("25", f"one of {len(areas)} comparisons", f"WAGLE on Llama ({signed(kept.iloc[0])} AUES)", f"{equal} of {len(utility)}")
+    carries(
+        "25",
+        f"one of {len(areas)} comparisons",
+        f"WAGLE on Llama ({signed(kept.iloc[0])} AUES)",
+        f"{equal} of {len(utility)}")
 
 def test_26_region_share():
     mean = data("region_share").groupby(["objective", "localizer", "share"]).AUES.mean()
-    def of(objective, share): return [f"{mean[objective, name, share]:.2f}" for name in ("wagle", "random")]
+    def of(objective, share):
+        return [f"{mean[objective, name, share]:.2f}" for name in ("wagle", "random")]
     (a, b), (c, d) = of("wga", .01), of("wga", .1)
     (e, f), (g, h) = of("npo", .01), of("npo", .1)
     assert (data("region_share").groupby(["objective", "localizer", "share"]).size() == 1).all()
-    for name in ("wagle", "random"): assert mean["wga", name][[.1, .25, .5, 1.]].is_monotonic_decreasing
-    carries("26", f"At 1 % it reaches AUES {a} against {b} (WGA) and {e} against {f} (NPO)", f"at 10 % {c} against {d} and {g} against {h}")
+    for name in ("wagle", "random"):
+        assert mean["wga", name][[.1, .25, .5, 1.]].is_monotonic_decreasing
+    carries(
+        "26",
+        f"At 1 % it reaches AUES {a} against {b} (WGA) and {e} against {f} (NPO)",
+        f"at 10 % {c} against {d} and {g} against {h}")
 
 def test_27_arms():
     tested = rows("table4_arms").query("verdict != '–'")
     kept = survives(tested)
     assert kept[["objective", "metric", "arm"]].values.tolist() == [["NPO", "MU95", "All weights"]]
     areas = (tested.metric == "AUES").sum()
-    carries("27", f"none of {WORDS[areas]} arms", f"{signed(kept.iloc[0])} MU95", f"one of {len(tested)} comparisons")
+    carries(
+        "27",
+        f"none of {WORDS[areas]} arms",
+        f"{signed(kept.iloc[0])} MU95",
+        f"one of {len(tested)} comparisons")
 
 def test_28_recovery():
     table, runs = rows("table3_recovery"), data("recovery").query("met")
@@ -105,36 +167,59 @@ def test_28_recovery():
     strongest = "relearn forgotten facts, all weights"
     mean = runs[runs.attack == strongest].groupby(["objective", "arm"]).recovered.mean()
     for objective in ("wga", "npo"):
-        best = runs[(runs.objective == objective) & runs.arm.isin(["Random", "All weights"])].groupby("attack").recovered.mean()
+        best = (
+            runs[(runs.objective == objective) & runs.arm.isin(["Random", "All weights"])]
+            .groupby("attack")
+            .recovered.mean())
         assert best.idxmax() == strongest, "the strongest attack"
     asked = table.drop_duplicates("attack").set_index("attack").Original
     ends = rows("table5_equal_retention")
     kept = survives(ends)
     assert kept[["objective", "RS", "outcome"]].values.tolist() == [["NPO", "end of the run", "FS"]]
-    carries("28", f"none of {len(table)} comparisons", f"{mean['wga', 'Oracle']:.2f} (Oracle) and {mean['wga', 'Random']:.2f} (Random)",
-        f"{mean['wga', 'All weights']:.2f} of what", f"{print_of(asked['paraphrased'])} and {print_of(asked['few-shot'])}", f"({signed(kept.iloc[0])} FS")
+    carries(
+        "28",
+        f"none of {len(table)} comparisons",
+        f"{mean['wga', 'Oracle']:.2f} (Oracle) and {mean['wga', 'Random']:.2f} (Random)",
+        f"{mean['wga', 'All weights']:.2f} of what",
+        f"{print_of(asked['paraphrased'])} and {print_of(asked['few-shot'])}",
+        f"({signed(kept.iloc[0])} FS")
 
 def test_29_reversal():
     found, inside = about("reversal"), rows("table6_inside")
     cosine = [found["means"][o]["Oracle"]["cosine_to_reversal"] for o in ("wga", "npo")]
     words = found["correlation"]
     for text in words.values(): assert float(text.split("(p ")[1].split(",")[0]) > HELD
-    over, within = (print_of(words[name].split(" ")[0]) for name in ("over all runs", "within arm and objective"))
+    over, within = (
+        print_of(words[name].split(" ")[0])
+        for name in ("over all runs", "within arm and objective"))
     kept = survives(inside).set_index(["objective", "inside"])
     assert {*kept.index} == {("NPO", "the answer itself, nats"), ("NPO", "depth")}
-    carries("29", f"{cosine[0]} (WGA) and {cosine[1]} (NPO)", f"{over} over all runs and {within} within",
-        f"({signed(kept.loc['NPO', 'the answer itself, nats'])} nats)", f"({signed(kept.loc['NPO', 'depth'])})")
+    carries(
+        "29",
+        f"{cosine[0]} (WGA) and {cosine[1]} (NPO)",
+        f"{over} over all runs and {within} within",
+        f"({signed(kept.loc['NPO', 'the answer itself, nats'])} nats)",
+        f"({signed(kept.loc['NPO', 'depth'])})")
 
 def test_30_dose_response():
     slopes = pd.DataFrame(about("dose_response")["slopes"])
     assert survives(slopes).empty
-    top = slopes[slopes.outcome == "AUES"].iloc[slopes[slopes.outcome == "AUES"].slope.astype(float).argmax()]
+    top = slopes[slopes.outcome == "AUES"].iloc[
+        slopes[slopes.outcome == "AUES"].slope.astype(float).argmax()]
     assert (top.objective, top.regions) == ("WGA", "and of localizers")
-    carries("30", f"none of {WORDS[len(slopes)]} slopes", f"{top.slope} AUES {print_of(top['95 %']).replace('[+', '[+')}")
+    carries(
+        "30",
+        f"none of {WORDS[len(slopes)]} slopes",
+        f"{top.slope} AUES {print_of(top['95 %']).replace('[+', '[+')}")
 
 def test_31_injection():
     found = rows("injection")
     kept = survives(found)
     assert kept[["outcome", "way"]].values.tolist() == [["AUES", "neurons"]]
     usual = found[found.way == "value vectors, 10 %, fine-tuned"].set_index("outcome")
-    carries("31", f"one of {len(found)} comparisons", f"({signed(kept.iloc[0])} AUES)", f"{signed(usual.loc['AUES'])} AUES and {signed(usual.loc['recovered'])} of what was forgotten")
+    carries(
+        "31",
+        f"one of {len(found)} comparisons",
+        f"({signed(kept.iloc[0])} AUES)",
+        f"{signed(usual.loc['AUES'])} AUES and {signed(usual.loc['recovered'])} of what was"
+        " forgotten")

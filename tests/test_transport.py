@@ -40,7 +40,8 @@ def test_without_weights_results_are_read_and_weights_are_missed_by_name(there, 
     here = Store(tmp_path / "here")
     unpack(tmp_path / "some.zip", here)
     assert SECOND in here and here[SECOND].tensors("region.safetensors")["region"].all()
-    with pytest.raises(ValueError, match="came without model/m.safetensors; pack it with its weights"):
+    with pytest.raises(
+        ValueError, match="came without model/m.safetensors; pack it with its weights"):
         here[FIRST].file("model/m.safetensors")
     name = run_id(FIRST)
     (here.root / name / "result.json").write_text("{}")
@@ -79,10 +80,12 @@ def altered(source, to, edit): # the archive made anew, so its own checksums agr
 def test_a_file_that_was_altered_is_named_and_its_run_does_not_appear(there, tmp_path):
     pack(there, tmp_path / "whole")
     name = run_id(SECOND)
-    def edit(n, text): return [(n, text.replace(b"2", b"3") if n == f"{name}/result.json" else text)]
+    def edit(n, text):
+        return [(n, text.replace(b"2", b"3") if n == f"{name}/result.json" else text)]
     altered(tmp_path / "whole", tmp_path / "bad", edit)
     here = Store(tmp_path / "here")
-    with pytest.raises(DamagedRun, match=f"run {name}: result.json was altered .* in the archive; unpack a whole"):
+    with pytest.raises(
+        DamagedRun, match=f"run {name}: result.json was altered .* in the archive; unpack a whole"):
         unpack(tmp_path / "bad", here)
     assert SECOND not in here and not list(here.root.glob("*.partial"))
     unpack(tmp_path / "whole", here)
@@ -99,7 +102,9 @@ def test_flipped_bytes_of_the_archive_are_noticed(there, tmp_path):
     with pytest.raises(DamagedRun, match="is damaged in the archive"):
         unpack(tmp_path / "flipped", Store(tmp_path / "here"))
 
-@pytest.mark.parametrize("name", ["../escape", "/root", "0123456789abcdef/../../x", "notes.txt", "0123456789abcdef/a\\..\\b"])
+@pytest.mark.parametrize(
+    "name",
+    ["../escape", "/root", "0123456789abcdef/../../x", "notes.txt", "0123456789abcdef/a\\..\\b"])
 def test_an_archive_of_something_else_is_refused(name, tmp_path):
     with zipfile.ZipFile(tmp_path / "z", "w") as archive: archive.writestr(name, "x")
     with pytest.raises(ValueError, match="holds an entry of another kind"):
@@ -115,10 +120,13 @@ def test_a_run_under_another_name_is_refused(there, tmp_path):
         unpack(tmp_path / "bad", Store(tmp_path / "here"))
 
 def test_wrong_places_are_one_line(there, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no such store"): pack(Store(tmp_path / "no"), tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="there is no such store"):
+        pack(Store(tmp_path / "no"), tmp_path / "x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no finished run"): pack(Store(tmp_path / "empty"), tmp_path / "x")
-    with pytest.raises(FileNotFoundError, match="there is no such file"): unpack(tmp_path / "no.zip", there)
+    with pytest.raises(ValueError, match="holds no finished run"):
+        pack(Store(tmp_path / "empty"), tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        unpack(tmp_path / "no.zip", there)
     (there.root / run_id(SECOND) / "result.json").unlink()
     with pytest.raises(DamagedRun, match="lacks result.json"): pack(there, tmp_path / "x")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.partial"))

@@ -108,6 +108,7 @@ def _leaves(path:str)->bool: # the folder that it belongs to
 
 _BROKEN = zipfile.BadZipFile, zipfile.zlib.error, EOFError, OSError, ValueError, KeyError
 
+# %% ../nbs/14_transport.ipynb #3433a82c
 def _unpack_run(archive:zipfile.ZipFile, run:str, entries:list[str], place:Path)->None:
     "Unpack one run, and take it into the store if it is whole"
     again = f"unpack a whole copy of {Path(archive.filename).name}"
