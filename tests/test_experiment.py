@@ -90,12 +90,12 @@ def test_facts_are_described_without_torch():
 
 BASE, JUDGED, LOCALIZED = {"kind": "base"}, {"kind": "judge"}, {"kind": "localize"}
 UNLEARN, SUPERVISE = {"lr": 1., "epochs": 1}, {"lr": 1., "epochs": 1, "batch_size": 2}
-VALUE = {int: "5", float: "0.1", str: 5, bool: "true"}
+VALUE = {int: "5", float: "0.1", str: 5, bool: "true", dict: "rounding"}
 
 @pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g]])
 def test_a_wrong_type_is_named(group, name):
     wanted = SETTINGS[group][name]
-    for value in (VALUE[wanted], None, [1], {}, 1 if wanted is bool else True) + ((2.5,) if wanted is int else ()):
+    for value in (VALUE[wanted], None, [1], "{}" if wanted is dict else {}, 1 if wanted is bool else True) + ((2.5,) if wanted is int else ()):
         with pytest.raises(ValueError) as error: settings(group, {name: value})
         assert str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}"
     if wanted is float:
