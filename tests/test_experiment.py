@@ -56,7 +56,7 @@ def settings(group, given): return checked(GROUPS[group], given)
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
     often = {"every", "full_every"}
-    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens", "metrics"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
             ("inject", training.inject, {"fraction": float, "others": bool, "unit": str, "style": str, "room": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
