@@ -784,13 +784,13 @@ def _decode_all(model, columns, asked:dict[int, _Greedy], max_rows:int=512)->Non
             part = {run: order[start:start + size] for run, order in own.items()}
             _decode(model, columns, asked, {run: rows for run, rows in part.items() if rows}, end)
 
-def _evaluating_with(score:Callable, greedy:Callable, measure:Callable)->Callable: # evaluate
-    "Give the judgement of the chapter before its scores, greedy answers and metrics"
+def _evaluating_with(score:Callable, greedy:Callable)->Callable: # evaluate
+    "Give the judgement of the chapter before its scores and its greedy answers"
     names = dict(vars(evaluation))
     for name in ('evaluate', '_scores_of', '_rouges', 'rouge', 'greedy_answers'):
         plain = inspect.unwrap(names[name])
         names[name] = FunctionType(plain.__code__, names, name, plain.__defaults__)
-    names |= {'score': score, 'greedy': greedy, 'measure': measure}
+    names |= {'score': score, 'greedy': greedy}
     return names['evaluate']
 
 # %% ../nbs/11_many.ipynb #40bc3487
@@ -808,9 +808,7 @@ def evaluate_many(
             if not known: known.update(zip(runs, score_many(model, columns, examples)))
             if isinstance(known[run], Diverged): raise known[run]
             return known[run]
-        def measure(measured): # a metric may ask the model itself
-            with columns.only([run]): return evaluation.measure(measured)
-        try: return _evaluating_with(score, greedy, measure)(model, probe, full)
+        try: return _evaluating_with(score, greedy)(model, probe, full)
         except (Diverged, _Greedy) as open: return open
     def ask(*what): raise _Greedy(*what)
     found = {run: judge(run, ask) for run in runs}
