@@ -56,7 +56,7 @@ def settings(group, given): return checked(GROUPS[group], given)
 def test_settings_name_real_parameters():
     recipe = {f.name: bare(t) for f, t in ((f, typing.get_type_hints(training.Recipe)[f.name]) for f in dataclasses.fields(training.Recipe))}
     often = {"every", "full_every"}
-    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens"} | often
+    assert SETTINGS["unlearn"] == {k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}} and SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens", "metrics"} | often
     for group, function, own in (("model", tiny_model, {}), ("pretrain", training.finetune, {}), ("retain", training.finetune, {}), ("supervise", training.supervise, {}),
             ("inject", training.inject, {"fraction": float, "others": bool, "unit": str, "style": str, "room": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
@@ -93,12 +93,12 @@ def test_facts_are_described_without_torch():
 
 BASE, JUDGED, LOCALIZED = {"kind": "base"}, {"kind": "judge"}, {"kind": "localize"}
 UNLEARN, SUPERVISE = {"lr": 1., "epochs": 1}, {"lr": 1., "epochs": 1, "batch_size": 2}
-VALUE = {int: "5", float: "0.1", str: 5, bool: "true"}
+VALUE = {int: "5", float: "0.1", str: 5, bool: "true", dict: "rounding"}
 
 @pytest.mark.parametrize("group, name", [(g, n) for g in SETTINGS for n in SETTINGS[g]])
 def test_a_wrong_type_is_named(group, name):
     wanted = SETTINGS[group][name]
-    for value in (VALUE[wanted], None, [1], {}, 1 if wanted is bool else True) + ((2.5,) if wanted is int else ()):
+    for value in (VALUE[wanted], None, [1], "{}" if wanted is dict else {}, 1 if wanted is bool else True) + ((2.5,) if wanted is int else ()):
         with pytest.raises(ValueError) as error: settings(group, {name: value})
         assert str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}"
     if wanted is float:

@@ -803,6 +803,7 @@ class Measured:
         if not self.nll: return {}
         return utility(self.nll, self.scores['useful'].probability, self.facts)
 
+# %% ../nbs/09_evaluation.ipynb #09a1c004
 def measure(measured:Measured)->dict[str, float]: # name: value
     "Compute the usual metrics, and those that the probe names"
     known, point = methods('metric'), {}

@@ -27,8 +27,8 @@ from ..regions import Region
 from ..register import find
 from ..runs import Run
 from ..scene import Scene, run_attacks
-from unloc.settings import (Count, CountOrZero, Positive, Settings, ZeroToOne, about, checked,
-    demand_known)
+from ..settings import Count, CountOrZero, Positive, Settings, ZeroToOne, about, checked
+from ..settings import demand_known
 from .common import (above, ancestor, built_on, demand_retain, described, facts_of,
     save_json, template_of, with_options)
 from .inject import load_columns, model_without, others_of
@@ -45,8 +45,7 @@ class Attack(Settings):
     region_lr: Annotated[Positive, about("learning rate of relearning through a region")]
     epochs: Annotated[Count, about("of relearning")]
     batch_size: Annotated[Count, about("facts a step of relearning")]
-    taught: Annotated[Count, about("facts that are taught again; the other forgotten ones are "
-        "measured")]
+    taught: Annotated[Count, about("facts taught again; the other forgotten ones are measured")]
     level: Annotated[ZeroToOne, about("FS or RS that runs are compared at; 0: each at its "
         "end")] = 0.
     by: Annotated[Literal['FS', 'RS'], about("which of them")] = 'FS'
@@ -127,6 +126,7 @@ def _change_of(parent:Run, origin:Run, model, without)->Change: # on the model
 def _strength(model, asked)->float: # NaN where nothing is asked
     return float(score(model, asked).extraction_strength.mean()) if asked else float('nan')
 
+# %% ../../nbs/steps/attack.ipynb #235a2f13
 def _set_scene(description:dict, parent:Run)->tuple[Scene, Level, float]: # and RS at that level
     "Bring a run to the level of the comparison, and gather what attacks need"
     examples, probe, base, _ = setting(description, parent)
