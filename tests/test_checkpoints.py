@@ -766,8 +766,8 @@ for call in (found.digest, lambda: inspect('other/model'),
         lambda: inspect('some/model', revision='v9')):
     try: call()
     except ValueError as error: print(error)
-found = inspect('some/model')
-print(weights(), found.missing, found.digest(), load_tokenizer('some/model').eos_token)
+print(weights(), inspect('some/model').missing, inspect('some/model').digest(),
+    load_tokenizer('some/model').eos_token)
 urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/stop').read()
 huggingface_hub.close_session() # the client keeps its connections
 print(weights())
