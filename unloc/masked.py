@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .arguments import checked
-from .models import UNLOCKED, check_linear, mixed_precision, output_projections, region_shape, value_vectors
+from .models import (
+    UNLOCKED, check_linear, mixed_precision, output_projections, region_shape, value_vectors)
 from .regions import Region, extent
 
 # %% ../nbs/05_masked.ipynb #10529b99
@@ -39,13 +40,20 @@ class _Projection(torch.autograd.Function):
     def backward(ctx, grad):
         unlocked = _unchanged(ctx)
         chosen, = ctx.saved_tensors
-        to_input = grad @ unlocked.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None # of another dtype under autocast
-        return to_input, (chosen.flatten(0, -2).T.to(grad.dtype) @ grad.flatten(0, -2)).to(unlocked.columns.dtype), None
+        # of another dtype under autocast
+        to_input = grad @ unlocked.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return (
+            to_input,
+            (chosen.flatten(0, -2).T.to(grad.dtype) @ grad.flatten(0, -2)).to(
+                unlocked.columns.dtype),
+            None)
 
 def _unchanged(ctx):
     "Give the unlocked layer once its columns are known to be those of the forward pass"
     if ctx.unlocked.at_start or ctx.version != ctx.unlocked.columns._version:
-        raise RuntimeError("the columns changed between forward and backward; call backward before optimizer.step() and outside columns.reference()")
+        raise RuntimeError(
+            "the columns changed between forward and backward; call backward before"
+            " optimizer.step() and outside columns.reference()")
     return ctx.unlocked
 
 # %% ../nbs/05_masked.ipynb #4f17de52
@@ -53,7 +61,8 @@ _STILL = ContextVar('the block in which no column changes', default=None)
 
 @contextmanager
 def still()->Iterator[None]:
-    "Promise that the columns of unlocked layers stay as they are during the block: each layer writes them once"
+    """Promise that the columns of unlocked layers stay as they are during the block: each layer
+    writes them once"""
     token = _STILL.set(_STILL.get() or object())
     try: yield
     finally: _STILL.reset(token)
@@ -64,7 +73,8 @@ class _Unlocked:
     view = staticmethod(value_vectors)
     def __init__(self, projection:nn.Module, index:Tensor):
         self.projection, self.plain, self.at_start = projection, projection.forward, False
-        self.weight = self.view(projection).detach() # [d_model, d_ff], detached: same memory, no graph
+        # [d_model, d_ff], detached: same memory, no graph
+        self.weight = self.view(projection).detach()
         self.index = self.places = index.to(self.weight.device) # places: what `values` names
         self.start = self.weight[:, self.index].T.contiguous() # [k, d_model], the weight's dtype
         wide = torch.promote_types(self.start.dtype, torch.float32)
@@ -75,12 +85,15 @@ class _Unlocked:
 
     def write(self):
         "Put the current columns, or those of the start, into the weight"
-        with torch.no_grad(): self.weight[:, self.index] = (self.start if self.at_start else self.columns.to(self.weight.dtype)).T
+        with torch.no_grad():
+            self.weight[:, self.index] = (
+                self.start if self.at_start else self.columns.to(self.weight.dtype)).T
 
     def settle(self):
         "Write, unless it is known that nothing has changed since"
         now = _STILL.get(), self.at_start
-        if now[0] is None or now != self.written: self.write() # an optimizer may change a parameter without a trace
+        if now[0] is None or now != self.written:
+            self.write() # an optimizer may change a parameter without a trace
         self.written = now
 
     @torch.compiler.disable # a compiled model calls it as it is, between its compiled parts
@@ -108,17 +121,24 @@ class _WeightProjection(_Projection):
 # %% ../nbs/05_masked.ipynb #e1e71188
 class _UnlockedWeights(_Unlocked):
     "One output projection whose chosen single weights are parameters"
-    def __init__(self, projection:nn.Module, places:Tensor): # places: [k] int64, row * d_ff + column
+    def __init__(
+        self, projection:nn.Module, places:Tensor
+    ): # places: [k] int64, row * d_ff + column
         d_model, d_ff = value_vectors(projection).shape
-        touched, position = (places % d_ff).unique(return_inverse=True) # the columns that hold a chosen weight
+        # the columns that hold a chosen weight
+        touched, position = (places % d_ff).unique(return_inverse=True)
         super().__init__(projection, touched)
-        self.places, self.within = (x.to(self.weight.device) for x in (places, position * d_model + places // d_ff)) # within: places in the gradient of those columns
+        # within: places in the gradient of those columns
+        self.places, self.within = (
+            x.to(self.weight.device) for x in (places, position * d_model + places // d_ff))
         self.at = self.places // d_ff, self.places % d_ff
         self.start = self.weight[self.at] # [k], the weight's dtype
         self.columns = nn.Parameter(self.start.to(self.columns.dtype, copy=True))
 
     def write(self):
-        with torch.no_grad(): self.weight[self.at] = self.start if self.at_start else self.columns.detach().to(self.weight.dtype)
+        with torch.no_grad():
+            self.weight[self.at] = (
+                self.start if self.at_start else self.columns.detach().to(self.weight.dtype))
 
     @torch.compiler.disable
     def forward(self, x):
@@ -141,8 +161,13 @@ class _RowProjection(torch.autograd.Function):
     def backward(ctx, grad):
         unlocked = _unchanged(ctx)
         x, = ctx.saved_tensors
-        to_input = grad @ unlocked.weight.T.to(grad.dtype) if ctx.needs_input_grad[0] else None # of another dtype under autocast
-        return to_input, (grad[..., unlocked.index].flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(unlocked.columns.dtype), None
+        # of another dtype under autocast
+        to_input = grad @ unlocked.weight.T.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return (
+            to_input,
+            (grad[..., unlocked.index].flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(
+                unlocked.columns.dtype),
+            None)
 
 class _UnlockedRows(_Unlocked):
     "One linear layer whose chosen rows are parameters"
@@ -158,60 +183,82 @@ UNLOCKED.add(_UnlockedRows.forward)
 @dataclass(frozen=True)
 class Neurons:
     """Neurons of one model, and attention heads next to them
-    A head is its rows of the query projection and its columns of the attention's output projection; the key and value rows of a group are part of the choice when every head of the group is chosen."""
+    A head is its rows of the query projection and its columns of the attention's output projection;
+    the key and value rows of a group are part of the choice when every head of the group is
+    chosen."""
     vectors:Region # the neurons' value vectors
     heads:Region|None=None # [n_layers, n_heads]
     def __len__(self): return len(self.vectors) + (len(self.heads) if self.heads is not None else 0)
 
     @staticmethod
-    def sample(model:nn.Module, fraction:float, seed:int, heads:bool=False, outside:'Neurons|None'=None)->'Neurons':
+    def sample(
+        model:nn.Module, fraction:float, seed:int, heads:bool=False, outside:'Neurons|None'=None
+    )->'Neurons':
         "Draw neurons, and heads where wanted, outside of others"
-        vectors = Region.sample(region_shape(model), fraction, seed, outside=None if outside is None else outside.vectors)
+        taken = taken_heads = None
+        if outside is not None: taken, taken_heads = outside.vectors, outside.heads
+        vectors = Region.sample(region_shape(model), fraction, seed, outside=taken)
         if not heads: return Neurons(vectors)
         shape = len(vectors.mask), model.config.get_text_config().num_attention_heads
-        return Neurons(vectors, Region.sample(shape, max(fraction, 1 / math.prod(shape)), seed, outside=None if outside is None else outside.heads))
+        share = max(fraction, 1 / math.prod(shape))
+        return Neurons(vectors, Region.sample(shape, share, seed, outside=taken_heads))
 
-    def save(self, path:str|Path)->None: # the file is a region's file as well: that of the value vectors
-        Path(path).write_bytes(save({'region': self.vectors.mask} | ({} if self.heads is None else {'heads': self.heads.mask}), metadata={'holds': 'unloc neurons'}))
+    def save(self, path:str|Path)->None: # a region's file as well: that of the value vectors
+        parts = {'region': self.vectors.mask}
+        if self.heads is not None: parts['heads'] = self.heads.mask
+        Path(path).write_bytes(save(parts, metadata={'holds': 'unloc neurons'}))
 
     @staticmethod
     def load(path:str|Path)->'Neurons':
         found = load_file(path)
-        return Neurons(Region(found['region']), Region(found['heads']) if 'heads' in found else None)
+        return Neurons(
+            Region(found['region']), Region(found['heads']) if 'heads' in found else None)
 
 # %% ../nbs/05_masked.ipynb #e16f914f
 _MLP, _ATTENTION = ('gate_proj', 'up_proj'), ('q_proj', 'k_proj', 'v_proj', 'o_proj')
 
 def _writers(model)->set[str]: # places in the model
-    "Name the layers that write to the residual stream: their columns are chosen, of all others the rows"
+    """Name the layers that write to the residual stream: their columns are chosen, of all others
+    the rows"""
     names = {module: name for name, module in model.named_modules()}
     projections = [names[p] for p in output_projections(model)]
     return {*projections, *(f'{_attention_of(name)}.o_proj' for name in projections)}
 
 def _attention_of(projection:str)->str: return f"{projection.rsplit('.', 2)[0]}.self_attn"
 
-def _unlocked_as(place:str, writers:set[str])->type: return _Unlocked if place in writers else _UnlockedRows
+def _unlocked_as(place:str, writers:set[str])->type:
+    return _Unlocked if place in writers else _UnlockedRows
 
-def _rows_of_heads(model, attention:str, heads:Tensor)->dict[str, Tensor]: # heads: [k]; layer: its rows or columns
+# %% ../nbs/05_masked.ipynb #2d803a6a
+def _rows_of_heads(
+    model, attention:str, heads:Tensor
+)->dict[str, Tensor]: # heads: [k]; layer: its rows or columns
     "Give what chosen heads are made of"
     config = model.config.get_text_config()
-    n, shared = config.num_attention_heads, getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    n = config.num_attention_heads
+    shared = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
     layers = {name: model.get_submodule(f'{attention}.{name}') for name in _ATTENTION}
     rows = {name: value_vectors(layer).shape[name == 'o_proj'] for name, layer in layers.items()}
     width = rows['q_proj'] // n # as wide as the layers are, whatever the residual stream is
-    want = {'q_proj': n * width, 'k_proj': shared * width, 'v_proj': shared * width, 'o_proj': n * width}
-    if rows != want: raise ValueError(f"{attention}: {n} heads with {shared} keys and values need layers "
-        f"of {want} rows or columns, these have {rows}; choose neurons without heads")
+    want = {
+        'q_proj': n * width, 'k_proj': shared * width, 'v_proj': shared * width,
+        'o_proj': n * width}
+    if rows != want:
+        raise ValueError(f"{attention}: {n} heads with {shared} keys and values need layers "
+            f"of {want} rows or columns, these have {rows}; choose neurons without heads")
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[heads.cpu()] = True
-    groups = chosen.view(shared, n // shared).all(1).nonzero().flatten() # all of whose heads are chosen
+    # all of whose heads are chosen
+    groups = chosen.view(shared, n // shared).all(1).nonzero().flatten()
     def spread(index): return (index[:, None] * width + torch.arange(width)).flatten()
-    return {f'{attention}.{name}': spread(groups if name in ('k_proj', 'v_proj') else heads) for name in _ATTENTION}
+    return {
+        f'{attention}.{name}': spread(groups if name in ('k_proj', 'v_proj') else heads)
+        for name in _ATTENTION}
 
 # %% ../nbs/05_masked.ipynb #370aa2ac
 def _layers_of(
     model:nn.Module, chosen:Neurons,
-)->dict[str, tuple[type, nn.Module, Tensor]]: # place in the model: how it is unlocked, linear layer, and index [k] of its rows or columns
+)->dict[str, tuple[type, nn.Module, Tensor]]: # place: how unlocked, layer, index [k] of its parts
     "Find the rows and columns that chosen neurons and heads are made of"
     names, places = {module: name for name, module in model.named_modules()}, {}
     projections = _fitting(model, chosen.vectors)
@@ -226,14 +273,16 @@ def _layers_of(
             if chosen.heads is None: continue
             places |= _rows_of_heads(model, _attention_of(name), chosen.heads.index[layer])
         found = {name: model.get_submodule(name) for name, index in places.items() if len(index)}
-    except AttributeError as error: raise ValueError(
-        "a neuron is made of gate_proj, up_proj and down_proj, a head of q_proj, k_proj, v_proj and "
-        f"o_proj; this {type(model).__name__} is built otherwise, its layers are fused or called by "
-        f"other names: {error}; choose value vectors") from None
+    except AttributeError as error:
+        raise ValueError(
+            "a neuron is made of gate_proj, up_proj and down_proj, a head of q_proj, k_proj,"
+            f" v_proj and o_proj; this {type(model).__name__} is built otherwise, its layers are"
+            f" fused or called by other names: {error}; choose value vectors") from None
     for name, layer in found.items(): check_linear(layer, name)
     _untied(model, found)
     writers = _writers(model)
-    return {name: (_unlocked_as(name, writers), layer, places[name]) for name, layer in found.items()}
+    return {
+        name: (_unlocked_as(name, writers), layer, places[name]) for name, layer in found.items()}
 
 # %% ../nbs/05_masked.ipynb #85b6fefb
 def _fitting(model:nn.Module, region:Region)->list[nn.Module]:
@@ -247,12 +296,15 @@ def _fitting(model:nn.Module, region:Region)->list[nn.Module]:
     _untied(model, {f'the output projection of layer {i}': p for i, p in enumerate(projections)})
     return projections
 
+# %% ../nbs/05_masked.ipynb #e64b6530
 def _place_in_memory(x:Tensor)->tuple: # device, first byte, and the one behind the last
     return x.device, x.data_ptr(), x.data_ptr() + x.nbytes
 
 def _untied(model, layers:dict[str, nn.Module])->None: # by how an error calls them
     "Refuse layers whose weights are not there, or are also somewhere else"
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False)]
     memory = {name: _place_in_memory(x) for name, x in tensors if x.device.type != 'meta'}
     for place, layer in layers.items():
         values = value_vectors(layer)
@@ -273,15 +325,27 @@ def _untied(model, layers:dict[str, nn.Module])->None: # by how an error calls t
 
 # %% ../nbs/05_masked.ipynb #a56c0f58
 class Columns:
-    "The trainable columns, or single weights, or rows and columns of neurons and heads, of an unlocked model"
-    def __init__(self, unlocked:dict[int|str, _Unlocked]): self._unlocked = unlocked # by layer, of neurons by place in the model; layers without a chosen one are absent
-    def parameters(self)->list[nn.Parameter]: return [u.columns for u in self._unlocked.values()] # per layer with any: [k_l, d_model] float32 (float64 for a float64 model), row i is value vector index[i]; of single weights [k_l]
+    """The trainable columns, or single weights, or rows and columns of neurons and heads, of an
+    unlocked model"""
+    def __init__(
+        self,
+        # by layer, of neurons by place in the model; layers without a chosen one are absent
+        unlocked:dict[int|str, _Unlocked],
+    ): self._unlocked = unlocked
+    def parameters(self)->list[nn.Parameter]:
+        """List, per layer with any, [k_l, d_model] float32 (float64 for a float64 model), row i is
+        value vector index[i]; of single weights [k_l]"""
+        return [u.columns for u in self._unlocked.values()]
     def values(self)->dict[int|str, tuple[Tensor, Tensor]]:
-        "Give, per layer, the index [k_l] int64 as in Region.index, and the columns [k_l, d_model] or single weights [k_l]"
-        return {layer: (u.places, u.columns.detach().clone()) for layer, u in self._unlocked.items()}
+        """Give, per layer, the index [k_l] int64 as in Region.index, and the columns [k_l, d_model]
+        or single weights [k_l]"""
+        return {
+            layer: (u.places, u.columns.detach().clone()) for layer, u in self._unlocked.items()}
     def delta(self)->dict[int|str, tuple[Tensor, Tensor]]:
-        "Give, per layer, the index [k_l] int64 as in Region.index, and the change of the columns [k_l, d_model] or single weights [k_l]"
-        return {layer: (u.places, u.columns.detach() - u.start) for layer, u in self._unlocked.items()}
+        """Give, per layer, the index [k_l] int64 as in Region.index, and the change of the columns
+        [k_l, d_model] or single weights [k_l]"""
+        return {
+            layer: (u.places, u.columns.detach() - u.start) for layer, u in self._unlocked.items()}
     @contextmanager
     def reference(self):
         "Run the block with the model as it was when it was unlocked; no gradient inside"
@@ -292,11 +356,16 @@ class Columns:
             for u in self._unlocked.values(): u.at_start = False; u.settle()
 
 # %% ../nbs/05_masked.ipynb #9c3a2bcc
-def _parts(model:nn.Module, region:Region|Neurons)->dict[int|str, tuple[type, nn.Module, Tensor]]: # layer or place: how it is unlocked, which layer, index of what may change
+def _parts(
+    model:nn.Module, region:Region|Neurons,
+)->dict[int|str, tuple[type, nn.Module, Tensor]]: # place: how unlocked, layer, index of its parts
     "Find the layers that a region has parts of"
     if isinstance(region, Neurons): return _layers_of(model, region)
     kind = _Unlocked if len(region.shape) == 2 else _UnlockedWeights
-    return {layer: (kind, projection, index) for layer, (projection, index) in enumerate(zip(_fitting(model, region), region.index)) if len(index)}
+    return {
+        layer: (kind, projection, index)
+        for layer, (projection, index) in enumerate(zip(_fitting(model, region), region.index))
+        if len(index)}
 
 # %% ../nbs/05_masked.ipynb #3080bb32
 @contextmanager
@@ -312,11 +381,12 @@ def _stepping(model, columns:list[nn.Parameter])->Iterator[None]:
             f"this {type(optimizer).__name__} holds weights outside of the region that have a "
             "gradient, so its step would move them; make it of the columns alone: "
             "AdamW(columns.parameters())")
-        if (not held or held & locked) and not held & own: raise RuntimeError(
-            f"this {type(optimizer).__name__} holds none of the unlocked columns, so its step trains "
-            "nothing: it was made of model.parameters(); make it of the columns: "
-            "AdamW(columns.parameters()), of a Trainer: "
-            "optimizers=(AdamW(columns.parameters()), None)")
+        if (not held or held & locked) and not held & own:
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} holds none of the unlocked columns, so its step"
+                " trains nothing: it was made of model.parameters(); make it of the columns:"
+                " AdamW(columns.parameters()), of a Trainer:"
+                " optimizers=(AdamW(columns.parameters()), None)")
     def zero_grad(set_to_none=True):
         type(model).zero_grad(model, set_to_none)
         for p in columns: p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
@@ -339,9 +409,14 @@ def unlock(
     region:Region|Neurons, # the value vectors, single weights, or neurons and heads that may change
 )->Iterator[Columns]:
     "Make a region the only parameters of the model"
-    if not (parts := _parts(model, region)): raise ValueError("the region is empty; nothing could be trained")
-    if is_unlocked(model): raise ValueError("the model is unlocked already; leave the first `unlock` before the second")
-    if torch.is_inference_mode_enabled(): raise ValueError("nothing can be trained inside torch.inference_mode; leave it before `unlock`")
+    if not (parts := _parts(model, region)):
+        raise ValueError("the region is empty; nothing could be trained")
+    if is_unlocked(model):
+        raise ValueError(
+            "the model is unlocked already; leave the first `unlock` before the second")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "nothing can be trained inside torch.inference_mode; leave it before `unlock`")
     trainable, unlocked = [p for p in model.parameters() if p.requires_grad], {}
     model.requires_grad_(False)
     try:
@@ -354,16 +429,26 @@ def unlock(
         for p in trainable: p.requires_grad_(True)
 
 # %% ../nbs/05_masked.ipynb #6c3e58d2
-def _touched(model, region)->dict[int, tuple[Tensor, Tensor]]: # by address of a weight: its view, and which of the view's last axis, or both, is locked
-    if isinstance(region, Region): return {(v := value_vectors(p).detach()).data_ptr(): (v, ~mask) for p, mask in zip(_fitting(model, region), region.mask)}
-    views = [(kind.view(layer).detach(), index) for kind, layer, index in _layers_of(model, region).values()]
-    return {v.data_ptr(): (v, torch.ones(v.shape[1], dtype=torch.bool).index_fill(0, index, False)) for v, index in views}
+def _touched(
+    model, region,
+)->dict[int, tuple[Tensor, Tensor]]: # address of a weight: its view, what of it is locked
+    if isinstance(region, Region):
+        return {
+            (v := value_vectors(p).detach()).data_ptr(): (v, ~mask)
+            for p, mask in zip(_fitting(model, region), region.mask)}
+    views = [
+        (kind.view(layer).detach(), index)
+        for kind, layer, index in _layers_of(model, region).values()]
+    return {
+        v.data_ptr(): (v, torch.ones(v.shape[1], dtype=torch.bool).index_fill(0, index, False))
+        for v, index in views}
 
 def _locked(model, region)->Iterator[tuple[str, Tensor]]: # name, and what of it may not change
     "Give every weight and buffer with the region cut out"
     touched = _touched(model, region)
     for name, tensor in model.state_dict().items():
-        if found := touched.get(tensor.data_ptr()): tensor = found[0][..., found[1].to(tensor.device)]
+        if found := touched.get(tensor.data_ptr()):
+            tensor = found[0][..., found[1].to(tensor.device)]
         yield name, tensor.detach()
 
 @checked(but=['model'])
@@ -409,27 +494,34 @@ def locked_checksum(
     region:Region|Neurons,
 )->str: # hexadecimal SHA-256 of names, dtypes, shapes and checksums
     "Digest every weight outside the region, as `locked_digest`, without moving it"
-    heads, sums = zip(*((f"{name} {x.dtype} {list(x.shape)}", checksum(x)) for name, x in _locked(model, region)))
+    heads, sums = zip(
+        *((f"{name} {x.dtype} {list(x.shape)}", checksum(x)) for name, x in _locked(model, region)))
     by_device = torch.stack([s.to(sums[0].device) for s in sums]).tolist() # read once
-    return hashlib.sha256('\n'.join(f"{h} {s}" for h, s in zip(heads, by_device)).encode()).hexdigest()
+    return hashlib.sha256(
+        '\n'.join(f"{h} {s}" for h, s in zip(heads, by_device)).encode()).hexdigest()
 
 # %% ../nbs/05_masked.ipynb #04fc0696
 @checked(but=['model'])
 def put_columns(
     model:nn.Module,
-    values:dict[int|str, tuple[Tensor, Tensor]], # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from Columns.values
+    # per layer: index [k_l] int64, and columns [k_l, d_model] or single weights [k_l], as from
+    # Columns.values
+    values:dict[int|str, tuple[Tensor, Tensor]],
 )->None:
     "Set value vectors, single weights, or neurons and heads of a model, in place"
     projections = output_projections(model)
     writers = _writers(model) if any(isinstance(place, str) for place in values) else set()
     views = {place: _view_at(model, place, projections, writers) for place in values}
-    for place, (index, columns) in values.items(): _check_values(place, views[place], index, columns)
+    for place, (index, columns) in values.items():
+        _check_values(place, views[place], index, columns)
     with torch.no_grad():
         for place, (index, columns) in values.items():
             weight, index = views[place], index.to(views[place].device)
-            if columns.ndim == 1: weight[index // weight.shape[1], index % weight.shape[1]] = columns.to(weight)
+            if columns.ndim == 1:
+                weight[index // weight.shape[1], index % weight.shape[1]] = columns.to(weight)
             else: weight[:, index] = columns.T.to(weight)
 
+# %% ../nbs/05_masked.ipynb #65ba8097
 def _view_at(model, place, projections, writers)->Tensor: # columns are what can be chosen
     "View the weight of a layer that values are for"
     if isinstance(place, int) and not 0 <= place < len(projections): raise ValueError(
@@ -447,7 +539,8 @@ def _check_values(place, weight, index, columns):
     fits = columns.shape == (index.shape if single else (len(index), len(weight)))
     low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
     if fits and 0 <= low and high < (weight.numel() if single else weight.shape[1]): return
-    raise ValueError(f"{f'layer {place}' if isinstance(place, int) else place}: {len(index)} places "
+    raise ValueError(
+        f"{f'layer {place}' if isinstance(place, int) else place}: {len(index)} places "
         f"up to {high} with values {list(columns.shape)} do not fit its weight "
         f"{list(weight.shape)}; give values of a model of this shape")
 
@@ -484,15 +577,19 @@ def _read(view:Tensor, index:Tensor, single:bool)->tuple[Tensor, Tensor]: # inde
 # %% ../nbs/05_masked.ipynb #caa76e99
 class AllWeights:
     "The weights of a model that may all change"
-    def __init__(self, model:nn.Module): self._weights, self._start = dict(model.named_parameters()), {name: p.detach().clone() for name, p in model.named_parameters()}
+    def __init__(self, model:nn.Module):
+        self._weights, self._start = dict(model.named_parameters()), {
+            name: p.detach().clone() for name, p in model.named_parameters()}
     def parameters(self)->list[nn.Parameter]: return list(self._weights.values())
-    def values(self)->dict[str, Tensor]: return {name: p.detach().clone() for name, p in self._weights.items()} # name: weight
+    def values(self)->dict[str, Tensor]: # name: weight
+        return {name: p.detach().clone() for name, p in self._weights.items()}
     @contextmanager
     def reference(self):
         "Run the block with the model as it was at the start; no gradient inside"
         now = {name: p.data for name, p in self._weights.items()}
         try:
-            for name, p in self._weights.items(): p.data = self._start[name] # no copy: what the backward pass keeps is untouched
+            for name, p in self._weights.items():
+                p.data = self._start[name] # no copy: what the backward pass keeps is untouched
             with torch.no_grad(): yield
         finally:
             for name, p in self._weights.items(): p.data = now[name]

@@ -247,6 +247,7 @@ def editor(label:str, passes:float=1, **more):
     "Register a change of weights in closed form"
     return _decorator('editor', label=label, passes=passes, **more)
 
+# %% ../nbs/00_register.ipynb #8438b772
 def attack(
     label:str,
     passes:float=1, # over the forgotten facts

@@ -181,9 +181,8 @@ class Store:
     @contextlib.contextmanager
     def claimed(self, name:str)->Iterator[Path|None]: # name: of a run; None: it is there already
         "Hold the lock of a run, and give the folder to make it in"
-        locks = self.root / 'locks'
-        locks.mkdir(parents=True, exist_ok=True)
-        with _locked(locks / name):
+        (self.root / 'locks').mkdir(parents=True, exist_ok=True)
+        with _locked(self.root / 'locks' / name):
             yield None if (self.root / name).exists() else self.root / f'{name}.partial'
 
     def do(self, description:dict, compute:Callable)->Run:

@@ -99,22 +99,6 @@ def unlearning(
     return described('unlearn', injected, methods, arm=arm, draw=draw, seed=injected['seed'],
         objective=objective, recipe=recipe, **more)
 
-def localized_unlearning(
-    localized:dict, # from localization
-    fraction:float, # of all units
-    objective:str,
-    unlearn:dict,
-    seed:int,
-)->dict:
-    "Describe an unlearning run through the highest scores of a localizer"
-    built_on(localized, 'localize')
-    find('objective', objective)
-    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
-    recipe, methods = _recipe(objective, unlearn, localized)
-    return described('unlearn', localized, methods, fraction=float(fraction), seed=seed,
-        objective=objective, recipe=recipe)
-
 # %% ../../nbs/steps/unlearn.ipynb #6d1c0a56
 def localized_unlearning(
     localized:dict, # from localization
