@@ -645,6 +645,7 @@ def _do_profile(command:str, root:Path, asked:dict)->int: # exit status
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
 
+# %% ../nbs/18_cli.ipynb #423ff924
 def _let_speak()->None:
     "Let no sign that a terminal cannot show, and no stream that is closed, end the command"
     for name in ('stdout', 'stderr'):

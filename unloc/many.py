@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
@@ -38,10 +39,8 @@ from .metrics import exact_memorizations, extraction_strengths, without_end
 from .models import (
     UNLOCKED, answer_hidden, check_limits, hidden_after, logits_of, mask_limit, measuring,
     most_positions, output_projections, over_logits, value_vectors)
-from .methods import (
-    dpo, ga, grad_diff, npo, retain_terms, rmu, satimp, simnpo, wga)
 from .objectives import token_logprob
-from .register import Method
+from .register import Method, find
 from .regions import Region, extent
 from .tokens import Batch, Example, batch_tokens, check_examples, collate, shuffled
 from .training import SCHEDULES, Recipe, Term, Trajectory, Unlearning
@@ -824,7 +823,7 @@ def evaluate_many(
 
 # %% ../nbs/11_many.ipynb #2287d448
 def _rmu(run, facts, layer, coefficient):
-    control = rmu._control(run, coefficient)
+    control = run.control(coefficient)
     def value(hidden, reference, answer): return objectives.rmu(hidden, control, answer)
     return _Reads(run.block(layer), False, facts, value)
 
@@ -844,17 +843,24 @@ def _kl(run, facts):
 def _kl_all(run, facts): # every token but the first is read as an answer is
     return _kl(run, [Example(e.ids, 1) for e in facts])
 
-_TWINS = {
-    rmu.rmu_term: _rmu, retain_terms.embed_diff_term: _embed_diff,
-    retain_terms.kl_term: _kl, retain_terms.kl_all_term: _kl_all}
-_OF_LOGPROB = { # compute of log-probabilities alone, wherever these are
-    dpo.dpo_term, ga.ga_term, grad_diff.grad_diff_term, npo.npo_term, satimp.satimp_term,
-    simnpo.simnpo_term, wga.wga_term, retain_terms.nll_term}
+@cache
+def _twins()->dict: # function of a method: its twin
+    "Name the terms that have a twin"
+    retain = {'embed_diff': _embed_diff, 'kl': _kl, 'kl_all': _kl_all}
+    found = {find('retain', name).function: twin for name, twin in retain.items()}
+    return found | {find('objective', 'rmu').function: _rmu}
+
+_PLAIN = 'dpo', 'ga', 'grad_diff', 'npo', 'satimp', 'simnpo', 'wga'
+
+@cache
+def _of_logprob()->frozenset: # compute of log-probabilities alone, wherever these are
+    objectives = (find('objective', name).function for name in _PLAIN)
+    return frozenset((*objectives, find('retain', 'nll').function))
 
 # %% ../nbs/11_many.ipynb #a7d3c1e2
 def _bound(method:Method, options:dict)->Callable: # of the run, facts, rows and epoch
     "Make a term, or the twin of a term, of a method and its options"
-    twin = _TWINS.get(method.function)
+    twin = _twins().get(method.function)
     if twin is None: return training.bound(method, options)
     chosen = {name: default for name, (_, default) in method.options.items()}
     chosen |= method.bound | method.checked(options)
@@ -993,7 +999,7 @@ def _unlearn_together(
 )->list:
     "Unlearn through many regions in one pass a step"
     used = {m.function for r in recipes for m in r.methods()}
-    home = torch.device('cpu') if used <= _OF_LOGPROB else model.device
+    home = torch.device('cpu') if used <= _of_logprob() else model.device
     known = [{} for _ in regions] if any(originals) else [{}] * len(regions)
     with _held_many(model, regions, originals) as (columns, digests):
         views = {k: _ManyUnlearning(model, columns, k, recipe, seed, refusals, known[k], home)

@@ -351,6 +351,18 @@ class Unlearning:
         replies = [self.refusals[draw[i]] for i in rows]
         return [Example([*e.ids[:e.start], *reply], e.start) for e, reply in zip(examples, replies)]
 
+# %% ../nbs/10_training.ipynb #91ececd2
+def _control(self, coefficient:float)->Tensor: # [d_model], of this length, hidden units
+    "Draw the run's random direction, once"
+    if 'control' not in self.kept:
+        d_model = self.model.config.get_text_config().hidden_size
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = objectives.rmu_control(d_model, generator, coefficient)
+        self.kept['control'] = drawn.to(self.model.device)
+    return self.kept['control']
+
+Unlearning.control = _control
+
 # %% ../nbs/10_training.ipynb #71dc8755
 def reference_hidden(run:Unlearning, batch:Batch)->Tensor: # [n_answer, d_model]
     "Give the last hidden states of the reference that predict the answer tokens"

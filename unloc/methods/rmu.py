@@ -10,9 +10,6 @@ __all__ = ['rmu_term']
 # %% ../../nbs/methods/rmu.ipynb #44bf6d14
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from .. import objectives
 from ..models import hidden_after
 from ..register import objective
@@ -29,17 +26,8 @@ def rmu_term(
     coefficient:float=2., # length of the control vector, hidden units
 )->Term:
     "Steer the output of a block to a random vector"
-    batch, control = run.batch(facts), _control(run, coefficient)
+    batch, control = run.batch(facts), run.control(coefficient)
     def value():
         hidden = hidden_after(run.model, batch, run.block(layer))
         return objectives.rmu(hidden, control, batch.answer)
     return Term([], value)
-
-def _control(run, coefficient)->Tensor: # [d_model]
-    "Draw the run's control vector, once"
-    if 'control' not in run.kept:
-        d_model = run.model.config.get_text_config().hidden_size
-        generator = torch.Generator().manual_seed(run.seed)
-        drawn = objectives.rmu_control(d_model, generator, coefficient)
-        run.kept['control'] = drawn.to(run.model.device)
-    return run.kept['control']
