@@ -933,4 +933,5 @@ def test_every_model_of_the_package_is_saved_by_one_function():
         for file in Path(checkpoints.__file__).parent.glob("*.py")
         for line in file.read_text("utf-8").splitlines()
         if re.search(r"\w*model\w*\.save_pretrained\(", line)]
-    assert places == [("checkpoints.py", "model.save_pretrained(folder, **options)")]
+    line = "with _habits_aside(model, Path(folder)): model.save_pretrained(folder, **options)"
+    assert places == [("checkpoints.py", line)]

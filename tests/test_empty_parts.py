@@ -31,7 +31,7 @@ SMOKE = {name: value for name, value in profiles(NBS.parent)["smoke"].items() if
     "jobs": 1}
 FACTS = SMOKE.pop("attacked_data") # of the pages that teach held-out facts
 PARAMETERS = {
-    n: SMOKE | ({"data": FACTS} if n >= "27" else {}) | defaults(p) for n, p in PAGES.items()}
+    n: SMOKE | ({"data": FACTS} if "27" <= n < "32" else {}) | defaults(p) for n, p in PAGES.items()}
 
 # --- what leaves nothing to show is refused before anything runs
 

@@ -172,7 +172,7 @@ def test_a_profile_that_inherits_from_itself_is_one_line(text, line, project):
 
 def test_a_percent_sign_and_an_umlaut_are_plain_text(tmp_path):
     (tmp_path / "settings.ini").write_text('[smoke]\nsource = "100 %/größe # 3"\n', "utf-8")
-    assert cli.profiles(tmp_path) == {"smoke": {"source": "100 %/größe # 3"}}
+    assert cli.profiles(tmp_path)["smoke"] == {"source": "100 %/größe # 3"}
 
 @pytest.mark.parametrize("below", ["", "/deeper/still"])
 def test_a_store_that_is_a_file_is_named_by_a_plan(below, project, tmp_path):

@@ -308,7 +308,7 @@ def test_every_module_that_a_result_depends_on_is_behind_its_page():
         assert seen == set(pages_behind(page)), page
     behind = {kind: set(pages_behind(f"steps.{kind}")) for kind in steps.kinds()}
     assert {"masked", "metrics", "tokens", "training"} <= behind["unlearn"]
-    assert "attacks" in behind["attack"] and "attacks" not in behind["inject"]
+    assert "scene" in behind["attack"] and "scene" not in behind["inject"]
 
 def test_what_is_apart_only_stores_reports_counts_and_checks():
     used = {"steps", "methods"} # folders of pages

@@ -7,9 +7,9 @@ from unloc.transport import is_weights, pack, unpack
 
 
 def compute(description, parent, folder, progress):
-    (folder / "result.json").write_text(json.dumps({"n": description["n"]}))
+    (folder / "result.json").write_text(json.dumps({"n": description["n"]}), "utf-8")
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "config.json").write_text("{}", "utf-8")
     save_file({"w": torch.full((64,), float(description["n"]))}, folder / "model" / "m.safetensors")
     save_file({"region": torch.ones(4, dtype=torch.bool)}, folder / "region.safetensors")
 
@@ -44,7 +44,7 @@ def test_without_weights_results_are_read_and_weights_are_missed_by_name(there, 
         ValueError, match="came without model/m.safetensors; pack it with its weights"):
         here[FIRST].file("model/m.safetensors")
     name = run_id(FIRST)
-    (here.root / name / "result.json").write_text("{}")
+    (here.root / name / "result.json").write_text("{}", "utf-8")
     with pytest.raises(DamagedRun, match=f"run {name}: result.json has 2 bytes"): here[FIRST]
 
 def test_the_same_runs_give_the_same_bytes_and_come_back_whole(there, tmp_path):

@@ -381,6 +381,6 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
     with pytest.raises(ValueError, match="unknown measure to compare by 'MU'; known: FS, RS"): at_level(None, .5, None, "MU")
     with pytest.raises(ValueError, match="unknown attack 'shout'; known: relearn held-out facts, target region"): attacking(one, {"level": .7, "lr": .1, "region_lr": .1, "epochs": 1, "batch_size": 1, "taught": 1, "only": "shout"})
     with pytest.raises(ValueError, match="unknown device 'gpu'; known: cpu"): origin(device="gpu")
-    with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: attack, base, inject"): Store(tmp_path).do({"kind": "settings"}, compute)
+    with pytest.raises(ValueError, match="unknown kind of run 'settings'; known: attack, base, edit, inject"): Store(tmp_path).do({"kind": "settings"}, compute)
     with pytest.raises(ValueError, match="unknown localizer 'mine'; known: .*; register it in a file named by --plugin.*@localizer.label='…'.$"):
         localization(one, "mine")
