@@ -30,8 +30,8 @@ def defaults(path):
 SMOKE = {name: value for name, value in profiles(NBS.parent)["smoke"].items() if name in SHARED} | {
     "jobs": 1}
 FACTS = SMOKE.pop("attacked_data") # of the pages that teach held-out facts
-PARAMETERS = {
-    n: SMOKE | ({"data": FACTS} if "27" <= n < "32" else {}) | defaults(p) for n, p in PAGES.items()}
+def facts_of(n): return {"data": FACTS} if "27" <= n < "32" else {} # those that are attacked
+PARAMETERS = {n: SMOKE | facts_of(n) | defaults(p) for n, p in PAGES.items()}
 
 # --- what leaves nothing to show is refused before anything runs
 

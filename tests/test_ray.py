@@ -3,7 +3,7 @@ import contextlib, json, os, platform, shutil, signal, socket, subprocess, sys, 
 from pathlib import Path
 import pytest
 pytest.importorskip("ray")
-from unloc import cli, cluster, runs
+from unloc import cli, runs
 from unloc import steps
 from unloc.cluster import cluster
 from unloc.pages import sweep
@@ -185,7 +185,7 @@ def test_a_node_without_the_store_is_named(on_ray, tmp_path):
     assert files(tmp_path) == {}
 
 def test_a_store_whose_locks_end_at_the_node_is_named(on_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_locked", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(sys.modules["unloc.cluster"], "_locked", lambda path: contextlib.nullcontext())
     fails(OSError, f"{NODE}locks on {tmp_path} do not reach from node to node", Store(tmp_path), numbered(1), -1, write)
 
 def test_a_node_with_other_code_is_named(on_ray, tmp_path):

@@ -241,7 +241,8 @@ def test_the_same_from_a_wheel(drawn, wheel, tmp_path, guarded):
     command = [sys.executable, "-c", "from unloc.cli import main; raise SystemExit(main())"]
     other = Project(tmp_path, command, guarded | {"PYTHONPATH": path})
     where = [sys.executable, "-c", "import unloc; print(unloc.__file__)"]
-    found = subprocess.run(where, cwd=other.root, env=other.env, capture_output=True, encoding="utf-8")
+    found = subprocess.run(
+        where, cwd=other.root, env=other.env, capture_output=True, encoding="utf-8")
     assert Path(found.stdout.strip()).is_relative_to(wheel), found
     assert " my_localizer.py\n" in other.do("list")
     other.profile("run", "--jobs", "2")

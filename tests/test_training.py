@@ -849,7 +849,9 @@ def test_a_run_of_one_seed_takes_the_same_options_each_time(objective):
             dict(retain="embed_diff", options={"layer": -.5}),
             r"retain embed_diff: layer must lie in \[0, 1\], got -0.5"),
         (dict(objective="rmu", options={"layer": 2}), "layer must lie in"),
-        (dict(options={"beta": math.nan}), "objective npo: beta must be at least 0 and finite, got nan")])
+        (
+            dict(options={"beta": math.nan}),
+            "objective npo: beta must be at least 0 and finite, got nan")])
 def test_a_recipe_of_no_steps_is_named(bad, says):
     with pytest.raises(ValueError, match=says):
         Recipe(**dict(objective="npo", lr=1e-3, epochs=1) | bad)
