@@ -1,4 +1,4 @@
-"""`unloc run` does a profile's runs where neither notebooks nor figures nor the paper could be made."""
+"`unloc run` does runs where neither notebooks, figures nor the paper could be made."
 import json, subprocess, sys
 from pathlib import Path
 
