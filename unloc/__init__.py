@@ -47,6 +47,7 @@ Modules:
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
+- `unloc.together`: Runs of a sweep that share a model are computed in one pass where the device gains by it
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way

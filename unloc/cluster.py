@@ -27,7 +27,8 @@ from pathlib import Path
 
 from .progress import report
 from .identity import receive, shipment
-from .runs import Store, _locked, base_of, on_this_machine, run_id
+from unloc.runs import (Store, _locked, base_of, do_group, groups_of, on_this_machine,
+    run_id)
 
 # %% ../nbs/15_cluster.ipynb #2c4c2e59
 def _address(): return os.environ.get('RAY_ADDRESS') or 'auto'
@@ -96,17 +97,17 @@ def _naming(node:str, error:Exception)->Exception:
     return named
 
 # %% ../nbs/15_cluster.ipynb #e27152e4
-def _work_on_node(store, description, compute, name, held, tofu, sent=None):
+def _work_on_node(store, group, compute, names, held, tofu, sent=None)->list[str]:
     os.environ.pop('UNLOC_PROGRESS', None) # a file of another machine
     if tofu: os.environ['UNLOC_TOFU'] = tofu
     try:
         _demand_same_store(Path(held))
-        if run_id(description) != name: raise RuntimeError("this node has other code of unloc or "
+        if [run_id(d) for d in group] != names: raise RuntimeError("this node has other code of unloc or "
             "other libraries than the sweep was started with; install the same on every node")
         receive(sent)
-        store.do(description, compute)
+        do_group(store, group, compute)
     except Exception as error: raise _naming(platform.node(), error) from None
-    return name
+    return names
 
 # %% ../nbs/15_cluster.ipynb #ee36b3bb
 def _result_of(task):
@@ -194,13 +195,15 @@ def on_ray(store:Store, missing:list[dict], jobs:int, compute:Callable)->Iterato
         while left and fruitless < 3:
             _join(wanted, lost is not None)
             before, work = len(left), delayed(_work_on_node)
-            tasks = [
-                work(store, d, compute, name, str(held), tofu, sent) for name, d in left.items()]
+            groups = groups_of(list(left.values()), compute)
+            tasks = [work(store, group, compute, list(map(run_id, group)), str(held), tofu, sent)
+                for group in groups]
             for done in _round(tasks, wanted, jobs):
                 if isinstance(done, Exception): lost = done; continue
-                del left[done]
-                report(run=done, fraction=1.)
-                yield done
+                for name in done:
+                    del left[name]
+                    report(run=name, fraction=1.)
+                yield from done
             fruitless = fruitless + 1 if len(left) == before else 0
     if left: raise RuntimeError(f"{len(left)} runs were lost with their workers in three rounds "
         f"without a finished run, lastly by {type(lost).__name__}: "

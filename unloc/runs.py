@@ -7,8 +7,8 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'public', 'run_id', 'DamagedRun', 'Run', 'left_behind', 'check_run', 'in_rows', 'in_columns', 'cores',
-           'processor', 'base_of', 'machines', 'libraries', 'Store', 'stages', 'on_this_machine', 'sweep', 'finished',
-           'results']
+           'processor', 'base_of', 'machines', 'libraries', 'Store', 'stages', 'groups_of', 'do_group',
+           'on_this_machine', 'sweep', 'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import contextlib, errno, json, os, platform, sys, threading, time, warnings
@@ -220,9 +220,10 @@ def _give_up(folder:Path, error:FloatingPointError)->None:
     for file in sorted(folder.rglob('*'), reverse=True): file.rmdir() if file.is_dir() else file.unlink()
     (folder / _DIVERGED).write_text(json.dumps({'error': ' '.join(str(error).split())}), 'utf-8', newline='\n')
 
-def _finish(description:dict, folder:Path)->None:
+def _finish(description:dict, folder:Path, at_once:int=1)->None:
     "Write the description and the manifest, once all other files are there"
     whole = {'description': public(description), 'libraries': _versions(), 'machine': _computed_on(description)}
+    if at_once > 1: whole['at_once'] = at_once # runs that shared a pass
     (folder / 'description.json').write_text(json.dumps(whole, indent=1), 'utf-8', newline='\n')
     files = {f.relative_to(folder).as_posix(): (f.stat().st_size, _digest(f)) for f in sorted(folder.rglob('*')) if f.is_file() and f.name != 'manifest.json'}
     (folder / 'manifest.json').write_text(json.dumps({'files': files}, indent=1), 'utf-8', newline='\n')
@@ -250,18 +251,59 @@ def _leave_with(parent:int)->None:
     _watched.add(parent)
     threading.Thread(target=watch, daemon=True).start()
 
-def _work(store, description, compute, parent, sent=None):
+# %% ../nbs/14_runs.ipynb #dbd2d32b
+@contextlib.contextmanager
+def _all_claimed(store, descriptions)->Iterator[dict]: # description's name: description, folder
+    "Hold the locks of the runs of a group that are not there yet, always in one order"
+    with contextlib.ExitStack() as stack:
+        held, named = {}, {run_id(d): d for d in descriptions}
+        for name in sorted(named):
+            folder = stack.enter_context(store.claimed(name))
+            if folder is not None: held[name] = named[name], folder
+        yield held
+
+def _do_many(self, descriptions:list[dict], compute)->None: # compute: with `many`
+    "Compute the runs of a group, whose parents are there, in one pass"
+    load_plugins()
+    for description in descriptions: demand(description)
+    with _all_claimed(self, descriptions) as held:
+        if not held: return
+        for _, folder in held.values(): folder.mkdir(exist_ok=True)
+        due, folders = zip(*held.values())
+        def told(fraction):
+            for name in held: report(run=name, fraction=fraction)
+        ended = compute.many(due, [self[d['parent']] for d in due], folders, told)
+        for (name, (description, folder)), error in zip(held.items(), ended):
+            if error: _give_up(folder, error)
+            _finish(description, folder, at_once=len(due))
+            folder.rename(self.root / name)
+
+Store.do_many = _do_many
+
+# %% ../nbs/14_runs.ipynb #4571681d
+def groups_of(missing:list[dict], compute:Callable)->list[list[dict]]: # each run once
+    "Share runs of one stage out into what is computed together"
+    return compute.grouped(missing) if hasattr(compute, 'grouped') else [[d] for d in missing]
+
+def do_group(store:Store, group:list[dict], compute:Callable)->list[str]: # names
+    "Do a run, or the runs of a group"
+    if len(group) == 1: store.do(group[0], compute)
+    else: store.do_many(group, compute)
+    return [run_id(d) for d in group]
+
+def _work(store, group, compute, parent, sent=None)->list[str]:
     _leave_with(parent)
     receive(sent)
-    store.do(description, compute)
-    report(run=run_id(description), fraction=1.)
-    return run_id(description)
+    names = do_group(store, group, compute)
+    for name in names: report(run=name, fraction=1.)
+    return names
 
 def on_this_machine(store:Store, missing:list[dict], jobs:int, compute:Callable)->Iterator[str]:
     "Do runs in processes of this machine and name each when it is done"
     from joblib import Parallel, delayed
-    sent = shipment() if jobs != 1 else None
-    yield from Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_work)(store, d, compute, os.getpid(), sent) for d in missing)
+    sent, work = shipment() if jobs != 1 else None, delayed(_work)
+    tasks = [work(store, group, compute, os.getpid(), sent) for group in groups_of(missing, compute)]
+    for names in Parallel(n_jobs=jobs, return_as='generator_unordered')(tasks): yield from names
 
 # %% ../nbs/14_runs.ipynb #5e77a005
 def _made_by(file:Path)->tuple[str, str]|None: # of a run of the first versions, which does not say

@@ -6,7 +6,8 @@ An injection is a draw of the target region and of the order of facts, both by o
 
 # %% auto #0
 __all__ = ['STYLES', 'Inject', 'demand_others', 'injection', 'save_columns', 'load_columns', 'save_weights', 'draw',
-           'load_region', 'others_of', 'rehearsed_by', 'compute', 'model_without', 'original_model', 'cost']
+           'load_region', 'others_of', 'rehearsed_by', 'beside_of', 'keep_injection', 'compute', 'model_without',
+           'original_model', 'cost']
 
 # %% ../../nbs/steps/inject.ipynb #f746df3c
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from .. import training
 from ..cost import Cost, Models
-from ..evaluation import evaluate
+from ..evaluation import Evaluation, Probe, evaluate
 from ..masked import Neurons, in_float32, put_columns
 from ..models import region_shape
 from ..regions import Region
@@ -124,6 +125,33 @@ def _make_room(model, target, description, examples, base, folder)->None:
         training.make_room(model, target, taught, description['room'], *how)
     save_weights(folder / 'without.safetensors', dict(model.named_parameters()))
 
+# %% ../../nbs/steps/inject.ipynb #481c5dd4
+def beside_of(description:dict, examples:dict)->list: # of examples
+    "Give the facts that are taught beside the forget set"
+    if description.get('style') != 'mixed': return []
+    if not examples['retain']: raise ValueError("inject: style 'mixed' needs retain facts, and "
+        "the data have none; take another style")
+    return examples['retain']
+
+def keep_injection(
+    folder:Path,
+    model, # the original model
+    target, # Region or Neurons
+    taught:tuple[dict, str], # as from training.inject: columns, and the digest of all else
+    evaluation:Evaluation, # of the original model
+    parent:Run, # the judgement that the injection is built on
+    probe:Probe,
+    examples:dict, # as from setting
+)->None:
+    "Write what an injection did"
+    values, digest = taught
+    target.save(folder / 'region.safetensors')
+    save_columns(folder / 'columns.safetensors', values)
+    save_evaluation(folder, evaluation)
+    save_json(folder, {'retained': parent.json()['retained'], 'original': evaluation.point,
+        'membership': membership_of(model, probe, examples), 'region': len(target),
+        'locked_sha256': digest, 'locked_bit_equal': True})
+
 # %% ../../nbs/steps/inject.ipynb #05ced984
 def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Inject the forget set into the retained model through a target region"
@@ -133,22 +161,15 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     model = retained_model(base)
     target = draw(model, description, seed)
     how = {k: v for k, v in description.items() if k in Training.__struct_fields__}
-    if style == 'mixed' and not examples['retain']: raise ValueError("inject: style 'mixed' needs "
-        "retain facts, and the data have none; take another style")
+    beside = beside_of(description, examples)
     if description.get('others'):
         _inject_others(model, target, description, examples, how, folder)
     if style == 'with room':
         _make_room(model, target, description, examples, base.description, folder)
-    beside = examples['retain'] if style == 'mixed' else ()
     values, digest = training.inject(model, target, examples['forget'], seed=seed, **how,
         progress=progress, beside=beside)
-    target.save(folder / 'region.safetensors')
-    save_columns(folder / 'columns.safetensors', values)
-    evaluation = evaluate(model, probe)
-    save_evaluation(folder, evaluation)
-    save_json(folder, {'retained': parent.json()['retained'], 'original': evaluation.point,
-        'membership': membership_of(model, probe, examples), 'region': len(target),
-        'locked_sha256': digest, 'locked_bit_equal': True})
+    keep_injection(folder, model, target, (values, digest), evaluate(model, probe), parent, probe,
+        examples)
 
 # %% ../../nbs/steps/inject.ipynb #eb6d8bea
 def model_without(origin:Run, base:Run): # origin: an injection

@@ -6,7 +6,7 @@ A pair is one seed: it draws the target region, the random regions, the order of
 
 # %% auto #0
 __all__ = ['PAIR', 'ARMS', 'Unlearn', 'demand_arm', 'unlearning', 'localized_unlearning', 'region_of', 'save_trajectory',
-           'compute', 'trained', 'cost']
+           'keep_unlearning', 'compute', 'trained', 'cost']
 
 # %% ../../nbs/steps/unlearn.ipynb #b14c98bf
 from collections.abc import Callable
@@ -168,6 +168,20 @@ def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
         'live_fraction': trajectory.live_fraction, 'locked_sha256': trajectory.locked_sha256,
         'locked_bit_equal': True})
 
+def keep_unlearning(
+    folder:Path,
+    region, # Region or Neurons; None: all weights
+    trajectory:training.Trajectory,
+    values:dict, # the trained columns, or weights by name
+    dtype:torch.dtype, # of the model
+)->None:
+    "Write what a run changed, and what it went through"
+    if region is not None: save_columns(folder / 'columns.safetensors', values)
+    else:
+        weights = {name: x.to(dtype) for name, x in values.items()}
+        save_weights(folder / 'weights.safetensors', weights)
+    save_trajectory(folder, region, trajectory)
+
 # %% ../../nbs/steps/unlearn.ipynb #a7d498b1
 def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Unlearn the forget set through a region"
@@ -178,11 +192,7 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     recipe = training.Recipe.of(description['objective'], often | description['recipe'])
     trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'],
         probe, recipe, description['seed'], examples['refusals'], load_evaluation(origin), progress)
-    if region is not None: save_columns(folder / 'columns.safetensors', values)
-    else:
-        weights = {name: x.to(model.dtype) for name, x in values.items()}
-        save_weights(folder / 'weights.safetensors', weights)
-    save_trajectory(folder, region, trajectory)
+    keep_unlearning(folder, region, trajectory, values, model.dtype)
 
 # %% ../../nbs/steps/unlearn.ipynb #1326407d
 def trained(m:Models, description:dict)->tuple[str, int, float, Cost]:
