@@ -467,7 +467,7 @@ def compute(
     from unloc.plan import wanted
     from unloc.cluster import engine as chosen_engine
     from unloc.runs import Store, sweep
-    from unloc.steps import compute as by_kind
+    from unloc.together import together
     with _engine(engine), _hub(_from_hub(asked.chosen)), _plugged(asked.plugins), Watch(root) as watch:
         found = []
         for notebook, values in asked.chosen.items():
@@ -476,7 +476,7 @@ def compute(
             if not runs: watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
         watch.label = profile
         mixed = any(values.get('mixed') for values in asked.chosen.values())
-        done = sweep(Store(asked.store), found, asked.jobs, by_kind, chosen_engine(), mixed)
+        done = sweep(Store(asked.store), found, asked.jobs, together, chosen_engine(), mixed)
         return len({run.path for run in done})
 
 # %% ../nbs/18_cli.ipynb #0af9dcf5

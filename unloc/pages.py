@@ -16,7 +16,7 @@ from . import runs
 from .cluster import engine
 from .identity import written
 from .runs import Run, Store, public
-from .steps import compute
+from .together import together
 from .steps.attack import RELEARNING
 from .steps.unlearn import ARMS
 
@@ -25,7 +25,7 @@ def sweep(
     store:Store,
     descriptions, # of runs
     jobs:int=1, # runs at once; -1: as many as there is room for
-    compute=compute, # what computes a run
+    compute=together, # what computes a run
 )->list[Run]: # in the order of the descriptions
     "Do the runs of a page that are missing, and give all"
     return runs.sweep(store, descriptions, jobs, compute, engine())

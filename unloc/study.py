@@ -23,7 +23,7 @@ from .profiles import ALL, SHARED, known_name, overlaid, profiles, project_root
 from .register import find
 from .regions import Region
 from .statistics import number
-from .steps import compute
+from .together import together
 from .steps.attack import attacking
 from .steps.base import base_models
 from .steps.inject import injection
@@ -368,7 +368,7 @@ class Study(Descriptions):
         "Do the runs that are missing, and give all"
         asked = [_as_grid(one) for one in grids]
         every = [description for one in asked for description in one.points.values()]
-        done = iter(runs.sweep(self.store, every, self.jobs, compute, engine(), self.mixed))
+        done = iter(runs.sweep(self.store, every, self.jobs, together, engine(), self.mixed))
         found = []
         for one in asked: found.append(Runs(one.names, {key: next(done) for key in one.points}))
         return found[0] if len(found) == 1 else tuple(found)
