@@ -36,32 +36,44 @@ def _cells(notebook:Path)->list[tuple[str, str, list]]: # kind, source, tags
     "Read the cells of a notebook"
     try:
         cells = json.loads(notebook.read_text('utf-8'))['cells']
-        return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags', [])) for c in cells]
+        return [
+            (c['cell_type'], ''.join(c['source']), c['metadata'].get('tags', [])) for c in cells]
     except OSError as error: raise Problem(f"{notebook} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise Problem(f"{notebook} is no whole notebook ({why}); restore it with git checkout -- nbs/{notebook.name}, or remove it") from None
+        remedy = f'restore it with git checkout -- nbs/{notebook.name}, or remove it'
+        raise Problem(f"{notebook} is no whole notebook ({_said(error)}); {remedy}") from None
 
 def promise(notebook:Path)->str: # '' where it makes none
     "Give the one-sentence promise of a page"
     cells = _cells(notebook) or [('markdown', '', [])]
     return next((line[2:] for line in cells[0][1].splitlines() if line.startswith('> ')), '')
 
+# %% ../nbs/18_cli.ipynb #92d1e2e7
+_TYPES = {t.__name__: t for t in (str, int, float, bool, list, dict)} # of parameters
+
 def parameters(notebook:Path)->dict[str, tuple[type, object]]: # name: type and default
     "Read the parameters cell of a notebook"
     cells = [source for _, source, tags in _cells(notebook) if 'parameters' in tags]
-    if len(cells) != 1: raise Problem(f"{notebook.name} must have one cell tagged 'parameters', it has {len(cells)}")
-    types = {t.__name__: t for t in (str, int, float, bool, list, dict)}
-    try: return {node.target.id: (types[node.annotation.id], ast.literal_eval(node.value)) for node in ast.parse(cells[0]).body}
+    if len(cells) != 1:
+        raise Problem(
+            f"{notebook.name} must have one cell tagged 'parameters', it has {len(cells)}")
+    found = {}
+    try:
+        for node in ast.parse(cells[0]).body:
+            found[node.target.id] = _TYPES[node.annotation.id], ast.literal_eval(node.value)
     except (SyntaxError, ValueError, KeyError, AttributeError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise Problem(f"{notebook.name}: a line of its parameters cell must be name: type = literal, with a type of {', '.join(types)} ({why})") from None
+        raise Problem(
+            f"{notebook.name}: a line of its parameters cell must be name: type = literal, "
+            f"with a type of {', '.join(_TYPES)} ({_said(error)})") from None
+    return found
 
 def artefacts(notebook:Path)->list[str]:
     "Name what a notebook saves"
     source = ''.join(source for kind, source, _ in _cells(notebook) if kind == 'code')
     suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
-    calls = re.findall(r"\bsave\((\w+), \w+, '(\w+)'|\bsave_(figure|table)\(\w+, out, '(\w+)'", source)
+    saved = r"\bsave\((\w+), \w+, '(\w+)'"
+    written = r"\bsave_(figure|table)\(\w+, out, '(\w+)'"
+    calls = re.findall(f'{saved}|{written}', source)
     found = [(kind or own, name or other) for own, other, kind, name in calls]
     return [f"{name}.{suffixes['figure' if kind == 'figure' else 'table']}" for kind, name in found]
 
@@ -77,9 +89,9 @@ def assign(
     where:str, # where they come from, for errors
 )->dict[Path, dict]: # per notebook: its parameters
     "Give each notebook the values that it takes, and check all of them"
-    cells = {notebook: {n: kind for n, (kind, _) in parameters(notebook).items()} for notebook in every}
-    takes = {notebook: SHARED | cell if shares(notebook) else cell for notebook, cell in cells.items()}
-    names = sorted({name for taken in takes.values() for name in taken})
+    cells = {n: {name: kind for name, (kind, _) in parameters(n).items()} for n in every}
+    takes = {n: SHARED | cell if shares(n) else cell for n, cell in cells.items()}
+    names = sorted(set().union(*takes.values()))
     for name, value in values.items():
         known_name(f'parameter in {where}', name, names)
         if name in SHARED and any(map(shares, every)):
@@ -110,11 +122,45 @@ def _lines(event:dict, root:Path)->list[str]:
     return [*found, f'  wrote {short}']
 
 # %% ../nbs/18_cli.ipynb #d0eb1ccd
+class _Stage:
+    "Show the runs of one stage: a bar, or a line every half a minute where there is no terminal"
+    SHAPE = '{desc} {bar:24} {n:.1f} of {total} runs, {elapsed} so far, {remaining} left'
+
+    def __init__(self, tqdm, name, ids):
+        self.name, self.say = name, tqdm.write
+        self.done = {run: 0. for run in ids}
+        self.told = time.monotonic()
+        look = {'ascii': ' #', 'dynamic_ncols': True, 'bar_format': self.SHAPE}
+        self.bar = tqdm(total=len(ids), desc=name, leave=False, disable=None, smoothing=0, **look)
+        self.start = time.monotonic()
+
+    def close(self): self.bar.close()
+
+    def reach(self, run, fraction):
+        "Note how far a run has come"
+        if run not in self.done: return
+        self.done[run] = max(self.done[run], fraction)
+        n, total = sum(self.done.values()), len(self.done)
+        if self.bar.disable: self._tell(n, total)
+        else: self.bar.update(n - self.bar.n)
+        if n >= total: self.close()
+
+    def _tell(self, n, total):
+        "Print a line in place of the bar, at most every half a minute and at the end of a stage"
+        if time.monotonic() - self.told < 30 and n < total: return
+        self.told = time.monotonic()
+        spent = self.told - self.start
+        left = spent * (total - n) / n if n else float('nan')
+        self.say(f'{self.name} {n:.1f} of {total} runs, {spent:.0f} s so far, {left:.0f} s left')
+
+# %% ../nbs/18_cli.ipynb #850b96fc
 class Watch:
     "Show the progress that runs report"
     def __init__(self, root:Path):
         from tqdm.std import tqdm
-        self.say, self.tqdm, self.root, self.label, self.bar, self.done, self.ended = tqdm.write, tqdm, root, '', None, {}, threading.Event()
+        self.say, self.tqdm, self.root = tqdm.write, tqdm, root
+        self.label, self.stage = '', None
+        self.ended = threading.Event()
         self.path = _events()
 
     def __enter__(self):
@@ -124,12 +170,15 @@ class Watch:
         return self
 
     def __exit__(self, *_):
-        self.ended.set(); self.thread.join()
-        if self.bar is not None: self.bar.close()
-        _remove(self.path); os.environ.pop('UNLOC_PROGRESS', None)
+        self.ended.set()
+        self.thread.join()
+        if self.stage is not None: self.stage.close()
+        _remove(self.path)
+        os.environ.pop('UNLOC_PROGRESS', None)
 
     def _follow(self):
-        with open(self.path, encoding='utf-8') as file, contextlib.suppress(BrokenPipeError): # nobody reads any more
+        quiet = contextlib.suppress(BrokenPipeError) # nobody reads any more
+        with open(self.path, encoding='utf-8') as file, quiet:
             while True:
                 last = self.ended.is_set()
                 while (line := file.readline()).endswith('\n'): self._event(json.loads(line))
@@ -139,22 +188,10 @@ class Watch:
     def _event(self, event):
         for text in _lines(event, self.root): self.say(text)
         if 'stage' in event:
-            if self.bar is not None: self.bar.close()
-            self.done, self.told, self.desc = {name: 0. for name in event['ids']}, time.monotonic(), f"{self.label} {event['stage']}"
-            self.bar = self.tqdm(total=len(self.done), desc=self.desc, leave=False, disable=None, smoothing=0, ascii=' #', dynamic_ncols=True,
-                bar_format='{desc} {bar:24} {n:.1f} of {total} runs, {elapsed} so far, {remaining} left')
-            self.start = time.monotonic()
-        if 'run' in event and self.bar is not None and event['run'] in self.done:
-            self.done[event['run']] = max(self.done[event['run']], event['fraction'])
-            n, total = sum(self.done.values()), len(self.done)
-            self.bar.update(n - self.bar.n) if not self.bar.disable else self._tell(n, total)
-            if n >= total: self.bar.close()
-
-    def _tell(self, n, total):
-        "Print a line in place of the bar, at most every half a minute and at the end of a stage"
-        if time.monotonic() - self.told < 30 and n < total: return
-        self.told, spent = time.monotonic(), time.monotonic() - self.start
-        self.say(f'{self.desc} {n:.1f} of {total} runs, {spent:.0f} s so far, {spent * (total - n) / n if n else float("nan"):.0f} s left')
+            if self.stage is not None: self.stage.close()
+            self.stage = _Stage(self.tqdm, f"{self.label} {event['stage']}", event['ids'])
+        if 'run' in event and self.stage is not None:
+            self.stage.reach(event['run'], event['fraction'])
 
 # %% ../nbs/18_cli.ipynb #30786b2d
 def _writable(folder:Path, remedy:str='choose another folder with --out or --store')->Path:
@@ -162,35 +199,46 @@ def _writable(folder:Path, remedy:str='choose another folder with --out or --sto
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(2**16))
-    except OSError as error: raise Problem(f"cannot write to {folder}: {error.strerror}; free space or {remedy}") from None
+    except OSError as error:
+        why = f'cannot write to {folder}: {error.strerror}'
+        raise Problem(f"{why}; free space or {remedy}") from None
     return folder
 
 def _demand_place(store:Path)->None:
     "Demand that the folder of runs is one, or can become one"
     there = next((place for place in (store, *store.parents) if place.exists()), store)
-    if there.is_file(): raise Problem(f"no runs can be kept in {store}: {there} is a file; choose another folder with --store")
+    if not there.is_file(): return
+    why = f'no runs can be kept in {store}: {there} is a file'
+    raise Problem(f"{why}; choose another folder with --store")
 
 def _demand_scratch()->None:
     "Demand a folder for temporary files, which kernels and workers take, too"
     try: folder = Path(tempfile.gettempdir())
-    except OSError as error: raise Problem(f"there is no folder for temporary files: {error.strerror}; let TMPDIR name one") from None
+    except OSError as error:
+        why = f'there is no folder for temporary files: {error.strerror}'
+        raise Problem(f"{why}; let TMPDIR name one") from None
     _writable(folder, 'let TMPDIR name another folder')
 
 def _full(*folders:Path)->str: # '' where none is
     "Name the folders whose disk has less than 16 MiB left"
-    names = [str(folder) for folder in folders if folder.exists() and shutil.disk_usage(folder).free < 2**24]
+    there = [folder for folder in folders if folder.exists()]
+    names = [str(folder) for folder in there if shutil.disk_usage(folder).free < 2**24]
     return ' and '.join(dict.fromkeys(names))
 
 # %% ../nbs/18_cli.ipynb #5601df48
 @contextlib.contextmanager
 def _apart(log:Path):
-    "Keep what kernels and their workers write to the error stream in a file, off the person's terminal"
+    "Keep in a file, off the terminal, what kernels and their workers write to the error stream"
     sys.stderr.flush()
     ours, said = os.dup(2), sys.stderr
     with open(log, 'wb') as file: os.dup2(file.fileno(), 2)
-    sys.stderr = open(ours, 'w', buffering=1, closefd=False, encoding=said.encoding, errors='replace')
+    sys.stderr = open(
+        ours, 'w', buffering=1, closefd=False, encoding=said.encoding, errors='replace')
     try: yield
-    finally: os.dup2(ours, 2); sys.stderr = said; os.close(ours)
+    finally:
+        os.dup2(ours, 2)
+        sys.stderr = said
+        os.close(ours)
 
 def _answering(said=''):
     "Demand that the Ray cluster answers"
@@ -199,6 +247,18 @@ def _answering(said=''):
     except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
 
 # %% ../nbs/18_cli.ipynb #f278b5c6
+_LESS_MEMORY = '; where memory ran out, --jobs 1 needs less, and unloc plan says how much'
+
+def _remedy(said:str, *folders:Path)->str: # '' where none is known
+    "Say what helps against the error of a cell"
+    if 'No space left' in said:
+        full = _full(*folders, Path(tempfile.gettempdir()))
+        return (
+            f"; free space{f' in {full}' if full else ''} and start again, finished runs are kept")
+    if re.search('TerminatedWorker|MemoryError|out of memory', said): return _LESS_MEMORY
+    return ''
+
+# %% ../nbs/18_cli.ipynb #79a577b2
 def _this_python():
     "Give a class that starts kernels with this interpreter, whatever kernelspecs the machine has"
     from jupyter_client import AsyncKernelManager
@@ -207,39 +267,43 @@ def _this_python():
         def _kernel_spec_manager_default(self): return KernelSpecManager(kernel_dirs=[])
     return ThisPython
 
-def _remedy(said:str, *folders:Path)->str: # '' where none is known
-    "Say what helps against the error of a cell"
-    if 'No space left' in said:
-        full = _full(*folders, Path(tempfile.gettempdir()))
-        return f"; free space{f' in {full}' if full else ''} and start again, finished runs are kept"
-    if re.search('TerminatedWorker|MemoryError|out of memory', said): return "; where memory ran out, --jobs 1 needs less, and unloc plan says how much"
-    return ''
+def _papermill(notebook, copy, values):
+    "Run one notebook in a kernel that takes nothing of the person's own"
+    import papermill
+    own = ['--log-level=ERROR', f"--ipython-dir={copy.with_name('.ipython')}"]
+    own.append('--IPKernelApp.exec_PYTHONSTARTUP=False')
+    papermill.execute_notebook(notebook, copy, values, cwd=folder_of(notebook),
+        kernel_name='python3', progress_bar=False, extra_arguments=own, start_timeout=600,
+        kernel_manager_class=_this_python())
 
+# %% ../nbs/18_cli.ipynb #db41d9b8
 def _execute(notebook, copy, values):
     "Run one notebook with papermill; turn its failure into one line"
-    import papermill
     from papermill.exceptions import PapermillExecutionError
-    (profile := copy.with_name('.ipython')).mkdir(parents=True, exist_ok=True)
-    own = ['--log-level=ERROR', f'--ipython-dir={profile}', '--IPKernelApp.exec_PYTHONSTARTUP=False']
-    places, messages = [Path(values[name]) for name in ('store', 'out') if name in values], copy.with_name('stderr.log')
-    try: papermill.execute_notebook(notebook, copy, values, cwd=folder_of(notebook), kernel_name='python3', progress_bar=False,
-        extra_arguments=own, start_timeout=600, kernel_manager_class=_this_python())
+    places = [Path(values[name]) for name in ('store', 'out') if name in values]
+    copy.with_name('.ipython').mkdir(parents=True, exist_ok=True)
+    try: _papermill(notebook, copy, values)
     except PapermillExecutionError as error:
         said = f"{error.ename}: {' '.join(error.evalue.split())}"
-        raise Problem(f"{notebook} failed: {said}{_remedy(said, *places)} (executed copy: {copy})") from None
+        remedy = f'{_remedy(said, *places)} (executed copy: {copy})'
+        raise Problem(f"{notebook} failed: {said}{remedy}") from None
     except Exception as error: # the disk, or a kernel that died
         if os.environ.get('UNLOC_ENGINE') == 'ray': _answering(f'{notebook} failed: ')
-        said, died = _said(error), 'died' in str(error)
-        remedy = "; where memory ran out, --jobs 1 needs less, and unloc plan says how much" if died else _remedy(said, copy.parent)
+        said = _said(error)
+        remedy = _LESS_MEMORY if 'died' in str(error) else _remedy(said, copy.parent)
+        messages = copy.with_name('stderr.log')
         raise Problem(f"{notebook} failed: {said}{remedy} (messages: {messages})") from None
 
 # %% ../nbs/18_cli.ipynb #486930f9
 def _from(folder:Path, values:dict)->dict:
-    "Make folders of data and models absolute where they are named relative to a folder, since notebooks run in another"
-    def whole(name): return str((folder / name).resolve()) if isinstance(name, str) and name and (folder / name).exists() else name
+    "Make folders of data and models absolute, which a person names relative to a folder"
+    def whole(name):
+        there = isinstance(name, str) and name and (folder / name).exists()
+        return str((folder / name).resolve()) if there else name
     found = {name: whole(value) if name == 'source' else value for name, value in values.items()}
     if isinstance(model := values.get('model'), dict):
-        found['model'] = {k: whole(v) if k in ('pretrained', 'retained', 'original') else v for k, v in model.items()}
+        places = ('pretrained', 'retained', 'original')
+        found['model'] = {k: whole(v) if k in places else v for k, v in model.items()}
     return found
 
 # %% ../nbs/18_cli.ipynb #5e77a004
@@ -247,11 +311,18 @@ _DEVICES = r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?' # names that Windows keeps fo
 
 def _folder_name(profile:str)->None:
     "Demand that a profile can name a folder on every system"
-    if re.fullmatch(r'\w([\w.+ -]*[\w+-])?', profile) and not re.fullmatch(_DEVICES, profile, re.I): return
-    raise Problem(f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, "
-                  "digits, '.', '+', '-' and '_', no '.' or blank at the end, and no device of Windows")
+    device = re.fullmatch(_DEVICES, profile, re.I)
+    if re.fullmatch(r'\w([\w.+ -]*[\w+-])?', profile) and not device: return
+    raise Problem(
+        f"settings.ini [{profile}]: figures go to a folder of that name; expected letters, "
+        "digits, '.', '+', '-' and '_', no '.' or blank at the end, and no device of Windows")
 
-def _at_once(jobs:int|None, profile:str, values:dict, engine:str)->int|None: # None: the cluster's room
+def _at_once(
+    jobs:int|None, # of the command line
+    profile:str, # for errors
+    values:dict, # of the profile
+    engine:str, # 'local' or 'ray'
+)->int|None: # None: the cluster's room
     "Give the number of runs at once: the command's, else the profile's, else one a core"
     from unloc.runs import cores
     where = '--jobs'
@@ -283,6 +354,22 @@ def _place(notebook:Path, changes:dict, place:dict)->dict:
     return {name: value for name, value in place.items() if name in takes and name not in changes}
 
 # %% ../nbs/18_cli.ipynb #a5c0de07
+def _choose(
+    every:dict[str, Path], # notebooks of the project by name
+    only:list[str], # names from the command line, with or without their number
+    listed:list[str], # names in the profile
+    profile:str, # for errors
+)->list[Path]: # each once
+    "Choose the notebooks that will run"
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        where = f'settings.ini [{profile}]'
+        raise Problem(f"{where}: notebooks must be a list of names, got {listed!r}")
+    for name in listed: known_name(f'notebook in settings.ini [{profile}]', name, list(every))
+    names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
+    chosen = [name for name in dict.fromkeys(names or listed) if name != 'paper']
+    return [every[known_name('notebook', name, [*every, 'paper'])] for name in chosen]
+
+# %% ../nbs/18_cli.ipynb #877553bb
 def order(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
@@ -302,18 +389,17 @@ def order(
     plugins = [root / file for file in _plugin_files(profile, values.pop('plugins', []))]
     plugins += [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed): raise Problem(f"settings.ini [{profile}]: notebooks must be a list of names, got {listed!r}")
-    for name in listed: known_name(f'notebook in settings.ini [{profile}]', name, list(every))
-    names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
-    chosen = [every[name] for name in dict.fromkeys(names or listed) if name != 'paper' and known_name('notebook', name, [*every, 'paper'])]
+    chosen = _choose(every, only, listed, profile)
     changes, listed_all = _from(Path.cwd(), dict(changes)), list(every.values())
     jobs = _at_once(jobs, profile, values, engine)
     if 'data' in changes: values.pop('attacked_data', None)
     given = assign(chosen, listed_all, _from(root, values), f'settings.ini [{profile}]')
-    for notebook, more in assign(chosen, listed_all, changes, '--set').items(): given[notebook] |= more
+    for notebook, more in assign(chosen, listed_all, changes, '--set').items():
+        given[notebook] |= more
     store = (store or root / '_runs').resolve()
     figures = (out or root / ('_out' if profile == 'smoke' else 'figures')).resolve()
-    place = {'profile': profile, 'store': str(store), 'out': str(figures / profile), 'jobs': jobs or -1}
+    place = {'profile': profile, 'store': str(store), 'out': str(figures / profile)}
+    place['jobs'] = jobs or -1
     for notebook in chosen: given[notebook] |= _place(notebook, changes, place)
     return Order(given, jobs or -1, store, figures, _copies(root, profile, out), plugins)
 
@@ -321,7 +407,8 @@ def order(
 def _plugin_files(profile, files)->list[str]:
     "Demand a list of file names"
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise Problem(f"settings.ini [{profile}]: plugins must be a list of Python files, got {files!r}")
+        raise Problem(
+            f"settings.ini [{profile}]: plugins must be a list of Python files, got {files!r}")
     return files
 
 @contextlib.contextmanager
@@ -331,7 +418,8 @@ def _plugged(files:list[Path]):
     known = [Path(file).resolve() for file in (before or '').split(os.pathsep) if file]
     every = list(dict.fromkeys([*known, *files]))
     for file in every:
-        if not file.is_file(): raise Problem(f"no plugin {file}; name a Python file with --plugin, the profile's plugins or UNLOC_PLUGINS")
+        remedy = "name a Python file with --plugin, the profile's plugins or UNLOC_PLUGINS"
+        if not file.is_file(): raise Problem(f"no plugin {file}; {remedy}")
     if every: os.environ['UNLOC_PLUGINS'] = os.pathsep.join(map(str, every))
     try: yield
     finally:
@@ -357,9 +445,11 @@ def _from_hub(chosen:dict[Path, dict])->list[str]:
     found = []
     for values in chosen.values():
         data, model = values.get('data') or {}, values.get('model') or {}
-        if data.get('name') == 'tofu': found.append(values.get('source') or os.environ.get('UNLOC_TOFU') or 'locuslab/TOFU')
+        if data.get('name') == 'tofu':
+            found.append(values.get('source') or os.environ.get('UNLOC_TOFU') or 'locuslab/TOFU')
         found += [model[name] for name in ('pretrained', 'retained', 'original') if name in model]
-    ids = [name for name in dict.fromkeys(map(str, found)) if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name)]
+    names = dict.fromkeys(map(str, found))
+    ids = [name for name in names if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name)]
     return [name for name in ids if not Path(name).exists()]
 
 @contextlib.contextmanager
@@ -373,19 +463,33 @@ def _set(**variables:str):
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
-def _drawn_inline(): return _set(MPLBACKEND='module://matplotlib_inline.backend_inline') # a window has no place in a kernel
+def _drawn_inline(): # a window has no place in a kernel
+    return _set(MPLBACKEND='module://matplotlib_inline.backend_inline')
+
+# %% ../nbs/18_cli.ipynb #f14c46f1
+def _answers(names:list[str])->bool:
+    "Ask once whether the hub answers, and print both"
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    hub = constants.ENDPOINT
+    print(f"asking {hub} for {', '.join(names)}", file=sys.stderr, flush=True)
+    try: get_session().head(hub, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        why = f'{hub} does not answer ({type(error).__name__})'
+        print(f"{why}; only what lies on this machine is used", file=sys.stderr)
+        return False
+    return True
 
 @contextlib.contextmanager
 def _hub(names:list[str]):
-    "Ask once whether the hub answers, if it is needed; where it does not, take what lies on this machine"
-    if not names: yield; return
+    "Ask the hub if it is needed; where it does not answer, take what lies on this machine"
+    if not names:
+        yield
+        return
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-    if constants.is_offline_mode(): yield; return
-    print(f"asking {constants.ENDPOINT} for {', '.join(names)}", file=sys.stderr, flush=True)
-    try: get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error: print(f"{constants.ENDPOINT} does not answer ({type(error).__name__}); only what lies on this machine is used", file=sys.stderr)
-    else: yield; return
+    if constants.is_offline_mode() or _answers(names):
+        yield
+        return
     constants.HF_HUB_OFFLINE = True
     try:
         with _set(HF_HUB_OFFLINE='1'): yield
@@ -397,15 +501,18 @@ def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come f
     from unloc.runs import processor
     try: known = json.loads((folder / 'machine.json').read_text('utf-8'))
     except (OSError, ValueError): return ''
-    names = {artefact.partition('.')[0] for notebook in chosen for artefact in artefacts(notebook)}
-    kinds = {kind.split(' + ')[0] for name, kind in dict(known).items() if name in names} - {here := processor()}
+    names = {name.partition('.')[0] for notebook in chosen for name in artefacts(notebook)}
+    kinds = {kind.split(' + ')[0] for name, kind in dict(known).items() if name in names}
+    kinds -= {here := processor()}
     if not kinds: return ''
-    return (f"the figures in {folder} come from another kind of processor ({', '.join(sorted(kinds))}; this one is {here}): "
-        "the same seeds give other digits here, verdicts near a margin may change, and git will show changed files")
+    return (f"the figures in {folder} come from another kind of processor "
+        f"({', '.join(sorted(kinds))}; this one is {here}): the same seeds give other digits here, "
+        "verdicts near a margin may change, and git will show changed files")
 
 def _run_all(root, asked, only, watch):
     for i, (notebook, values) in enumerate(asked.chosen.items()):
-        watch.label, began = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}', time.monotonic()
+        watch.label = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}'
+        began = time.monotonic()
         watch.say(watch.label)
         _execute(notebook, asked.copies / notebook.name, values)
         watch.say(f"  done in {time.monotonic() - began:.0f} s")
@@ -413,6 +520,7 @@ def _run_all(root, asked, only, watch):
     if 'paper' in only or not only and manuscript and asked.figures == root / 'figures':
         watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
 
+# %% ../nbs/18_cli.ipynb #24417ed6
 def reproduce(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
@@ -421,35 +529,49 @@ def reproduce(
     **rest, # as in order
 )->None:
     "Regenerate the figures and tables of a profile, and the paper"
-    import logging; logging.getLogger('papermill').setLevel(logging.ERROR)
+    import logging
+    logging.getLogger('papermill').setLevel(logging.ERROR)
     asked = order(root, profile, only, engine=engine, **rest)
     if text := _elsewhere(asked.chosen, asked.figures / profile): print(text)
     _demand_scratch()
     with _engine(engine), _hub(_from_hub(asked.chosen)), _drawn_inline(), _plugged(asked.plugins):
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
-        with _apart(asked.copies / 'stderr.log'), Watch(root) as watch: _run_all(root, asked, only, watch)
+        with _apart(asked.copies / 'stderr.log'), Watch(root) as watch:
+            _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
     "Compile the manuscript"
     import typst
     from unloc.figures import write_whole
-    pdf = root / 'paper' / 'unloc.pdf'
-    try: write_whole(pdf, typst.compile(str(root / 'paper' / 'unloc.typ'), root=str(root), ignore_system_fonts=True, pdf_tags=False)) # typst 0.15 fails to tag floats in some layouts
+    source, pdf = (root / 'paper' / f'unloc.{suffix}' for suffix in ('typ', 'pdf'))
+    own = {'ignore_system_fonts': True}
+    own['pdf_tags'] = False # typst 0.15 fails to tag floats in some layouts
+    try: write_whole(pdf, typst.compile(str(source), root=str(root), **own))
     except OSError as error: raise Problem(_said(error)) from None
-    except typst.TypstError as error: raise Problem(f"the paper does not compile: {' '.join(str(error).split())}; regenerate the figures it reads with unloc reproduce") from None
+    except typst.TypstError as error:
+        why = f"the paper does not compile: {' '.join(str(error).split())}"
+        raise Problem(f"{why}; regenerate the figures it reads with unloc reproduce") from None
     return pdf
 
 # %% ../nbs/18_cli.ipynb #83de6133
-def show_plan(root:Path, profile:str='tiny', only:list[str]=(), **rest)->bool: # whether everything is there and fits; rest: as in order
+def show_plan(
+    root:Path, # the checkout
+    profile:str='tiny', # a section of settings.ini
+    only:list[str]=(), # notebooks; all when empty
+    **rest, # as in order
+)->bool: # whether everything is there and fits
     "Print the plan of a profile"
     import logging, warnings
     asked = order(root, profile, only, **rest)
-    _demand_scratch(); _demand_place(asked.store)
+    _demand_scratch()
+    _demand_place(asked.store)
     warnings.simplefilter('ignore')
     from unloc.plan import plan, text_of
-    logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL) # what cannot be rehearsed is a line of the plan
-    with _hub(_from_hub(asked.chosen)), _plugged(asked.plugins): found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    # what cannot be rehearsed is a line of the plan
+    logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL)
+    with _hub(_from_hub(asked.chosen)), _plugged(asked.plugins):
+        found = plan(profile, asked.chosen, asked.store, asked.jobs)
     print(text_of(found))
     return not found.problems
 
@@ -468,12 +590,14 @@ def compute(
     from unloc.cluster import engine as chosen_engine
     from unloc.runs import Store, sweep
     from unloc.together import together
-    with _engine(engine), _hub(_from_hub(asked.chosen)), _plugged(asked.plugins), Watch(root) as watch:
+    needs = _hub(_from_hub(asked.chosen))
+    with _engine(engine), needs, _plugged(asked.plugins), Watch(root) as watch:
         found = []
         for notebook, values in asked.chosen.items():
             runs = wanted(notebook, values)
             found += runs
-            if not runs: watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
+            if runs: continue
+            watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
         watch.label = profile
         mixed = any(values.get('mixed') for values in asked.chosen.values())
         done = sweep(Store(asked.store), found, asked.jobs, together, chosen_engine(), mixed)
@@ -566,13 +690,15 @@ def _shared(command:argparse.ArgumentParser)->None:
     add('--profile', default='tiny', help='a section of settings.ini (default: tiny)')
     add('--only', nargs='+', default=[], metavar='NAME',
         help="notebooks to run, with or without their number, or 'paper'")
-    add('--jobs', type=int, metavar='N', help='runs at once (default: what the profile says, or one a core)')
+    add('--jobs', type=int, metavar='N',
+        help='runs at once (default: what the profile says, or one a core)')
     add('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON',
         help='change parameters, e.g. --set seeds=3')
     add('--plugin', nargs='+', action='extend', type=Path, default=[], metavar='FILE',
         help='Python files that register methods of your own')
     add('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
 
+# %% ../nbs/18_cli.ipynb #abd2e1b8
 def _where(command:argparse.ArgumentParser)->None:
     command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local',
         help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, '
@@ -602,7 +728,8 @@ def _parser()->argparse.ArgumentParser:
     to.add_argument('--weights', action='store_true', help='take the weights of models along')
     back = commands.add_parser('unpack', help='take packed runs into a store', allow_abbrev=False)
     back.add_argument('file', type=Path, help='from unloc pack')
-    back.add_argument('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
+    back.add_argument(
+        '--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
     new = commands.add_parser('init', help='write a small project of your own', allow_abbrev=False)
     new.add_argument('folder', type=Path, help='new, or empty')
     return parser
@@ -617,7 +744,8 @@ def _do(command:str, asked:dict)->int: # exit status
     if command == 'init': return _init(**asked)
     root = project_root()
     os.environ['UNLOC_PROJECT'] = str(root) # for kernels and workers
-    if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists(): os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
+    if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists():
+        os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
     if command == 'list': show(root)
     elif command == 'pack': _to_file(root, **asked)
     elif command == 'unpack': _from_file(root, **asked)
@@ -632,6 +760,7 @@ def _init(folder:Path)->int: # exit status
     print(f"next: cd {folder}, then unloc reproduce --profile mine")
     return 0
 
+# %% ../nbs/18_cli.ipynb #bb954d15
 def _do_profile(command:str, root:Path, asked:dict)->int: # exit status
     "Do what a command asks for that takes a profile"
     pairs = asked.pop('set')
@@ -640,7 +769,8 @@ def _do_profile(command:str, root:Path, asked:dict)->int: # exit status
     named = (pair.split('=', 1) for pair in pairs)
     asked['changes'] = {name: read_json('--set', name, text) for name, text in named}
     if command == 'plan': return 0 if show_plan(root, **asked) else 1
-    if command == 'run': print(f"{compute(root, **asked)} runs are there; unloc reproduce draws from them")
+    if command == 'run':
+        print(f"{compute(root, **asked)} runs are there; unloc reproduce draws from them")
     else: reproduce(root, **asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
@@ -653,19 +783,25 @@ def _let_speak()->None:
         if stream is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
+def _complain(text:str, status:int=1)->int: # exit status
+    print(f'unloc: {text}', file=sys.stderr)
+    return status
+
 def main(argv:list[str]|None=None)->int: # exit status
     "Run the unloc command"
     _let_speak()
     asked = vars(_parser().parse_args(argv))
     try: return _do(asked.pop('command'), asked)
-    except Problem as error: print(f'unloc: {error}', file=sys.stderr); return 1
+    except Problem as error: return _complain(error)
     except BrokenPipeError: # whoever read has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if os.environ.get('UNLOC_TRACEBACK'): raise
         where = '' if isinstance(error, OSError) else ' (UNLOC_TRACEBACK=1 shows where)'
-        print(f'unloc: {_said(error)}{where}', file=sys.stderr); return 1
+        return _complain(f'{_said(error)}{where}')
     except KeyboardInterrupt:
-        import logging; logging.getLogger('asyncio').setLevel(logging.CRITICAL) # papermill leaves a task behind
-        print('unloc: interrupted; finished runs are kept, and the same command goes on from there', file=sys.stderr); return 130
+        import logging
+        logging.getLogger('asyncio').setLevel(logging.CRITICAL) # papermill leaves a task behind
+        kept = 'finished runs are kept, and the same command goes on from there'
+        return _complain(f'interrupted; {kept}', 130)
