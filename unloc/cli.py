@@ -575,6 +575,17 @@ def show_plan(
     print(text_of(found))
     return not found.problems
 
+# %% ../nbs/18_cli.ipynb #0c325ee0
+def _measure(notebook:Path, values:dict, watch:Watch)->None:
+    "Execute a page that measures this machine and asks for no runs"
+    from unloc.pages import execute_page
+    watch.say(f'{notebook.stem} measures this machine')
+    try: execute_page(notebook, values)
+    except ModuleNotFoundError as error:
+        raise Problem(f"{notebook.stem} draws what it measures: {error}; install it") from None
+    except (ValueError, OSError, RuntimeError) as error:
+        raise Problem(f'{notebook.stem} failed: {_line_of(error)}') from None
+
 # %% ../nbs/18_cli.ipynb #4b250aae
 def compute(
     root:Path, # the checkout
@@ -583,7 +594,7 @@ def compute(
     engine:str='local', # 'ray': on the cluster at RAY_ADDRESS, or that of this machine
     **rest, # as in order
 )->int: # runs that there are now
-    "Do the runs that the notebooks of a profile ask for, and draw nothing"
+    "Do the runs that the notebooks of a profile ask for, and execute what only measures"
     asked = order(root, profile, only, engine=engine, **rest)
     _writable(asked.store)
     from unloc.plan import wanted
@@ -592,15 +603,13 @@ def compute(
     from unloc.together import together
     needs = _hub(_from_hub(asked.chosen))
     with _engine(engine), needs, _plugged(asked.plugins), Watch(root) as watch:
-        found = []
-        for notebook, values in asked.chosen.items():
-            runs = wanted(notebook, values)
-            found += runs
-            if runs: continue
-            watch.say(f"{notebook.stem} measures where it is drawn; unloc reproduce runs it")
+        lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}
+        found = [description for runs in lists.values() for description in runs]
         watch.label = profile
         mixed = any(values.get('mixed') for values in asked.chosen.values())
         done = sweep(Store(asked.store), found, asked.jobs, together, chosen_engine(), mixed)
+        for notebook in (notebook for notebook, runs in lists.items() if not runs):
+            _measure(notebook, asked.chosen[notebook], watch)
         return len({run.path for run in done})
 
 # %% ../nbs/18_cli.ipynb #0af9dcf5
@@ -703,10 +712,14 @@ def _where(command:argparse.ArgumentParser)->None:
     command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local',
         help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, '
             'or else that of this machine; --jobs then means at most')
+    command.add_argument('--at-once', type=int, metavar='N',
+        help='runs of one base that share a pass, at most (default: 32 on a GPU, 1 on a CPU)')
+    command.add_argument('--out', type=Path, metavar='DIR',
+        help='where figures and tables go (default: figures)')
 
 _PROFILED = { # command: what it does
     'plan': 'say what would run, and whether this machine has what it needs',
-    'run': 'do the runs of a profile and draw nothing; needs no Jupyter',
+    'run': 'do the runs of a profile; needs no Jupyter',
     'reproduce': 'run the notebooks of a profile; finished runs are kept and never done twice',
 }
 
@@ -720,8 +733,6 @@ def _parser()->argparse.ArgumentParser:
     for name, text in _PROFILED.items():
         _shared(command := commands.add_parser(name, help=text, allow_abbrev=False))
         if name != 'plan': _where(command)
-        if name == 'reproduce': command.add_argument('--out', type=Path, metavar='DIR',
-            help='where figures and tables go (default: figures)')
     to = commands.add_parser('pack', help='write finished runs into one file', allow_abbrev=False)
     to.add_argument('store', type=Path, help='the folder of runs, such as _runs')
     to.add_argument('--to', type=Path, required=True, metavar='FILE', help='such as study.zip')
@@ -769,9 +780,13 @@ def _do_profile(command:str, root:Path, asked:dict)->int: # exit status
     named = (pair.split('=', 1) for pair in pairs)
     asked['changes'] = {name: read_json('--set', name, text) for name, text in named}
     if command == 'plan': return 0 if show_plan(root, **asked) else 1
-    if command == 'run':
-        print(f"{compute(root, **asked)} runs are there; unloc reproduce draws from them")
-    else: reproduce(root, **asked)
+    at_once = asked.pop('at_once')
+    if at_once is not None and not 1 <= at_once <= 1024:
+        raise Problem(f"--at-once must be a whole number from 1 to 1024, got {at_once}")
+    with contextlib.nullcontext() if at_once is None else _set(UNLOC_AT_ONCE=str(at_once)):
+        if command == 'run':
+            print(f"{compute(root, **asked)} runs are there; unloc reproduce draws from them")
+        else: reproduce(root, **asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
 
