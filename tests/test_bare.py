@@ -84,3 +84,11 @@ def test_a_visit_to_a_gpu_machine_rehearsed(tmp_path, command):
     assert after == found, "nothing was computed at home"
     assert stamps == {name: (back / name / "manifest.json").stat().st_mtime_ns for name in found}
     assert (tmp_path / "figures" / "tofu-gpu" / "bases.svg").exists()
+
+def test_the_command_is_a_module_too():
+    done = subprocess.run([sys.executable, "-m", "unloc.cli", "plan", "--profile", "tinny"],
+        cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and "unknown profile 'tinny'" in done.stderr
+    done = bare("run", "--profile", "smoke", "--at-once", "0")
+    assert done.returncode == 1 and done.stderr == (
+        "unloc: --at-once must be a whole number from 1 to 1024, got 0\n")

@@ -820,3 +820,6 @@ def main(argv:list[str]|None=None)->int: # exit status
         logging.getLogger('asyncio').setLevel(logging.CRITICAL) # papermill leaves a task behind
         kept = 'finished runs are kept, and the same command goes on from there'
         return _complain(f'interrupted; {kept}', 130)
+
+# %% ../nbs/18_cli.ipynb #8bd07725
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
