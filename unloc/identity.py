@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from importlib.util import find_spec, module_from_spec
+from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
@@ -48,12 +49,14 @@ def written(
     "Read names from the text of a chapter"
     text = Path(find_spec(f'unloc.{chapter}').origin).read_text('utf-8')
     for node in ast.parse(text).body:
-        if not isinstance(node, ast.Assign) or getattr(node.targets[0], 'id', None) != name: continue
+        assigned = getattr(node.targets[0], 'id', None) if isinstance(node, ast.Assign) else None
+        if assigned != name: continue
         value = node.value
         if isinstance(value, ast.Dict) and all(isinstance(key, ast.Constant) for key in value.keys):
             return tuple(key.value for key in value.keys)
         if isinstance(value, ast.Tuple): return ast.literal_eval(value)
-    return tuple(getattr(importlib.import_module(f'unloc.{chapter}'), name)) # it is put together by code
+    # it is put together by code
+    return tuple(getattr(importlib.import_module(f'unloc.{chapter}'), name))
 
 def _register(what:str)->dict|None: # None: nothing has imported its chapter
     if what not in REGISTERS: return METHODS[what]
@@ -70,8 +73,8 @@ def names(what:str)->tuple[str, ...]: # what: a name in REGISTERS, or a kind of 
 
 def remedy(what:str, name:str)->str:
     "Say how a name becomes known everywhere"
-    where = ("before runs are described; for the command and for notebooks in a file named by --plugin, "
-        "by a profile's plugins or by UNLOC_PLUGINS")
+    where = ("before runs are described; for the command and for notebooks in a file "
+        "named by --plugin, by a profile's plugins or by UNLOC_PLUGINS")
     if what not in REGISTERS:
         return f"register it, @unloc.register.{methods.decorator_of(what)}(label='…'), {where}"
     chapter, dictionary = REGISTERS[what]
@@ -89,7 +92,8 @@ def check_name(
     if what not in REGISTERS and methods.registered_name(what, name) in known:
         methods.find(what, name) # it refuses options that there are not
         return
-    raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}{more}; {remedy(what, name)}")
+    listed = f"known: {', '.join(known)}{more}"
+    raise ValueError(f"unknown {what} {name!r}; {listed}; {remedy(what, name)}")
 
 # %% ../nbs/14_identity.ipynb #a1c04e19
 _SHELVES = 'site-packages', 'dist-packages'
@@ -107,6 +111,7 @@ def _file_of(name:str)->Path|None: # of a user's module that can be imported
     if name == '__main__' or not file or not file.endswith('.py') or _of_library(name): return None
     return Path(file) if Path(file).is_file() else None
 
+# %% ../nbs/14_identity.ipynb #45d81ef9
 _FREE = bool, int, float, complex, str, bytes, type(None), type(...)
 
 def _parts(x)->list|None: # None: it is no wrapper
@@ -115,9 +120,19 @@ def _parts(x)->list|None: # None: it is no wrapper
     if isinstance(x, MethodType): return [x.__func__, x.__self__]
     if isinstance(x, property): return [x.fget, x.fset, x.fdel]
     if isinstance(x, cached_property): return [x.func]
-    if inspect.isroutine(x) and hasattr(x, '__wrapped__'): return [x.__wrapped__] # cached; static or of a class
-    owner = getattr(x, '__self__', None) if inspect.isbuiltin(x) else None # such as a dictionary, of its get
+    if inspect.isroutine(x) and hasattr(x, '__wrapped__'): # cached; static or of a class
+        return [x.__wrapped__]
+    owner = getattr(x, '__self__', None) if inspect.isbuiltin(x) else None # of {}.get, the {}
     return None if owner is None or isinstance(owner, ModuleType) else [x.__name__, owner]
+
+def _inside(x)->tuple[str, list]|None: # None: it is neither a collection nor a wrapper
+    "Name the kind of a collection or wrapper, with what is in it"
+    kind = type(x)
+    if kind in (tuple, list): return kind.__name__, x
+    if kind in (set, frozenset): return 'set', sorted(x, key=repr)
+    if kind in (dict, MappingProxyType): return 'dict', list(chain.from_iterable(x.items()))
+    parts = _parts(x)
+    return None if parts is None else (kind.__name__, parts)
 
 def _array(tensor): # numpy's uint8, of its bytes
     "Read a tensor of any type"
@@ -125,7 +140,8 @@ def _array(tensor): # numpy's uint8, of its bytes
     x = tensor.detach().cpu()
     if x.layout != torch.strided: x = x.to_dense()
     whole = x.resolve_conj().resolve_neg().contiguous()
-    return whole.reshape(-1).view(torch.uint8).numpy().reshape(*x.shape, -1) if x.numel() else whole.numpy()
+    if not x.numel(): return whole.numpy()
+    return whole.reshape(-1).view(torch.uint8).numpy().reshape(*x.shape, -1)
 
 # %% ../nbs/14_identity.ipynb #a1c04e20
 class _Reader:
@@ -134,36 +150,39 @@ class _Reader:
 
     def read(self, x)->None:
         if type(x) in _FREE: return self.lines.append(repr(x))
-        if id(x) in self.seen and type(x) is not tuple: return self.lines.append(f'as {self.seen[id(x)][0]}')
+        if id(x) in self.seen and type(x) is not tuple:
+            return self.lines.append(f'as {self.seen[id(x)][0]}')
         self.seen[id(x)] = len(self.seen), x # kept, so that no other object gets its id
         if isinstance(x, FunctionType): self.function(x)
         elif isinstance(x, ModuleType): self.module(x.__name__)
         elif isinstance(x, type): self.type(x)
-        elif type(x) in (tuple, list): self.several(type(x).__name__, x)
-        elif type(x) in (set, frozenset): self.several('set', sorted(x, key=repr))
-        elif type(x) in (dict, MappingProxyType): self.several('dict', [part for item in x.items() for part in item])
-        elif (parts := _parts(x)) is not None: self.several(type(x).__name__, parts)
-        elif inspect.isroutine(x): self.lines.append(f"{getattr(x, '__module__', '')}.{x.__qualname__}") # of a library: it has no Python code
+        elif (held := _inside(x)) is not None: self.several(*held)
+        elif inspect.isroutine(x): # of a library: it has no Python code
+            self.lines.append(f"{getattr(x, '__module__', '')}.{x.__qualname__}")
         else: self.value(x)
 
     def several(self, kind, parts):
         self.lines.append(f'{kind} {len(parts)}')
         for part in parts: self.read(part)
 
-    def value(self, x):
-        "Read an object by its class and its contents"
-        self.read(type(x))
-        if hasattr(x, 'detach'):
-            self.lines.append(f'{x.dtype} {x.layout}')
-            x = _array(x)
-        if hasattr(x, 'tobytes') and hasattr(x, 'dtype'): return self.array(x)
-        reduce = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))
-        try: made = reduce(x)
-        except Exception as error: raise TypeError(f"it holds a {type(x).__name__}, whose content cannot be read ({error})") from None
-        if isinstance(made, str): return self.lines.append(made)
-        for part in made[1:]: # arguments, state, entries of a list, items of a dictionary
-            self.read(list(part) if isinstance(part, Iterator) else part)
+# %% ../nbs/14_identity.ipynb #93735a89
+def _value(self, x):
+    "Read an object by its class and its contents"
+    self.read(type(x))
+    if hasattr(x, 'detach'):
+        self.lines.append(f'{x.dtype} {x.layout}')
+        x = _array(x)
+    if hasattr(x, 'tobytes') and hasattr(x, 'dtype'): return self.array(x)
+    reduce = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))
+    try: made = reduce(x)
+    except Exception as error:
+        kind = type(x).__name__
+        raise TypeError(f"it holds a {kind}, whose content cannot be read ({error})") from None
+    if isinstance(made, str): return self.lines.append(made)
+    for part in made[1:]: # arguments, state, entries of a list, items of a dictionary
+        self.read(list(part) if isinstance(part, Iterator) else part)
 
+_Reader.value = _value
 
 # %% ../nbs/14_identity.ipynb #a1c04e36
 def _numbers(self, x): # of numpy
@@ -176,7 +195,8 @@ def _module(self, name):
     if name in self.modules: return
     self.modules.add(name)
     module, file = sys.modules.get(name), _file_of(name)
-    digest = getattr(module, '__unloc_plugin__', None) or (source_digest(file.read_bytes()) if file else name)
+    digest = getattr(module, '__unloc_plugin__', None)
+    if not digest: digest = source_digest(file.read_bytes()) if file else name
     self.lines.append(digest)
     if digest == name: return
     for x in list(vars(module).values()):
@@ -187,7 +207,9 @@ def _type(self, x):
     self.lines.append(f'{x.__module__}.{x.__qualname__}')
     if x.__module__ != '__main__': return self.module(x.__module__)
     methods = FunctionType, staticmethod, classmethod
-    own = [part for k, v in sorted(vars(x).items()) if isinstance(v, methods) or not k.startswith(('__', '_abc_')) for part in (k, v)]
+    own = []
+    for k, v in sorted(vars(x).items()):
+        if isinstance(v, methods) or not k.startswith(('__', '_abc_')): own += [k, v]
     self.several('class', [*x.__bases__, *own])
 
 _Reader.array, _Reader.module, _Reader.type = _numbers, _module, _type
@@ -196,7 +218,8 @@ _Reader.array, _Reader.module, _Reader.type = _numbers, _module, _type
 def _function(self, f):
     "Read a function: its code, what it holds, and where it comes from"
     if given := getattr(f, '_torchdynamo_orig_callable', None): return self.read(given) # compiled
-    if hasattr(f, 'registry') and hasattr(f, 'dispatch'): return self.read(f.registry) # of functools.singledispatch
+    if hasattr(f, 'registry') and hasattr(f, 'dispatch'): # of functools.singledispatch
+        return self.read(f.registry)
     self.code(f.__code__)
     cells = [cell.cell_contents for cell in f.__closure__ or () if _filled(cell)]
     for held in (f.__defaults__, f.__kwdefaults__, cells): self.read(held)
@@ -204,22 +227,9 @@ def _function(self, f):
     if home.get('__unloc_plugin__') or _file_of(place): self.module(place)
     elif not _of_library(place):
         for name in sorted(_named_in(f.__code__)):
-            if name in home: self.lines.append(name); self.read(home[name])
-
-def _code(self, code):
-    "Read compiled code, of a function and those inside it: what is done, not in which line, and no docstring"
-    steps, places = [], {}
-    for step in dis.get_instructions(code):
-        places[step.offset] = len(steps) # a jump to a prefix is one to what follows it
-        if step.opname not in ('EXTENDED_ARG', 'CACHE'): steps.append(step)
-    self.lines.append(f'{code.co_name} {code.co_argcount} {code.co_kwonlyargcount} {code.co_flags & 12} {code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]}')
-    for step in steps:
-        self.lines.append(step.opname)
-        if step.opcode in dis.hasconst: self.code(step.argval) if isinstance(step.argval, CodeType) else self.read(step.argval)
-        elif step.opcode in _JUMPS: self.lines.append(f'{places[step.argval]}')
-        else: self.lines.append(repr(step.argval))
-
-_JUMPS = {*dis.hasjrel, *dis.hasjabs}
+            if name not in home: continue
+            self.lines.append(name)
+            self.read(home[name])
 
 def _filled(cell)->bool:
     try: cell.cell_contents
@@ -228,9 +238,32 @@ def _filled(cell)->bool:
 
 def _named_in(code:CodeType)->set[str]:
     "List the names that code and the functions inside it refer to"
-    return set(code.co_names).union(*(_named_in(x) for x in code.co_consts if isinstance(x, CodeType)))
+    inner = [x for x in code.co_consts if isinstance(x, CodeType)]
+    return set(code.co_names).union(*map(_named_in, inner))
 
-_Reader.function, _Reader.code = _function, _code
+_Reader.function = _function
+
+# %% ../nbs/14_identity.ipynb #b0dc14b2
+def _code(self, code):
+    "Read compiled code, of a function and those inside it: what is done, in whichever line"
+    steps, places = [], {}
+    for step in dis.get_instructions(code):
+        places[step.offset] = len(steps) # a jump to a prefix is one to what follows it
+        if step.opname not in ('EXTENDED_ARG', 'CACHE'): steps.append(step)
+    plain, named = code.co_argcount, code.co_kwonlyargcount
+    arguments = code.co_varnames[:plain + named]
+    self.lines.append(f'{code.co_name} {plain} {named} {code.co_flags & 12} {arguments}')
+    for step in steps:
+        self.lines.append(step.opname)
+        value = step.argval
+        if step.opcode in _JUMPS: self.lines.append(f'{places[value]}')
+        elif step.opcode not in dis.hasconst: self.lines.append(repr(value))
+        elif isinstance(value, CodeType): self.code(value)
+        else: self.read(value)
+
+_JUMPS = {*dis.hasjrel, *dis.hasjabs}
+
+_Reader.code = _code
 
 # %% ../nbs/14_identity.ipynb #a1c04e22
 def digest_of(
@@ -240,13 +273,18 @@ def digest_of(
 )->str: # 16 hexadecimal digits
     "Digest an entry of a register"
     reader, core = _Reader(), inspect.unwrap(entry) if callable(entry) else entry
+    who = f'the {what} {name!r}'
     if what not in _VALUES and not callable(entry):
-        raise ValueError(f"the {what} {name!r} is {entry!r:.60}, which cannot be called; register a function")
+        raise ValueError(f"{who} is {entry!r:.60}, which cannot be called; register a function")
     if inspect.isroutine(core) and not isinstance(core, (FunctionType, MethodType)):
-        raise ValueError(f"the {what} {name!r} is {core!r:.60}, which has no Python code to name its runs by; wrap it into a function of your own")
+        raise ValueError(f"{who} is {core!r:.60}, which has no Python code to name its runs by; "
+            "wrap it into a function of your own")
     try: reader.read(entry)
-    except (TypeError, RecursionError) as error: raise ValueError(f"the runs of the {what} {name!r} cannot be named: {error}; give that as an argument, or make it inside the function") from None
-    return hashlib.sha256('\n'.join(reader.lines).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the runs of {who} cannot be named: {error}; "
+            "give that as an argument, or make it inside the function") from None
+    text = '\n'.join(reader.lines).encode('utf-8', 'surrogatepass')
+    return hashlib.sha256(text).hexdigest()[:16]
 
 # %% ../nbs/14_identity.ipynb #a1c04e26
 @cache
@@ -256,7 +294,8 @@ def _own(chapter:str)->ModuleType:
     spec.loader.exec_module(fresh := module_from_spec(spec))
     return fresh
 
-_same, _brought = {}, {} # (what, name): an entry found to be the package's own; an entry and the digest it came with
+_same = {} # (what, name): an entry found to be the package's own
+_brought = {} # (what, name): an entry and the digest it came with
 
 def added(
     what:str, # a name in REGISTERS
@@ -275,6 +314,7 @@ def added(
     _same[key] = entry
     return ''
 
+# %% ../nbs/14_identity.ipynb #ad2f9f04
 _first = {} # (what, name): entry, and the plugin after which it was seen
 
 def _watch(file:str)->None: # of a plugin that was executed
@@ -296,17 +336,21 @@ APART = ('arguments', 'register', 'identity', 'settings', 'progress', 'project',
     'cli') # no result depends on them
 _ROOT = Path(__file__).parent if '__file__' in globals() else Path(find_spec('unloc').origin).parent
 
-def _file(module:str)->Path|None: # module: such as 'steps.unlearn'; None: there is none of that name
+def _file(
+    module:str, # such as 'steps.unlearn'
+)->Path|None: # None: there is none of that name
     place = _ROOT.joinpath(*module.split('.'))
     for file in (place.with_suffix('.py'), place / '__init__.py'):
         if module and file.is_file(): return file
 
+# %% ../nbs/14_identity.ipynb #df71636d
 def _bare(node):
-    "Reduce a syntax tree to what every version of Python gives: nodes and fields that are not empty"
+    "Reduce a syntax tree to what every Python gives: nodes and fields that are not empty"
     if isinstance(node, list): return [_bare(part) for part in node]
     if not isinstance(node, ast.AST): return repr(node)
-    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
-    return [type(node).__name__, {name: _bare(value) for name, value in fields.items()}]
+    fields = dict(ast.iter_fields(node))
+    full = {name: value for name, value in fields.items() if value is not None and value != []}
+    return [type(node).__name__, {name: _bare(value) for name, value in full.items()}]
 
 def _without_comments(tree:ast.Module)->ast.Module:
     for node in ast.walk(tree):
@@ -314,7 +358,10 @@ def _without_comments(tree:ast.Module)->ast.Module:
         if isinstance(body, list): node.body = [s for s in body if not methods._comment(s)]
     return tree
 
-def _imported_from(node:ast.stmt, package:list[str])->list[str]: # package: parts of the importing one
+def _imported_from(
+    node:ast.stmt,
+    package:list[str], # parts of the name of the importing one
+)->list[str]: # names of modules and of what is in them
     "Name the modules of the package that an import may mean"
     if isinstance(node, ast.Import):
         return [a.name.removeprefix('unloc.') for a in node.names if a.name.startswith('unloc.')]
@@ -328,11 +375,13 @@ def _imported_from(node:ast.stmt, package:list[str])->list[str]: # package: part
 
 # %% ../nbs/14_identity.ipynb #c2be1b8b
 @cache
-def _read(module:str)->tuple[str, frozenset[str]]: # digest of its own text, and the modules it imports
+def _read(
+    module:str,
+)->tuple[str, frozenset[str]]: # digest of its own text, and the modules it imports
     "Read a module of the package"
     tree = ast.parse(_file(module).read_bytes()) # bytes: no locale, no line ends
     package = module.split('.')[:-1]
-    names = [name for node in ast.walk(tree) for name in _imported_from(node, package)]
+    names = set().union(*(_imported_from(node, package) for node in ast.walk(tree)))
     imported = frozenset(name for name in names if _file(name) and name not in APART)
     return hashlib.sha256(repr(_bare(_without_comments(tree))).encode()).hexdigest(), imported
 
@@ -352,7 +401,10 @@ def page_digest(module:str)->str: # module: such as 'steps.unlearn' -> 16 hexade
     return hashlib.sha256('\n'.join(text).encode()).hexdigest()[:16]
 
 # %% ../nbs/14_identity.ipynb #4a25428f
-def method_digest(kind:str, name:str)->str: # '' for an entry of a plain register that is the package's
+def method_digest(
+    kind:str, # a name in REGISTERS, or a kind of method
+    name:str,
+)->str: # '' for an entry of a plain register that is the package's
     "Digest a method, the package's or a user's"
     if kind in REGISTERS: return added(kind, name)
     method = methods.find(kind, name)
@@ -392,7 +444,8 @@ def shipment()->Shipment:
     for what in dict.fromkeys((*REGISTERS, *METHODS)):
         for name in list(_register(what) or ()):
             try:
-                if digest := added(what, name): entries[what, name] = digest, _pickled(_register(what)[name])
+                if not (digest := added(what, name)): continue
+                entries[what, name] = digest, _pickled(_register(what)[name])
             except Exception as error: unsendable[what, name] = ' '.join(str(error).split())[:200]
     return Shipment(_here(), tuple(methods.executed().items()), entries, unsendable)
 
@@ -409,7 +462,8 @@ def _pickled(entry)->bytes:
         for module in mine: cloudpickle.unregister_pickle_by_value(module)
 
 # %% ../nbs/14_identity.ipynb #a1c04e33
-_before, _missing = {}, {} # (what, name): what stood there before a shipment, as a list of at most one; why an entry was not sent
+_before = {} # (what, name): what stood there before a shipment, as a list of at most one
+_missing = {} # (what, name): why an entry was not sent
 
 def receive(sent:Shipment|None)->None: # None: nothing was sent
     "Register what another process has sent, in place of what it sent before"

@@ -548,7 +548,7 @@ def _check_values(place, weight, index, columns):
 @checked(but=['model'])
 def columns_at(
     model:nn.Module,
-    places:dict[int|str, tuple[Tensor, Tensor]], # as for put_columns; of the values the shapes alone count
+    places:dict[int|str, tuple[Tensor, Tensor]], # as for put_columns; values count by their shapes
 )->dict[int|str, tuple[Tensor, Tensor]]: # as from Columns.values
     "Read value vectors, single weights, or neurons and heads of a model"
     if not places: return {}

@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -69,31 +70,58 @@ class Machine:
     rate:float # floating-point operations a second, of the GPU or of one core
     layer:float # seconds to pass through a layer that has nothing to do
 
-    def memory_of(self, peak:float)->float: return self.process + 2**26 + 1.125 * peak if self.device == 'cpu' else peak + 2**27 # bytes; peak: of tensors; torch's libraries took 65 MiB of an H200
+    def memory_of(
+        self,
+        peak:float, # bytes of tensors
+    )->float: # bytes
+        "Estimate the memory of a run; torch's libraries took 65 MiB of an H200"
+        if self.device == 'cpu': return self.process + 2**26 + 1.125 * peak
+        return peak + 2**27
     def seconds(self, cost:Cost)->float: return cost.flops / self.rate + cost.layers * self.layer
 
+# %% ../nbs/17_plan.ipynb #e7a47271
 def _fastest(act)->float: # seconds; of a processor that others use, too, the time that is ours
-    clock, times = time.process_time if not torch.cuda.is_available() else time.perf_counter, []
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    times = []
     for _ in range(3):
-        began = clock(); act(); times.append(clock() - began)
+        began = clock()
+        act()
+        times.append(clock() - began)
     return min(times)
 
+def _large(device:str)->torch.Tensor: # [n, n] bfloat16 on a GPU, float32 on a processor
+    if device == 'cpu': return torch.ones(1024, 1024)
+    return torch.ones(8192, 8192, device=device, dtype=torch.bfloat16)
+
+def _speed(a, model)->tuple[float, float]: # rate and layer of a Machine
+    "Time a matrix product, and a model in which nothing happens but its layers"
+    def wait(): torch.cuda.synchronize() if a.is_cuda else None
+    def forward(): return model(torch.zeros(1, 2, dtype=torch.int64, device=a.device)), wait()
+    with torch.no_grad(): layer = _fastest(forward) / 4
+    rate = 2 * len(a)**3 / _fastest(lambda: (a @ a, wait()))
+    return rate, layer
+
+# %% ../nbs/17_plan.ipynb #9a971b10
 def machine(
     device:str, # 'cpu' or 'cuda'
     store:Path, # where runs will be kept
 )->Machine:
     "Measure this machine, in a second or two"
     place = next((p for p in (store, *store.parents) if p.exists()), None)
-    if place is None: raise FileNotFoundError(f"{store}: there is no such disk; choose another place with --store")
-    threads, n_cores, disk, gpu = torch.get_num_threads(), cores(), shutil.disk_usage(place).free, device != 'cpu'
-    if gpu and not torch.cuda.is_available(): return Machine('', n_cores, 0, disk, 0, float('nan'), float('nan'))
+    if place is None:
+        raise FileNotFoundError(
+            f"{store}: there is no such disk; choose another place with --store")
+    threads, n_cores = torch.get_num_threads(), cores()
+    disk, gpu = shutil.disk_usage(place).free, device != 'cpu'
+    if gpu and not torch.cuda.is_available():
+        return Machine('', n_cores, 0, disk, 0, float('nan'), float('nan'))
     torch.set_num_threads(1)
-    a, model = torch.ones(*[8192 if gpu else 1024] * 2, device=device, dtype=torch.bfloat16 if gpu else torch.float32), tiny_model('llama', 8, 8, 4, 8, 2).to(device)
-    def wait(): torch.cuda.synchronize() if gpu else None
-    with torch.no_grad(): layer = _fastest(lambda: (model(torch.zeros(1, 2, dtype=torch.int64, device=device)), wait())) / 4
-    rate = 2 * len(a)**3 / _fastest(lambda: (a @ a, wait()))
+    a, model = _large(device), tiny_model('llama', 8, 8, 4, 8, 2).to(device)
+    rate, layer = _speed(a, model)
     torch.set_num_threads(threads)
-    return Machine(torch.cuda.get_device_name() if gpu else 'cpu', n_cores, free_memory(device), disk, psutil.Process().memory_info().rss, rate, layer)
+    name = torch.cuda.get_device_name() if gpu else 'cpu'
+    memory, process = free_memory(device), psutil.Process().memory_info().rss
+    return Machine(name, n_cores, memory, disk, process, rate, layer)
 
 # %% ../nbs/17_plan.ipynb #cae44f50
 @dataclass
@@ -108,9 +136,21 @@ class Row:
     disk:float=0. # bytes that they will keep
     largest:tuple=() # models and description of the run that takes most memory
 
-def _same(value, drop=('seed', 'arm', 'draw', '_source'), wide=('Projections', 'All weights')): # wide: arms that take more than the others
-    return {k: _same(v) for k, v in value.items() if k not in drop or v in wide} if isinstance(value, dict) else value
+    def add(self, cost:Cost, memory:float, seconds:float, run:tuple)->None:
+        "Count a run that is missing"
+        self.disk += cost.disk
+        self.seconds += seconds
+        if memory > self.peak: self.peak, self.largest = memory, run
 
+_ALIKE = 'seed', 'arm', 'draw', '_source' # entries that do not decide the cost of a run
+_WIDE = 'Projections', 'All weights' # arms that take more than the others
+
+def _same(value):
+    "Drop what does not decide the cost of a run, at every depth"
+    if not isinstance(value, dict): return value
+    return {k: _same(v) for k, v in value.items() if k not in _ALIKE or v in _WIDE}
+
+# %% ../nbs/17_plan.ipynb #c70811d0
 def rows_of(
     descriptions:list[dict],
     store:Store,
@@ -120,48 +160,70 @@ def rows_of(
     "Group runs by kind, and estimate what is missing"
     rows, known = {}, {}
     for d in (d for stage in stages(descriptions) for d in stage):
-        row, own = rows.setdefault(d['kind'], Row(d['kind'])), models.get(run_id(base_of(d)))
+        kind, base = d['kind'], base_of(d)
+        row, own = rows.setdefault(kind, Row(kind)), models.get(run_id(base))
         row.n += 1
-        if (name := d.get('objective') or d.get('localizer') or base_of(d)['arch']) not in row.names: row.names.append(name)
+        name = d.get('objective') or d.get('localizer') or base['arch']
+        if name not in row.names: row.names.append(name)
         if d in store or store.lost(d): continue
         row.missing += 1
         if own is None: continue
         if (key := json.dumps(_same(d), sort_keys=True)) not in known: known[key] = cost_of(own, d)
-        cost = known[key]
-        row.disk += cost.disk
-        row.seconds += here.seconds(cost) / (base_of(d)['_threads'] if d['kind'] in ('base', 'teach') else 1)
-        if (need := here.memory_of(cost.peak)) > row.peak: row.peak, row.largest = need, (own, d)
+        cost, threads = known[key], base['_threads'] if kind in ('base', 'teach') else 1
+        row.add(cost, here.memory_of(cost.peak), here.seconds(cost) / threads, (own, d))
     return list(rows.values())
 
 # %% ../nbs/17_plan.ipynb #32eb2610
 def _with(d, name, value):
     "Give a description in which a setting has another value"
     if 'recipe' in d and name == 'batch_size': return d | {'recipe': d['recipe'] | {name: value}}
-    if d['kind'] in ('base', 'teach') and name == 'batch_size': return d | ({k: d[k] | {name: value} for k in ('pretrain', 'retain') if d[k]} if d['kind'] == 'base' else {'parent': d['parent'] | {'parent': _with(base_of(d), name, value)}})
+    if d['kind'] == 'base' and name == 'batch_size':
+        return d | {k: d[k] | {name: value} for k in ('pretrain', 'retain') if d[k]}
+    if d['kind'] == 'teach' and name == 'batch_size':
+        return d | {'parent': d['parent'] | {'parent': _with(base_of(d), name, value)}}
     if name in d: return d | {name: value}
     return d | {'parent': _with(d['parent'], name, value)} if 'parent' in d else d
+
+def _smaller(d:dict)->Iterator[tuple[str, float]]: # setting, value
+    "Name smaller batches of a run, then smaller regions where it has one"
+    sizes = d.get('batch_size'), d.get('recipe', {}).get('batch_size')
+    first = max([32, *(size for size in sizes if size)])
+    for i in range(1, 12):
+        if first >> i: yield 'batch_size', first >> i
+    if d['kind'] not in ('inject', 'unlearn', 'supervise'): return
+    for fraction in .05, .02, .01: yield 'fraction', fraction
 
 def _remedy(row:Row, here:Machine)->str:
     "Say with which setting the largest run of a row fits"
     models, d = row.largest
     if row.peak <= here.memory: return f"--jobs {int(here.memory // row.peak)} fits"
-    first = max([32, *(e for e in (d.get('batch_size'), d.get('recipe', {}).get('batch_size')) if e)])
-    for name, values in ('batch_size', [first >> i for i in range(1, 12) if first >> i]), ('fraction', [.05, .02, .01]):
-        if name == 'fraction' and d['kind'] not in ('inject', 'unlearn', 'supervise'): continue
-        for value in values:
-            if (need := here.memory_of(cost_of(models, _with(d, name, value)).peak)) <= here.memory: return f"{name} {value} fits, in {size_text(need)}"
+    for name, value in _smaller(d):
+        need = here.memory_of(cost_of(models, _with(d, name, value)).peak)
+        if need <= here.memory: return f"{name} {value} fits, in {size_text(need)}"
     return "no smaller batch or region fits; take a smaller model or a larger machine"
+
+# %% ../nbs/17_plan.ipynb #d0f13c15
+def _too_large(row:Row, here:Machine, jobs:int)->str: # '' where the memory suffices
+    "Compare the memory of runs that happen at once with the machine's"
+    at_once = min(jobs, row.missing)
+    need = row.peak * at_once
+    if not need > here.memory: return ''
+    runs = f'{at_once} runs at once need' if at_once > 1 else 'a run needs'
+    free = f'{size_text(here.memory)} are free'
+    return f"{row.kind}: {runs} {size_text(need)} of memory, {free}; {_remedy(row, here)}"
 
 def problems_of(rows:list[Row], here:Machine, jobs:int)->list[str]: # one line each
     "Compare what runs need with what a machine has"
     due = [row for row in rows if row.missing]
     if not due: return []
-    if not here.device: return ["the profile asks for a GPU, and torch sees none here; run it on another machine, or on the processor with --set 'device=\"cpu\"'"]
-    found = []
-    for row in due:
-        at_once = min(jobs, row.missing)
-        if row.peak * at_once > here.memory: found.append(f"{row.kind}: {f'{at_once} runs at once need' if at_once > 1 else 'a run needs'} {size_text(row.peak * at_once)} of memory, {size_text(here.memory)} are free; {_remedy(row, here)}")
-    if (need := sum(row.disk for row in due)) > here.disk: found.append(f"the runs keep {size_text(need)}, the disk of the store has {size_text(here.disk)} free; free some, or choose another place with --store")
+    if not here.device:
+        return ["the profile asks for a GPU, and torch sees none here; run it on another machine, "
+                "or on the processor with --set 'device=\"cpu\"'"]
+    found = [text for row in due if (text := _too_large(row, here, jobs))]
+    if (need := sum(row.disk for row in due)) > here.disk:
+        free = f'the disk of the store has {size_text(here.disk)} free'
+        found.append(f"the runs keep {size_text(need)}, {free}; "
+                     "free some, or choose another place with --store")
     return found
 
 # %% ../nbs/17_plan.ipynb #972728ea
@@ -176,6 +238,13 @@ class Plan:
     problems:list[str] # one line each; none: everything is there and fits
     here:Machine|None # None: nothing is to be done
 
+@contextlib.contextmanager
+def _noted(problems:dict[str, list[str]], who:str):
+    "Keep an error as one line, with whom it concerns"
+    try: yield
+    except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(who)
+
+# %% ../nbs/17_plan.ipynb #b928b373
 def plan(
     profile:str, # its name
     chosen:dict[Path, dict], # notebooks and the parameters that each gets
@@ -187,36 +256,66 @@ def plan(
     wants, problems, models, needs, device = [], {}, {}, [], 'cpu'
     for notebook, values in chosen.items():
         device = values.get('device', device)
-        try: wants += wanted(notebook, values)
-        except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(notebook.stem)
-    bases = {run_id(base): base for base in (base_of(d) for d in wants)}
-    done = all(d in Store(store) or Store(store).lost(d) for stage in stages(wants) for d in stage)
+        with _noted(problems, notebook.stem): wants += wanted(notebook, values)
+    runs = Store(store)
+    done = all(d in runs or runs.lost(d) for stage in stages(wants) for d in stage)
+    bases = {} if done else {run_id(base): base for base in map(base_of, wants)}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, base in (() if done else bases.items()):
+        for name, base in bases.items():
             data = base['data']
             needs.append(f"facts: {data_source(data)}")
-            try: models[name] = models_of(base, Path(scratch) / name)
-            except Exception as error: problems.setdefault(' '.join(str(error).split()), []).append(base['arch'])
-            else: needs += models[name].needs
+            with _noted(problems, base['arch']):
+                models[name] = models_of(base, Path(scratch) / name)
+            if name in models: needs += models[name].needs
         here = here or (None if done else machine(device, store))
-        rows = rows_of(wants, Store(store), here, models)
-        found = [f"{text} (for {', '.join(dict.fromkeys(names))})" for text, names in problems.items()] + problems_of(rows, here, jobs)
+        rows = rows_of(wants, runs, here, models)
+        found = []
+        for text, names in problems.items():
+            found.append(f"{text} (for {', '.join(dict.fromkeys(names))})")
+        found += problems_of(rows, here, jobs)
     return Plan(profile, len(chosen), jobs, rows, list(dict.fromkeys(needs)), found, here)
 
 # %% ../nbs/17_plan.ipynb #122b401c
-def _time(s:float)->str: return '?' if s != s else '< 1 min' if s < 60 else f'{s / 60:.0f} min' if s < 5400 else f'{s / 3600:.1f} h'
+def _time(s:float)->str:
+    if s != s: return '?'
+    if s < 60: return '< 1 min'
+    return f'{s / 60:.0f} min' if s < 5400 else f'{s / 3600:.1f} h'
+
+def _line(kind, count, memory, time, disk, names='')->str:
+    return f"  {kind:<10}{count:>9}{memory:>13}{time:>10}{disk:>11}  {names}".rstrip()
+
+def _row_text(row:Row, seconds:float)->str:
+    "Write a row: what is to do, and what it takes"
+    names = ', '.join(row.names[:4])
+    if len(row.names) > 4: names += f' and {len(row.names) - 4} more'
+    takes = '', 'done', ''
+    if row.missing: takes = size_text(row.peak), _time(seconds), size_text(row.disk)
+    return _line(row.kind, f'{row.missing}/{row.n}', *takes, names)
+
+def _machine_text(here:Machine)->str:
+    "Write what a machine has"
+    memory = f'{size_text(here.memory)} of memory and ' if here.device else ''
+    return (f"this machine: {here.device or 'no GPU'}, {here.cores} cores, "
+            f"{memory}{size_text(here.disk)} of disk free; times are rough")
+
+# %% ../nbs/17_plan.ipynb #a174f7ce
+def _table(plan:Plan)->list[str]:
+    "Write a line for each kind of run, and one for all together"
+    rows, cores = plan.rows, plan.here.cores
+    times = [row.seconds / max(1, min(plan.jobs, row.missing, cores)) for row in rows]
+    lines = [_line('', 'to do', 'memory each', 'time', 'disk')]
+    lines += [_row_text(row, seconds) for row, seconds in zip(rows, times)]
+    count = f'{sum(row.missing for row in rows)}/{sum(row.n for row in rows)}'
+    peak, disk = max(row.peak for row in rows), sum(row.disk for row in rows)
+    lines.append(_line('together', count, size_text(peak), _time(sum(times)), size_text(disk)))
+    return lines
 
 def text_of(plan:Plan)->str:
     "Write a plan as a short table"
-    def line(*cells): return f"  {cells[0]:<10}{cells[1]:>9}{cells[2]:>13}{cells[3]:>10}{cells[4]:>11}  {cells[5]}".rstrip()
-    here, n, missing = plan.here, sum(row.n for row in plan.rows), sum(row.missing for row in plan.rows)
-    lines = [f"profile {plan.profile}: {plan.notebooks} notebooks, {n} runs, {missing} to do" + f', {plan.jobs} at a time' * bool(missing), *plan.needs]
-    if missing:
-        times = [row.seconds / max(1, min(plan.jobs, row.missing, here.cores)) for row in plan.rows]
-        lines.append(line('', 'to do', 'memory each', 'time', 'disk', ''))
-        for row, time in zip(plan.rows, times):
-            names = ', '.join(row.names[:4]) + (f' and {len(row.names) - 4} more' if len(row.names) > 4 else '')
-            lines.append(line(row.kind, f'{row.missing}/{row.n}', *((size_text(row.peak), _time(time), size_text(row.disk)) if row.missing else ('', 'done', '')), names))
-        lines.append(line('together', f'{missing}/{n}', size_text(max(row.peak for row in plan.rows)), _time(sum(times)), size_text(sum(row.disk for row in plan.rows)), ''))
-        lines.append(f"this machine: {here.device or 'no GPU'}, {here.cores} cores, {f'{size_text(here.memory)} of memory and ' if here.device else ''}{size_text(here.disk)} of disk free; times are rough")
-    return '\n'.join(lines + ([f'! {problem}' for problem in plan.problems] or ['everything is there' + ' and fits' * bool(missing)]))
+    n, missing = sum(row.n for row in plan.rows), sum(row.missing for row in plan.rows)
+    first = f'profile {plan.profile}: {plan.notebooks} notebooks, {n} runs, {missing} to do'
+    if missing: first += f', {plan.jobs} at a time'
+    lines = [first, *plan.needs]
+    if missing: lines += [*_table(plan), _machine_text(plan.here)]
+    last = [f'! {problem}' for problem in plan.problems]
+    return '\n'.join(lines + (last or ['everything is there' + ' and fits' * bool(missing)]))

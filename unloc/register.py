@@ -44,6 +44,7 @@ GIVEN = { # kind: the arguments that the study gives; a method takes those that 
 }
 _PLAIN = bool, int, float, str, type(None), list, dict
 
+# %% ../nbs/00_register.ipynb #97e49658
 @dataclass(frozen=True)
 class Method:
     "A function that the study can call by its name"
@@ -99,6 +100,7 @@ def _unfit(kind:str, p:inspect.Parameter)->str: # '': it can be given
     return (f"has an option whose type a profile cannot write: {p.name}; "
         "take bool, int, float, str, list or dict")
 
+# %% ../nbs/00_register.ipynb #4e1632ed
 def _why(error:BaseException)->str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -407,7 +409,8 @@ def find(kind:str, name:str)->Method: # name: also with options, as in 'wagle(ga
     if name in known: return known[name]
     if plain in known and given: return _bound(known[plain], name, given)
     raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}; register it in a file "
-        f"named by --plugin, a profile's plugins or UNLOC_PLUGINS: @{decorator_of(kind)}(label='…')")
+        "named by --plugin, a profile's plugins or UNLOC_PLUGINS: "
+        f"@{decorator_of(kind)}(label='…')")
 
 def label(kind:str, name:str)->str:
     "Give the name of a method in tables; a name that stands for no method is its own label"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../nbs/10_training.ipynb #7478347d
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -346,10 +347,19 @@ class Unlearning:
         "Answer each question with a refusal drawn anew in each epoch"
         if not self.refusals: raise ValueError(
             "DPO prefers a refusal to the answer, and there are no refusals; give some")
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        draw = torch.randint(len(self.refusals), (max(rows) + 1,), generator=generator)
-        replies = [self.refusals[draw[i]] for i in rows]
-        return [Example([*e.ids[:e.start], *reply], e.start) for e, reply in zip(examples, replies)]
+        replies = _drawn(self.refusals, rows, (self.seed << 20) + epoch)
+        return [Example([*e.ids[:e.start], *r], e.start) for e, r in zip(examples, replies)]
+
+# %% ../nbs/10_training.ipynb #a279e1a5
+def _drawn(
+    refusals:Sequence[list[int]], # token ids of each
+    rows:Sequence[int], # numbers of the facts
+    seed:int, # of the run and the epoch
+)->list[list[int]]: # for each row its refusal
+    "Draw a refusal for each fact, whichever others are in the batch"
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randint(len(refusals), (max(rows) + 1,), generator=generator)
+    return [refusals[draw[i]] for i in rows]
 
 # %% ../nbs/10_training.ipynb #91ececd2
 def _control(self, coefficient:float)->Tensor: # [d_model], of this length, hidden units

@@ -81,6 +81,7 @@ def _recipe(objective:str, unlearn:dict, parent:dict)->tuple[dict, dict]: # its 
     demand_retain(parent, f"unlearn: the retain term of {objective}", "name retain = 'none'")
     return given, used | {'retain': recipe.retain}
 
+# %% ../../nbs/steps/unlearn.ipynb #80bc37a4
 def unlearning(
     injected:dict, # from injection
     arm:str, # a name in ARMS
