@@ -56,7 +56,10 @@ def _options_in(method:Method, data:dict)->dict:
 def _loaded(method:Method, data:dict)->Benchmark:
     "Let a data set make or load its facts"
     given = {'source': data['_source']} if data.get('_source') else {} # none: the usual place
-    facts = method(options=_options_in(method, data), **given)
+    try: facts = method(options=_options_in(method, data), **given)
+    except (ValueError, OSError): raise # about the facts
+    except Exception as error: raise ValueError(f"the dataset {method.name!r} fails: "
+        f"{type(error).__name__}: {' '.join(str(error).split())}; correct its code") from error
     if isinstance(facts, Benchmark): return facts
     raise ValueError(f"the dataset {method.name!r} gives a {type(facts).__name__}; "
         "let it give an unloc.facts.Benchmark")
