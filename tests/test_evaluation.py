@@ -7,7 +7,8 @@ from unloc.evaluation import (
     greedy_answers, membership, rouge, score, utility)
 from unloc.facts import Fact, author_world
 from unloc.masked import unlock
-from unloc.models import ARCHITECTURES, region_shape, tiny_model
+from unloc.models import region_shape, tiny_model
+from unloc.register import methods
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
 from unloc.training import Recipe, finetune, unlearn
@@ -44,12 +45,12 @@ def taught(arch, dtype=torch.float32): # knows most of KEEP and little of GET
     finetune(model, KEEP, 30, 8e-3, 4, seed=0)
     return model.to(dtype)
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=methods("architecture"))
 def model(request): return taught(request.param)
 
 # --- one pass
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_answer_logprob_stands_at_the_token_itself(arch):
     model, batch = small(arch, torch.float64), collate(GET)
     found = answer_logprob(model, batch)
@@ -73,7 +74,7 @@ def test_score_is_a_count_over_single_rows():
             plain_logprob(model, e).mean().exp().item(), rel=1e-4)
     assert 0 < found.extraction_strength.mean() < 1
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_answers_behind_one_question_are_scored_as_if_alone(arch):
     model, asked = small(arch, torch.float64), choices(TOKENIZER, WORLD.retain)
     # answers of one question far apart
@@ -409,7 +410,7 @@ def test_greedy_demands_prompts_and_limits_that_fit():
         with pytest.raises(ValueError, match=f"known says {k} of the .* answer tokens of fact 0"):
             greedy_answers(M, GET[:1], torch.tensor([k]))
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 # near ties may fall either way there: each token is nearly the likeliest
 def test_greedy_answers_in_bfloat16_are_greedy(arch):
     model = taught(arch, torch.bfloat16)

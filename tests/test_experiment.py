@@ -20,7 +20,7 @@ from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, unlearning
 from unloc.facts import author_world, own_facts, tofu
-from unloc.models import ARCHITECTURES, output_projections, tiny_model
+from unloc.models import output_projections, tiny_model
 from unloc.regions import Region
 from unloc.runs import Store, run_id
 from unloc.level import at_level
@@ -61,7 +61,7 @@ def test_settings_name_real_parameters():
             ("inject", training.inject, {"fraction": float, "others": bool, "unit": str, "style": str, "room": int}), ("world", author_world, {"name": str}), ("tofu", tofu, {"name": str})):
         takes = types(function) | own
         assert {k: takes[k] for k in SETTINGS[group]} == SETTINGS[group], group
-    assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(ARCHITECTURES) == {"llama", "olmo2"}
+    assert set(SETTINGS["world"]) - {"name"} == set(types(author_world)) and set(methods("architecture")) == {"llama", "olmo2"}
 
 @pytest.mark.parametrize("group, function", [("world", author_world), ("tofu", tofu), ("file", own_facts), ("model", tiny_model), ("pretrain", training.finetune), ("retain", training.finetune), ("inject", training.inject),
     ("supervise", training.supervise), ("unlearn", training.Recipe), ("evaluate", Probe)])
@@ -217,7 +217,7 @@ def test_digest_follows_the_content_and_not_the_place(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory): # per architecture: base, injection, an unlearning pair, another random region, a supervision pair
     store, found = Store(tmp_path_factory.mktemp("store")), {}
-    for arch in ARCHITECTURES:
+    for arch in methods("architecture"):
         judged = standard(parent(arch), JUDGE)
         injected = injection(judged, 3, INJECT)
         pair = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2}, draw) for arm, draw in (("Oracle", 0), ("Random", 0), ("Random", 1))]
@@ -233,7 +233,7 @@ def load(base, name="retained"):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(base.file(name)).eval()
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_original_and_retained_differ_exactly_in_the_target(done, arch):
     from unloc.masked import locked_digest, put_columns
     base, injected, pair, _ = done[arch]
@@ -252,7 +252,7 @@ def test_original_and_retained_differ_exactly_in_the_target(done, arch):
         moved = torch.stack([(p.weight != q.weight).any(0) for p, q in zip(output_projections(original), output_projections(unlearned))])
         assert Region(moved) == region and run.json()["region"] == len(region) == 32
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_arms_share_all_but_the_region(done, arch):
     base, injected, (oracle, random, other), taught = done[arch]
     target, control, second = (Region.load(r.file("region.safetensors")) for r in (oracle, random, other))
@@ -264,7 +264,7 @@ def test_arms_share_all_but_the_region(done, arch):
     assert Region.load(taught[1].file("region.safetensors")) == control and [p["epoch"] for _, p in oracle.table().iterrows()] == [0, 2]
     assert oracle.table().iloc[-1].to_dict() != random.table().iloc[-1].to_dict()
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_scores_of_the_base_are_those_of_its_files(done, arch):
     base, injected, *_ = done[arch]
     examples = examples_of(base.file("tokenizer"), json.dumps(base.description["data"]))
@@ -280,7 +280,7 @@ def test_the_probe_spreads_over_the_authors():
         found = spread(tuple(range(90)), n)
         assert len(found) == min(n, 90) and found == sorted(set(found)) and all(abs(i * 90 / len(found) - x) < 1 for i, x in enumerate(found))
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_the_standard_is_the_retained_model_judged(done, arch):
     base, injected, *_ = done[arch]
     judged, *_ = done[arch, "localized"]
@@ -291,7 +291,7 @@ def test_the_standard_is_the_retained_model_judged(done, arch):
     probe = dataclasses.replace(probe, retained=tuple(judged.tensors("evaluation.safetensors")[f"forget_{w}_nll"] for w in ("right", "wrong")))
     assert evaluate(model, probe).point["FQ"] == 0 and injected.json()["original"]["FQ"] <= 0
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_localized_runs_change_the_highest_scores(done, arch):
     _, injected, *_ = done[arch]
     _, localized, runs = done[arch, "localized"]

@@ -16,7 +16,7 @@ from unloc.methods.memflex import memflex_score
 from unloc.methods.random import random_scores
 from unloc.methods.wagle import POOLS, wagle_product
 from unloc.methods.wanda import wanda_score
-from unloc.models import ARCHITECTURES, output_projections, tiny_model
+from unloc.models import output_projections, tiny_model
 from unloc.register import METHODS, localizer, methods
 from unloc.regions import Region, region_size
 from unloc.tokens import Example
@@ -181,7 +181,7 @@ CASES = { # name: ours (model, max_tokens), the plain way (model)
         lambda m, k: scored("integrated_gradients", m, steps=5, max_tokens=k),
         lambda m: plain_path(m, FORGET, 5))}
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_what_autograd_gives_a_fact_at_a_time(name, arch):
     ours, plain = CASES[name]
@@ -200,7 +200,7 @@ def test_float32_gives_the_same_scores(name):
         else None)
     assert Region.top(got, .25).recall(of=Region.top(want, .25)) == 1
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_sums_of_a_float64_model_are_float64(arch):
     model = small(arch)
     want = {

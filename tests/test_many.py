@@ -8,7 +8,7 @@ from unloc.many import (
     bytes_of_a_run, evaluate_many, inject_many, runs_at_once, runs_that_fit, score_many, unlearn_many,
     unlock_many)
 from unloc.masked import Neurons, put_columns, unlock
-from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.models import output_projections, region_shape, tiny_model
 from unloc.register import METHODS, methods, objective, retain_term
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
@@ -19,7 +19,7 @@ TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.
 GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts][:10] for facts in (WORLD.forget, WORLD.retain))
 REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:5] if (e := encode(TOKENIZER, "", text))]
 PROBE = Probe(GET[:6], KEEP[:4])
-EVERY = pytest.mark.parametrize("arch", ARCHITECTURES)
+EVERY = pytest.mark.parametrize("arch", methods("architecture"))
 OBJECTIVES, RETAIN = ([name for name, m in methods(kind).items() if m.own] for kind in ("objective", "retain"))
 SLACK = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 

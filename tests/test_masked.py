@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 from unloc.masked import Neurons, in_float32, locked_digest, put_columns, still, unlock
-from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.models import output_projections, region_shape, tiny_model
+from unloc.register import methods
 from unloc.regions import Region
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -62,7 +63,7 @@ def train(model, columns, steps=3, optimizer=OPTIMIZERS["adamw"], norm=.1):
 # --- nothing else moves
 
 @both
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_locked_weights_keep_their_bits(region, arch, dtype, name):
@@ -123,7 +124,7 @@ def test_the_digest_of_single_weights_sees_their_neighbours():
 
 @both
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_gradient_is_autograds(region, arch, bias):
     model = small(arch, torch.float64, bias)
     loss(model).backward()
@@ -137,7 +138,7 @@ def test_gradient_is_autograds(region, arch, bias):
 
 @both
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_trajectory_is_that_of_masked_full_weights(region, arch, bias, steps=8):
     ours, plain = small(arch, torch.float64, bias), small(arch, torch.float64, bias)
     optimizer = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.)
@@ -163,7 +164,7 @@ def test_trajectory_is_that_of_masked_full_weights(region, arch, bias, steps=8):
         torch.testing.assert_close(a.weight, b, rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_all_weights_of_columns_train_as_the_columns(arch, bias):
     def trained(region):
         model, losses = small(arch, torch.float64, bias), []
@@ -280,7 +281,7 @@ def test_unlocking_without_training_changes_nothing(region, dtype):
     assert same(model.state_dict(), before)
 
 @both
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_columns_carry_the_trained_model(region, arch, dtype):
     model = small(arch, dtype)
@@ -322,7 +323,7 @@ def saved(model, region=None):
     parameters = {p.data_ptr() for p in model.parameters()}
     return [t for t in kept if t.data_ptr() not in parameters], inputs
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_backward_keeps_only_the_chosen_inputs(arch):
     model = small(arch)
     keeps_input = lambda kept, inputs: [
@@ -377,7 +378,7 @@ def test_hooks_and_names_stay(region):
     assert seen == [("before", (3, 9, 24)), ("after", (3, 9, 16)), ("back", (3, 9, 24), (3, 9, 16))]
 
 @both
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_gradient_checkpointing_gives_the_same_gradients(region, arch):
     model = small(arch)
     def gradients():

@@ -2,8 +2,9 @@
 architectures; and hooks never stay behind."""
 import pytest, torch, transformers
 from unloc.models import (
-    ARCHITECTURES, PROJECTIONS, answer_logits, hidden_after, mlp_outputs, output_projections,
+    PROJECTIONS, answer_logits, hidden_after, mlp_outputs, output_projections,
     region_shape, tiny_model, value_vectors)
+from unloc.register import methods
 from unloc.tokens import Example, collate
 
 ROWS = [
@@ -14,7 +15,7 @@ ROWS = [
 BATCH = collate(ROWS)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=methods("architecture"))
 def model(request):
     return tiny_model(
         request.param, vocab_size=50, d_model=16, d_ff=24, n_layers=3, n_heads=2).double()
@@ -104,13 +105,13 @@ def test_places_and_shapes(model):
         type(model).__name__
         == {"llama": "LlamaForCausalLM", "olmo2": "Olmo2ForCausalLM"}[model.config.model_type])
     assert not model.training
-    assert set(ARCHITECTURES) < set(PROJECTIONS)
+    assert set(methods("architecture")) < set(PROJECTIONS)
     assert all(
         torch.equal(value_vectors(p), p.weight)
         and value_vectors(p).data_ptr() == p.weight.data_ptr()
         for p in output_projections(model))
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_a_seed_fixes_the_weights_and_leaves_the_generator(arch, tmp_path):
     def build(seed):
         return tiny_model(arch, 30, d_model=8, n_layers=1, d_ff=12, n_heads=2, seed=seed)

@@ -4,7 +4,8 @@ import random, re
 from types import SimpleNamespace
 import pytest, torch
 from unloc.facts import author_world
-from unloc.models import ARCHITECTURES, tiny_model
+from unloc.models import tiny_model
+from unloc.register import methods
 from unloc.objectives import token_logprob
 from unloc.tokens import (
     TEMPLATES, Example, Template, by_length, collate, encode, shuffled, train_tokenizer)
@@ -275,7 +276,7 @@ def test_collate_keeps_tokens_and_answers(pad):
 
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_padding_changes_no_number(arch, dtype, tolerance):
     model = tiny_model(arch, vocab_size=100, d_model=16, d_ff=24, n_layers=2, n_heads=2).to(dtype)
     examples = some(6)

@@ -10,7 +10,7 @@ from unloc.steps.base import base_models
 from unloc.evaluation import Probe, answers_logprob, choices, evaluate, membership, score
 from unloc.facts import author_world
 from unloc.masked import put_columns, unlock
-from unloc.models import ARCHITECTURES, output_projections, region_shape, tiny_model
+from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.tokens import encode, train_tokenizer
 from unloc.register import METHODS, find, methods, objective
@@ -353,7 +353,7 @@ def test_refusals_are_drawn_anew_each_epoch_and_keep_the_question():
     [
         ("embed_diff", .25), ("embed_diff", .5), ("embed_diff", 1.), ("nll", .25), ("kl", .25),
         ("none", 0.)])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 def test_live_fraction_of_rmu_is_the_share_below_its_layer(arch, retain, layer):
     model = small(arch)
     where = region(model)
@@ -615,7 +615,7 @@ def test_gradients_are_clipped_together():
 
 class Killed(BaseException): "Stands for kill -9 in the middle of an epoch"
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", methods("architecture"))
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
 def test_a_killed_finetuning_resumes_to_the_same_bits(arch, kill_at, tmp_path):
     def train(model, kill=9, checkpoint=None):

@@ -1,5 +1,5 @@
 "A name that nobody registered is one line; one that a user registered is known in every process and has the user's code in the name of its runs."
-import dataclasses, functools, importlib, os, subprocess, sys, textwrap, threading
+import dataclasses, functools, importlib, inspect, os, subprocess, sys, textwrap, threading
 import numpy as np, pytest, torch
 from unloc import identity, models, register, tokens, training
 from unloc.level import at_level
@@ -13,7 +13,8 @@ from unloc.steps.localize import localization
 from unloc.steps.unlearn import localized_unlearning, unlearning
 from unloc.identity import (REGISTERS, added, demand, digest_of, names,
     receive, shipment, written)
-from unloc.register import METHODS, Method, find, localizer, objective, retain_term
+from unloc.register import (METHODS, Method, architecture, find, localizer, objective,
+    retain_term)
 from unloc.runs import Store, run_id
 from unloc.steps import compute
 
@@ -102,17 +103,29 @@ def test_a_replaced_entry_of_the_package_gives_other_runs():
 @pytest.mark.parametrize("register, name, entry", [
     (training.SCHEDULES, "one-cycle", lambda t: 1 - t),
     (tokens.TEMPLATES, "plain", tokens.Template(between=" ")),
-    (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj")),
-    (models.ARCHITECTURES, "llama", "Qwen2")])
+    (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj"))])
 def test_every_register_counts(register, name, entry):
     before = run_id(origin())
     register[name] = entry
     assert run_id(origin()) != before
 
+def qwen2(vocab_size, seed, d_model:int=16, n_layers:int=1, d_ff:int=32, n_heads:int=2):
+    "Build a small random Qwen 2"
+    return models.random_model("Qwen2", vocab_size, seed, d_model, n_layers, d_ff, n_heads)
+
+@pytest.mark.parametrize("kind, name", [("architecture", "llama"), ("dataset", "world")])
+def test_another_architecture_or_data_set_of_the_same_name_counts(kind, name):
+    before, held = run_id(origin()), METHODS[kind][name]
+    def other(*given, **more): return held.function(*given, **more)
+    other.__signature__ = inspect.signature(held.function)
+    METHODS[kind][name] = dataclasses.replace(held, function=other)
+    assert run_id(origin()) != before
+
 def test_a_users_architecture_objective_retain_term_and_schedule():
-    models.ARCHITECTURES["qwen2"] = "Qwen2"
+    architecture(label="Qwen 2")(qwen2)
     one = origin("qwen2")
-    assert set(one["parent"]["parent"]["code"]) == {"steps.base", "architecture qwen2"}
+    named = {"steps.base", "dataset world", "architecture qwen2"}
+    assert set(one["parent"]["parent"]["code"]) == named
     training.SCHEDULES["flat"] = lambda t: .5
     assert "schedule flat" in injection(one["parent"], 0, INJECT | {"schedule": "flat"})["code"]
     @retain_term(label="Ours")

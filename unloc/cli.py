@@ -442,11 +442,11 @@ def _engine(name:str): # a name in unloc.cluster.ENGINES
 # %% ../nbs/18_cli.ipynb #b3b6f8d0
 def _from_hub(chosen:dict[Path, dict])->list[str]:
     "Name what notebooks take from the hub"
+    from unloc.data import hub_source
     found = []
     for values in chosen.values():
         data, model = values.get('data') or {}, values.get('model') or {}
-        if data.get('name') == 'tofu':
-            found.append(values.get('source') or os.environ.get('UNLOC_TOFU') or 'locuslab/TOFU')
+        if source := hub_source(data, values.get('source') or ''): found.append(source)
         found += [model[name] for name in ('pretrained', 'retained', 'original') if name in model]
     names = dict.fromkeys(map(str, found))
     ids = [name for name in names if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name)]
@@ -534,7 +534,7 @@ def reproduce(
     asked = order(root, profile, only, engine=engine, **rest)
     if text := _elsewhere(asked.chosen, asked.figures / profile): print(text)
     _demand_scratch()
-    with _engine(engine), _hub(_from_hub(asked.chosen)), _drawn_inline(), _plugged(asked.plugins):
+    with _engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)), _drawn_inline():
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch:
             _run_all(root, asked, only, watch)
@@ -570,7 +570,7 @@ def show_plan(
     from unloc.plan import plan, text_of
     # what cannot be rehearsed is a line of the plan
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL)
-    with _hub(_from_hub(asked.chosen)), _plugged(asked.plugins):
+    with _plugged(asked.plugins), _hub(_from_hub(asked.chosen)):
         found = plan(profile, asked.chosen, asked.store, asked.jobs)
     print(text_of(found))
     return not found.problems
@@ -601,8 +601,8 @@ def compute(
     from unloc.cluster import engine as chosen_engine
     from unloc.runs import Store, sweep
     from unloc.together import together
-    needs = _hub(_from_hub(asked.chosen))
-    with _engine(engine), needs, _plugged(asked.plugins), Watch(root) as watch:
+    with (_engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)),
+            Watch(root) as watch):
         lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}
         found = [description for runs in lists.values() for description in runs]
         watch.label = profile

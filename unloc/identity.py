@@ -34,12 +34,11 @@ from .register import METHODS, Method, execute_plugin, load_plugins, source_dige
 # %% ../nbs/14_identity.ipynb #a1c04e16
 REGISTERS = { # what a name names: the chapter and the dictionary that hold it
     'finder': ('models', 'PROJECTIONS'),
-    'architecture': ('models', 'ARCHITECTURES'),
     'template': ('tokens', 'TEMPLATES'),
     'schedule': ('training', 'SCHEDULES'),
 }
 
-_VALUES = 'architecture', 'template' # of all others the entries are functions
+_VALUES = 'template', # of all others the entries are functions
 
 @cache
 def written(

@@ -9,10 +9,11 @@ a user's come from plugin files and from entry points of the group `unloc.method
 # %% auto #0
 __all__ = ['GIVEN', 'METHODS', 'WATCHERS', 'Method', 'register', 'localizer', 'objective', 'retain_term', 'editor', 'attack',
            'metric', 'dataset', 'architecture', 'source_digest', 'executed', 'execute_plugin', 'plugin_files',
-           'load_plugins', 'load', 'methods', 'registered_name', 'decorator_of', 'find', 'label']
+           'load_plugins', 'load', 'methods', 'at_hand', 'registered_name', 'decorator_of', 'find', 'label']
 
 # %% ../nbs/00_register.ipynb #269e0d37
 import ast
+import copyreg
 import hashlib
 import importlib
 import inspect
@@ -25,9 +26,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from types import MappingProxyType, ModuleType, UnionType
-from typing import Union, get_args, get_origin
+from typing import Annotated, Union, get_args, get_origin
 
 import msgspec
 
@@ -78,6 +80,7 @@ class Method:
 # %% ../nbs/00_register.ipynb #892f902b
 def _plain(hint)->bool:
     "Say whether values of a type can be written in a profile"
+    if get_origin(hint) is Annotated: return _plain(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType): return all(map(_plain, get_args(hint)))
     return (get_origin(hint) or hint) in _PLAIN
 
@@ -121,17 +124,34 @@ def _checked(self, options:Mapping)->dict:
         if name not in self.options:
             known = ', '.join(self.options) or 'none'
             raise ValueError(f"{self.kind} {self.name} has no option {name!r}; known: {known}")
-        wanted = self.options[name][0]
-        try: found[name] = msgspec.convert(value, wanted)
-        except msgspec.ValidationError: raise ValueError(
-            f"{self.kind} {self.name}: {name} must be of type {_type_name(wanted)}, "
+        try: found[name] = msgspec.convert(value, self.options[name][0])
+        except msgspec.ValidationError as error: raise ValueError(
+            f"{self.kind} {self.name}: {name} must be {_demanded(self.options[name][0], error)}, "
             f"got {value!r:.60}") from None
     return found
+
+def _demanded(hint, error:msgspec.ValidationError)->str:
+    "Say what a value had to be: of a type, or within the limits that stand beside the type"
+    said = str(error).removeprefix('Expected ').replace('`', '')
+    if get_origin(hint) is not Annotated: return f"of type {_type_name(hint)}"
+    return f"of type {_type_name(get_args(hint)[0]) if ', got' in said else said}"
 
 def _type_name(hint)->str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 Method.checked = _checked
+
+# %% ../nbs/00_register.ipynb #00a1c0d7
+_LIMITS = [name for name in dir(msgspec.Meta) if not name.startswith('_')]
+
+def _limits(given:Mapping)->msgspec.Meta: return msgspec.Meta(**given)
+
+def _sent(limits:msgspec.Meta)->tuple:
+    "Take limits apart, since msgspec gives no way to send them"
+    given = {name: getattr(limits, name) for name in _LIMITS}
+    return _limits, ({name: x for name, x in given.items() if x is not None},)
+
+copyreg.pickle(msgspec.Meta, _sent)
 
 # %% ../nbs/00_register.ipynb #5d9dc9f8
 METHODS = {kind:{} for kind in GIVEN} # kind: name: Method
@@ -269,13 +289,25 @@ def metric(
     "Register a number that is measured along a run"
     return _decorator('metric', label=label, needs=needs, margin=margin, full=full, **more)
 
-def dataset(label:str, **more):
-    "Register a function that makes or loads facts"
-    return _decorator('dataset', label=label, **more)
+def dataset(
+    label:str,
+    origin:str='', # for people: 'your own, from {path}', of its options and its {source}
+    files:tuple[str, ...]=(), # options that say where facts lie; their content counts, not the place
+    hub:str='', # id on the hub, from which facts come that no source is given for
+    variable:str='', # of the environment: the source in place of the hub
+    **more, # source, name, place
+):
+    "Register a function that makes or loads facts, an unloc.facts.Benchmark"
+    about = dict(origin=origin or label, files=files, hub=hub, variable=variable)
+    return _decorator('dataset', label=label, **about, **more)
 
-def architecture(label:str, **more):
+def architecture(
+    label:str,
+    model_type:str='', # in transformers' configuration; '': the method's name
+    **more, # source, name, place
+):
     "Register a function that builds a model from a shape"
-    return _decorator('architecture', label=label, **more)
+    return _decorator('architecture', label=label, model_type=model_type, **more)
 
 # %% ../nbs/00_register.ipynb #1600a35a
 def source_digest(source:str|bytes)->str: # hexadecimal
@@ -371,10 +403,22 @@ def load()->None:
 
 # %% ../nbs/00_register.ipynb #11e20b8f
 def methods(kind:str)->dict[str, Method]: # a name in GIVEN -> by name, in the order of their names
-    "List the methods of a kind"
+    "List the methods of a kind, first those that name their place"
     _demand_kind(kind)
     load()
-    return dict(sorted(METHODS[kind].items()))
+    return dict(sorted(METHODS[kind].items(), key=_place_in_list))
+
+def at_hand(kind:str, name:str)->Method|None: # None: there is none of this name
+    "Give a method; where a page of the package has its name, no other page is imported"
+    _demand_kind(kind)
+    page = f'unloc.methods.{name}'
+    if str(name).isidentifier() and find_spec(page): importlib.import_module(page)
+    found = METHODS[kind].get(str(name))
+    return found if found and found.own else methods(kind).get(str(name))
+
+def _place_in_list(item:tuple[str, Method])->tuple[float, str]:
+    name, method = item
+    return method.about.get('place', inf), name
 
 def _call(name:str)->tuple[str, dict]: # 'wagle(gamma=1)' -> 'wagle', {'gamma': 1}
     "Take a name with options apart"

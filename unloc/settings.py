@@ -58,14 +58,22 @@ def _split(wanted)->tuple[type, tuple[str, ...], dict]: # Python's type, known w
     kind, *notes = get_args(wanted) if get_origin(wanted) is Annotated else (wanted,)
     found = {}
     for note in notes:
-        parts = {part: getattr(note, part) for part in ('gt', 'ge', 'le', 'description', 'extra')}
+        parts = {part: getattr(note, part) for part in (*_BOUNDS, 'description', 'extra')}
         found |= {part: value for part, value in parts.items() if value is not None}
     return (str, get_args(kind), found) if get_origin(kind) is Literal else (kind, (), found)
 
-def _expected(limits:dict)->str:
+_BOUNDS = 'gt', 'ge', 'lt', 'le' # words of msgspec
+
+def _expected(limits:dict, error:ValidationError)->str: # error: where no words are known
     "Say in words which numbers a setting takes"
-    if limits.get('le') == 1: return f"lie in {'(' if 'gt' in limits else '['}0, 1]"
-    return f"be {'positive' if 'gt' in limits else 'at least 0'} and finite"
+    low, high = limits.get('gt', limits.get('ge')), limits.get('lt', limits.get('le'))
+    if low is None and high is None: return f"be {str(error).removeprefix('Expected ')}"
+    if high in (None, _LARGEST):
+        if 'ge' in limits: return f"be at least {low} and finite"
+        return f"be {f'above {low}' if low else 'positive'} and finite"
+    if low is None: return f"be {'below' if 'lt' in limits else 'at most'} {high}"
+    closed = 'gt' not in limits, 'lt' not in limits
+    return f"lie in {'(['[closed[0]]}{low}, {high}{')]'[closed[1]]}"
 
 def _type_name(kind)->str: return getattr(kind, '__name__', str(kind))
 
@@ -80,8 +88,8 @@ def _converted(group:str, name:str, value, wanted):
         if check := limits.get('extra', {}).get('check'): check(found)
     except ValueError as error: raise ValueError(f"{group}: {error}") from None
     try: return msgspec.convert(found, wanted)
-    except ValidationError: raise ValueError(
-        f"{group}: {name} must {_expected(limits)}, got {found!r}") from None
+    except ValidationError as error: raise ValueError(
+        f"{group}: {name} must {_expected(limits, error)}, got {found!r}") from None
 
 # %% ../nbs/00_settings.ipynb #15e42ce5
 def checked(

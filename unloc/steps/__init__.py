@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 
+from .. import data
 from ..settings import Settings, group_of
 
 # %% ../../nbs/steps/steps.ipynb #b28a6841
@@ -56,5 +57,6 @@ def groups()->dict[str, type]: # name: its class, in the order of the classes' n
     "Gather the groups of settings of all kinds of run, and of the data"
     for kind in kinds(): step(kind)
     def below(group): return [x for c in group.__subclasses__() for x in (c, *below(c))]
-    ours = [c for c in below(Settings) if c.__module__.startswith('unloc.')]
-    return {group_of(c): c for c in sorted(ours, key=group_of) if not c.__subclasses__()}
+    ours = [c for c in below(Settings) if c.__module__.startswith('unloc.steps.')]
+    found = {group_of(c): c for c in ours if not c.__subclasses__()} | data.groups()
+    return dict(sorted(found.items()))

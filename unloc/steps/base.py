@@ -23,8 +23,9 @@ from ..checkpoints import inspect, load_tokenizer, save_pretrained
 from ..cost import Cost, Models, size_text
 from ..data import benchmark
 from ..evaluation import check_unseen, score
-from ..models import ARCHITECTURES, mixed_precision, tiny_model
+from ..models import mixed_precision
 from ..identity import check_name, load_plugins
+from ..register import find
 from ..settings import Count, Positive, Settings, about, checked
 from .common import (described, examples_of, load, named, place_of, prepare, save_json,
     template_of, tokenizer_of)
@@ -84,21 +85,30 @@ def _checkpoints(given:dict)->dict: # of each: what it holds; with an underscore
     return found | {'template': template, '_recompute': recompute, '_model_type': known.model_type}
 
 # %% ../../nbs/steps/base.ipynb #cf541102
-def _methods(arch, model, pretrain, retain)->dict:
+def _methods(data, arch, model, pretrain, retain)->dict:
     "Name the methods that a base uses"
     kind, own = model.get('_model_type'), {} if '_model_type' in model else {'architecture': arch}
-    if own:
-        config = getattr(transformers, f'{ARCHITECTURES[arch]}Config', None)
-        kind = getattr(config, 'model_type', None)
+    if own: kind = find('architecture', arch).about['model_type'] or arch
     schedules = tuple(how.get('schedule', 'one-cycle') for how in (pretrain, retain) if how)
     template = model.get('template', 'plain')
-    return own | {'finder': kind or (), 'schedule': schedules,
+    named = {'dataset': data['name']} if 'name' in data else {}
+    return named | own | {'finder': kind or (), 'schedule': schedules,
         'template': template if isinstance(template, str) else ()}
+
+def _checked_shape(arch:str, model:dict)->dict: # model: settings of group 'model'
+    "Check a shape; an architecture may have options beside those of all"
+    own = find('architecture', arch).options
+    found = checked(Model, model, {name: hint for name, (hint, _) in own.items()})
+    find('architecture', arch).checked(_shape(found))
+    return found
+
+def _shape(model:dict)->dict:
+    return {name: x for name, x in model.items() if name != 'vocab_size'}
 
 # %% ../../nbs/steps/base.ipynb #7a8faf1f
 def base_models(
     data:dict, # from data_description
-    arch:str, # 'llama' or 'olmo2'; of checkpoints any name
+    arch:str, # a registered architecture; of checkpoints any name
     model:dict, # settings of group 'model', or of group 'checkpoints'
     pretrain:dict, retain:dict, # settings of these groups
     seed:int=0,
@@ -115,12 +125,12 @@ def base_models(
         model, pretrain = _checkpoints(model), {}
     else:
         check_name('architecture', arch, more=', and any name for existing checkpoints') # register
-        model, pretrain = checked(Model, model), checked(Pretrain, pretrain)
+        model, pretrain = _checked_shape(arch, model), checked(Pretrain, pretrain)
     trained = not {'retained', 'original'} <= model.keys()
     retain = checked(Retain, retain) if trained else {}
-    return described('base', None, _methods(arch, model, pretrain, retain), data=data, arch=arch,
-        model=model, pretrain=pretrain, retain=retain, seed=seed, precision=precision,
-        _device=device, _threads=threads)
+    used = _methods(data, arch, model, pretrain, retain)
+    return described('base', None, used, data=data, arch=arch, model=model, pretrain=pretrain,
+        retain=retain, seed=seed, precision=precision, _device=device, _threads=threads)
 
 # %% ../../nbs/steps/base.ipynb #00b5fc21
 def learn(
@@ -155,8 +165,10 @@ def _train_tokenizer(base:dict, folder:Path): # base: description
     tokenizer.save_pretrained(folder)
     return tokenizer
 
-def _shape(base:dict)->dict:
-    return {k: v for k, v in base['model'].items() if k != 'vocab_size'}
+def _built(base:dict, vocab_size:int)->torch.nn.Module:
+    "Build the model of a base, with its first weights"
+    method = find('architecture', base['arch'])
+    return method(vocab_size=vocab_size, seed=base['seed'], options=_shape(base['model']))
 
 def _from_scratch(description, folder, progress):
     "Train the tokenizer, the pretrained and the retained model"
@@ -164,8 +176,7 @@ def _from_scratch(description, folder, progress):
     data, seed = json.dumps(description['data']), description['seed']
     examples = examples_of(folder / 'tokenizer', data, template_of(description))
     known = examples['real_authors'] + examples['world_facts']
-    model = tiny_model(description['arch'], len(tokenizer), seed=seed, **_shape(description))
-    model = model.to(description['_device'])
+    model = _built(description, len(tokenizer)).to(description['_device'])
     read = [Example(e.ids, 1) for e in known + examples['background']] # all tokens but the first
     stages = [('pretrained', 'pretrain', read), ('retained', 'retain', examples['retain'] + known)]
     work = [description[how]['epochs'] * sum(len(e.ids) for e in some) for _, how, some in stages]
@@ -224,7 +235,7 @@ def _made(base, folder)->tuple[Callable, list[str]]: # folder: for the tokenizer
     "Give what builds a model that a base trains from scratch"
     size = len(_train_tokenizer(base, folder))
     needs = [f"{base['arch']}: trained from scratch"]
-    return lambda: tiny_model(base['arch'], size, **_shape(base)), needs
+    return lambda: _built(base, size), needs
 
 def _there(base, folder)->tuple[Callable, list[str]]:
     "Give what builds the model of existing checkpoints, and a line for each of them"

@@ -39,8 +39,10 @@ class Unlearn(Settings):
     epochs: Annotated[Count, about("passes over the forget set")]
     batch_size: Annotated[Count, about("forget facts a step, and as many retain facts")] = 8
     retain: Annotated[_RETAIN_TERM, about("retain term; left out: the usual one")] = None
-    gamma: Annotated[NotNegative, about("weight of the forget term")] = 1.
-    alpha: Annotated[NotNegative, about("weight of the retain term")] = 1.
+    gamma: Annotated[NotNegative, about("weight of the forget term; left out: the "
+        "objective's own, mostly 1")] = None
+    alpha: Annotated[NotNegative, about("weight of the retain term; left out: the "
+        "objective's own, mostly 1")] = None
     full_every: Annotated[Count, about("epochs between judgements with forget quality and "
         "utility; left out: as for all runs")] = None
 
