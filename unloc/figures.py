@@ -7,11 +7,12 @@ The manuscript reads those files, so no number in it is typed by hand."""
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'MODEL_NAME', 'CONVENTIONS', 'write_whole', 'set_look', 'look', 'save_figure',
-           'latex_table', 'save_table', 'label', 'printed', 'conventions', 'pairs_told', 'save', 'heatmap',
-           'tradeoff_panels', 'interval_plot']
+           'latex_table', 'save_table', 'label', 'printed', 'conventions', 'pairs_told', 'of_summaries', 'save',
+           'heatmap', 'tradeoff_panels', 'interval_plot']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -188,9 +189,10 @@ CONVENTIONS = { # key: sentence, with a gap for each parameter of the study
     'forget quality': _TWO_SAMPLES,
     'model utility': 'harmonic mean of nine',
     'test': 'paired t, two-sided',
-    'equivalence': 'TOST, margin {margin:g}, alpha 0.05',
-    'equivalence MU95': 'TOST, margin {margin_mu95:g}, alpha 0.05',
-    'equivalence recovered': 'TOST, margin {margin_recovery:g} of what was forgotten, alpha 0.05',
+    'equivalence': 'TOST, margin {margins[AUES]:g}, alpha 0.05',
+    'equivalence MU95': 'TOST, margin {margins[MU95]:g}, alpha 0.05',
+    'equivalence recovered': (
+        'TOST, margin {margins[recovered]:g} of what was forgotten, alpha 0.05'),
     'pair': 'injection, target region, batch order',
     'pair of regions': 'original model, batch order',
     'learning rate': 'that of the objective, times that of arm_rates',
@@ -250,8 +252,8 @@ CONVENTIONS |= { # of what is still inside, and of doses and other injections
     'recall': 'share of the target region that the region holds; all regions have its size',
     'slope': (
         'from recall 0 to 1; least squares in each injection, mean over injections, two-sided'
-        ' t-test, Holm over all slopes; TOST: margin {margin:g} AUES and {margin_recovery:g} of'
-        ' what was forgotten'),
+        ' t-test, Holm over all slopes; TOST: margin {margins[AUES]:g} AUES and'
+        ' {margins[recovered]:g} of what was forgotten'),
     'mixed': (
         'one slope for all, an intercept for each injection, restricted maximum likelihood, normal'
         ' test, not adjusted'),
@@ -287,6 +289,15 @@ def pairs_told(
     return (f"Difference: {difference}; p: paired t, Holm over {family}; TOST: margin {margin}; "
             "detectable: the true difference found with power 0.8")
 
+# %% ../nbs/16_figures.ipynb #f16a0082
+def of_summaries(
+    margins:Mapping[str, float], # of the study, by outcome
+)->dict[str, str]: # name: sentence
+    "Define the summaries that are a user's own"
+    own = [m for m in register.methods('summary').values() if not m.own]
+    return {m.name: f"{m.label}{f' ({m.source})' if m.source else ''}; TOST, margin "
+        f"{margins[m.name]:g}, alpha 0.05" for m in own}
+
 # %% ../nbs/16_figures.ipynb #f16a0010
 def save(
     what, # matplotlib.figure.Figure; or pandas.DataFrame of strings, a table as it is printed
@@ -299,7 +310,8 @@ def save(
     **more, # whatever else the JSON file must hold
 ): # the table with names in print, for the page to show; of a figure None
     "Save a figure or a table with its data, its conventions and where it comes from"
-    found = conventions(says, study.values) | more.pop('conventions', {})
+    values = study.values | {'margins': study.margins}
+    found = conventions(says, values) | more.pop('conventions', {})
     about = noted(
         study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why
     )

@@ -16,6 +16,7 @@ from itertools import product
 
 from . import runs
 from .cluster import engine
+from .comparison import Margins
 from .data import benchmark, data_description
 from .identity import added, names
 from .pages import page_parameters, provenance, unjudged
@@ -32,7 +33,7 @@ from .steps.localize import localization
 from .steps.supervise import supervision
 from .steps.teach import teaching
 from .steps.unlearn import localized_unlearning, unlearning
-from .tradeoff import at, judged as judged_in_full, measures
+from .tradeoff import at, judged as judged_in_full, measures, summaries
 
 # %% ../nbs/19_study.ipynb #3f27f37e
 def _in_full(name:str, value, kind:type):
@@ -66,7 +67,9 @@ def _parameters(
     kinds = {name: kind for name, kind in (SHARED | kinds).items() if name in found}
     found = {name: _in_full(name, value, kinds[name]) for name, value in found.items()}
     if found.get('attacked_data') in ({}, '{}'): del found['attacked_data'], kinds['attacked_data']
-    return page_parameters({'__annotations__': kinds} | found)
+    found = page_parameters({'__annotations__': kinds} | found)
+    Margins(found.get('margins', {})).demand_known()
+    return found
 
 # %% ../nbs/19_study.ipynb #5916bf29
 class Settings:
@@ -122,6 +125,10 @@ class Origins(Settings):
         how = dict(device=self.device, threads=self.threads, precision=self.precision)
         shape = self.model, self.pretrain, self.retain
         return {arch: base_models(self.facts, arch, *shape, **how) for arch in self.archs}
+
+    @property
+    def margins(self)->Margins: # the study's own before those that are registered
+        return Margins(self.values.get('margins', {}))
 
     @property
     def store(self)->runs.Store: return runs.Store(runs.in_checkout(self.values['store']))
@@ -279,7 +286,7 @@ class Saved(Frames):
 
 # %% ../nbs/19_study.ipynb #9b15ba86
 def _checkpoints(
-    run, rule:str, rule_mu95:str
+    run, options:dict, # summary: its options
 )->tuple[dict, dict]: # measures; of those without a value, why
     "Measure the trajectory of a run: its areas, and where it starts and ends"
     points, result = run.table(), run.json()
@@ -287,7 +294,7 @@ def _checkpoints(
         raise ValueError(
             f"run {run.path.name} changed weights outside of its region; delete {run.path} and"
             " compute it anew")
-    values, why = measures(points, rule, rule_mu95)
+    values, why = measures(points, options)
     full = judged_in_full(points)
     for name, rows in (('FS', points), ('RS', points), ('MU', full), ('FQ', full)):
         values |= {f'{name}_start': at(rows, name, 0), f'{name}_end': at(rows, name, -1)}
@@ -320,14 +327,15 @@ class Runs(Saved):
         self,
         rule:str='trapezoid', # how AUES integrates
         rule_mu95:str='first_crossing', # where MU95 reads forget quality
-        shown:tuple[str, ...]=('AUES', 'MU95'), # measures whose reasons, where undefined, are kept
-    ): # pandas.DataFrame, a row a run: AUES, MU95, by all rules, FS_start … FQ_end, result.json
+        shown:tuple[str, ...]=(), # summaries whose reasons, where undefined, are kept; (): all
+    ): # pandas.DataFrame, a row a run: summaries, by all rules, FS_start … FQ_end, result.json
         "Measure how each run trades retention for forgetting"
         self.undefined.clear()
-        rows = iter(self.done)
+        rows, shown = iter(self.done), shown or [*summaries()]
+        options = {'AUES': {'rule': rule}, 'MU95': {'rule': rule_mu95}}
         def measure(run):
             place = dict(zip(self.names, next(rows)))
-            values, why = _checkpoints(run, rule, rule_mu95)
+            values, why = _checkpoints(run, options)
             seed = f"seed {place.pop('seed', 0)}"
             for name in shown:
                 if name in why: self.undefined[*place.values(), seed, name] = why[name]
