@@ -19,7 +19,7 @@ from pathlib import Path
 from .arguments import checked
 from . import register
 from .progress import report
-from .runs import machines
+from .runs import computed_text, machines
 from .statistics import DASH, noted
 
 # %% ../nbs/16_figures.ipynb #7f560b8a
@@ -79,9 +79,10 @@ def look():
         for letter, color in letters.items(): colorConverter.colors[letter] = color
 
 # %% ../nbs/16_figures.ipynb #0b64a735
-def _note_machine(out:str|Path, name:str)->None: # folder; figure or table
+def _note_machine(out:str|Path, name:str, about:dict)->None: # folder; figure or table
     "Say in machine.json which kind of machine a figure or table comes from"
-    path, kind = Path(out) / 'machine.json', ' and '.join(machines())
+    kinds = sorted({one['machine'] for one in about.get('computed', [])}) or machines()
+    path, kind = Path(out) / 'machine.json', ' and '.join(kinds)
     try: known = json.loads(path.read_text('utf-8'))
     except (OSError, ValueError): known = {}
     if not isinstance(known, dict): known = {}
@@ -105,7 +106,7 @@ def save_figure(
     write_whole(Path(out) / f'{name}.csv', data.to_csv(index=False, lineterminator='\n'))
     write_whole(
         Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
-    _note_machine(out, name)
+    _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '.{svg,pdf,csv,json}')
 
 # %% ../nbs/16_figures.ipynb #01fc2c27
@@ -158,7 +159,7 @@ def save_table(
     }
     for suffix, content in contents.items():
         write_whole(Path(out) / f'{name}{suffix}', content)
-    _note_machine(out, name)
+    _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')
 
 # %% ../nbs/16_figures.ipynb #f16a0002
@@ -315,6 +316,7 @@ def save(
     about = noted(
         study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why
     )
+    if behind := computed_text(about.get('computed', [])): print(behind)
     if hasattr(what, 'savefig'): return save_figure(what, study.folder, name, data, about)
     table = printed(what.fillna(DASH))
     save_table(table.to_dict('records'), study.folder, name, data, about)
