@@ -173,9 +173,10 @@ def label(
     return register.label(kind, name) if kind in register.METHODS else name
 
 def printed(table): # table: pandas.DataFrame of strings; gives the same
-    "Put names in print in the columns of a table that hold models, objectives and localizers"
-    found = {name: table[name].map(lambda x, name=name: label(name, x))
-             for name in ('arch', 'objective', 'localizer') if name in table}
+    "Put names in print in the columns that hold models, objectives, localizers and summaries"
+    kinds = {name: name for name in ('arch', 'objective', 'localizer')} | {'metric': 'summary'}
+    found = {name: table[name].map(lambda x, kind=kind: label(kind, x))
+             for name, kind in kinds.items() if name in table}
     return table.assign(**found).rename(columns={'arch': 'model', 'localizer': 'region'})
 
 # %% ../nbs/16_figures.ipynb #f16a0005
