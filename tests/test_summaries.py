@@ -1,6 +1,6 @@
 """A summary that a user registers stands in the tables that compare arms, with its own margin; a
 table says which devices and versions computed its runs, wherever it is rendered."""
-import contextlib, hashlib, io, json, os, re, warnings
+import contextlib, hashlib, io, json, re, warnings
 from pathlib import Path
 
 import matplotlib; matplotlib.use("agg")
@@ -81,6 +81,12 @@ def test_what_is_no_number_is_said(value, says):
     values, why = measures(POINTS)
     assert np.isnan(values["odd"]) and why == {"odd": "odd gives NaN"}
 
+def test_the_list_names_them(plugged, tmp_path):
+    from unloc.cli import _methods_shown
+    lines = [line.split() for line in _methods_shown(tmp_path)]
+    assert ["summary", "a_deepest", "deepest", "FS", "mine.py"] in lines
+    assert ["summary", "MU95", "MU95", "unloc.methods.mu95"] in lines
+
 # --- margins
 
 def pairs(**outcomes):
@@ -131,8 +137,8 @@ def test_an_outcome_of_nobody_is_one_line():
 def test_no_page_repeats_a_margin():
     for path in NBS.glob("[23][0-9]_*.ipynb"):
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        named = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-        lines = [line for line in named[0].split("\n") if line.startswith("margin")]
+        own, = (c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))
+        lines = [line for line in "".join(own).split("\n") if line.startswith("margin")]
         assert not [line for line in lines if not line.startswith("margins: dict = {}")], path.stem
     summaries_of = {name: m.about["margin"] for name, m in methods("summary").items()}
     assert summaries_of == {"AUES": .02, "MU95": 1.}
