@@ -66,7 +66,7 @@ def test_list(checkout):
     for name in NOTEBOOKS:
         promise = "".join(json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text("utf-8"))["cells"][0]["source"]).split("\n> ")[1].split("\n")[0]
         assert promise in " ".join(out.split())
-    for kind, name, label in (("localizer", "wanda", "Wanda"), ("objective", "npo", "NPO"), ("retain", "nll", "NLL")):
+    for kind, name, label in (("localizer", "wanda", "Wanda"), ("objective", "npo", "NPO"), ("retain", "nll", "NLL"), ("summary", "AUES", "AUES"), ("summary", "MU95", "MU95")):
         assert re.search(rf"^  {kind} +{name} +{label} +unloc\.methods\.\w+$", out, re.M), name
     assert max(map(len, out.splitlines())) <= 120
 
@@ -173,7 +173,7 @@ def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
 
 def test_the_plan_of_what_is_done(smoke):
     before = files(smoke.out, smoke.store)
-    code, out, err = smoke.call("plan", "--profile", "smoke", "--set", "margin=0.05")
+    code, out, err = smoke.call("plan", "--profile", "smoke", "--set", 'margins={"AUES": 0.05}')
     assert code == 0 and err == "" and out.split("\n")[0] == "profile smoke: 13 notebooks, 228 runs, 0 to do" and out.endswith("everything is there\n") and files(smoke.out, smoke.store) == before
     code, out, err = smoke.call("plan", "--profile", "cost", "--only", "40_cost")
     assert code == 0 and out == "profile cost: 1 notebooks, 0 runs, 0 to do\neverything is there\n"
@@ -191,7 +191,7 @@ EARLY = {
     "profile": (["--profile", "tinny"], r"unknown profile 'tinny'; did you mean 'tiny'\? \(known: smoke, tiny"), "notebook": (["--only", "tabel2"], "unknown notebook 'tabel2'"),
     "notebook of a module": (["--only", "10_training"], "unknown notebook '10_training'"), "one of two notebooks": (["--only", "trajectories", "curves"], "unknown notebook 'curves'"),
     "parameter": (["--set", "seed=3"], "unknown parameter in --set 'seed'; did you mean 'seeds'"), "type": (["--set", 'seeds="3"'], "parameter seeds of .* must be of type int, got '3'"),
-    "float for int": (["--set", "seeds=2.5"], "must be of type int, got 2.5"), "bool for int": (["--set", "seeds=true"], "must be of type int, got True"), "null": (["--set", "margin=null"], "must be of type float, got None"),
+    "float for int": (["--set", "seeds=2.5"], "must be of type int, got 2.5"), "bool for int": (["--set", "seeds=true"], "must be of type int, got True"), "null": (["--set", "swapped=null"], "must be of type float, got None"),
     "list for dict": (["--set", 'unlearn=["wga"]'], r"unlearn of .* must be of type dict, got \['wga'\]"), "text": (["--set", "device=cpu"], "--set: device is not JSON"), "not a pair": (["--set", "seeds"], "--set takes NAME=JSON, got 'seeds'"),
     "no jobs": (["--only", "22_trajectories", "--jobs", "0"], "--jobs must be at least 1, got 0"), "less than no jobs": (["--jobs", "-2"], "--jobs must be at least 1, got -2")}
 
@@ -301,8 +301,8 @@ def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(monkeypatch, 
     given = []
     monkeypatch.setattr(cli, "_execute", lambda notebook, copy, values: given.append(values))
     place = ["--out", str(tmp_path / "o"), "--store", str(tmp_path / "s")]
-    assert cli.main(["reproduce", "--profile", "tofu", "--only", "21_oracle_random", "--set", "seeds=7", "--set", "margin=0.5", *words, *place]) == 0
-    assert [(v["jobs"], v["seeds"], v["margin"]) for v in given] == [(jobs, 7, .5)]
+    assert cli.main(["reproduce", "--profile", "tofu", "--only", "21_oracle_random", "--set", "seeds=7", "--set", 'margins={"MU95": 0.5}', *words, *place]) == 0
+    assert [(v["jobs"], v["seeds"], v["margins"]) for v in given] == [(jobs, 7, {"MU95": .5})]
 
 # --- a user's own methods, and what leaves nothing to show
 

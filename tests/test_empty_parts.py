@@ -95,7 +95,7 @@ def test_a_margin_is_refused_before_its_runs(n, name):
             "31",
             {"injected_rates": {"neuron": .5}},
             "parameter injected_rates: unknown name 'neuron'"),
-        ("29", {"margins": {"lens": .5}}, "parameter margins lacks depth, probe"),
+        ("29", {"margins": {"lens": .5}}, "parameter margins: unknown outcome 'lens'; known: AUES"),
         (
             "21",
             {"unlearn": "wga"},
@@ -297,7 +297,7 @@ def test_a_run_that_diverges_costs_its_own_row(place):
     wild = PARAMETERS["21"]["unlearn"] | {"ga": {"lr": 1e30, "epochs": 2}}
     said, out = page(place, "21", "wild", unlearn=wild)
     assert said.count(") diverged: ") == 6
-    assert said.count("\n") == 6
+    assert said.count("\n") == 7 and said.count("\nruns: ") == 1
     assert "(unlearn, llama, ga, Oracle, 0)" in said
     found = table(out, "table2_oracle_random")
     rows = {(row["objective"], row["metric"]): row for row in found["rows"]}
@@ -439,7 +439,7 @@ def test_an_undefined_measure_has_its_reason_and_leaves_the_other(change, name, 
     assert values[other] == measures(POINTS)[0][other] and other not in why
 
 def test_measures_are_the_pure_functions():
-    values, why = measures(POINTS, "step", "best")
+    values, why = measures(POINTS, {"AUES": {"rule": "step"}, "MU95": {"rule": "best"}})
     assert not why
     assert values == {
         "AUES": aues(POINTS.FS, POINTS.RS, "step"),
@@ -450,7 +450,7 @@ def test_measures_are_the_pure_functions():
     values, why = measures(
         pd.DataFrame(
             {"FS": [1., .9, .2], "RS": [.1, .5, .9], "MU": [.5] * 3, "FQ": [-1.] * 3}),
-        "raw")
+        {"AUES": {"rule": "raw"}})
     assert list(why) == ["AUES"] and "RS rises" not in values
 
 def test_a_comparison_uses_the_pairs_there_are():

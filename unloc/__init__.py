@@ -16,12 +16,14 @@ Modules:
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.many`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
+- `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
+- `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words

@@ -7,18 +7,19 @@ The manuscript reads those files, so no number in it is typed by hand."""
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'CONVENTIONS', 'write_whole', 'set_look', 'look', 'save_figure', 'latex_table',
-           'save_table', 'label', 'printed', 'conventions', 'pairs_told', 'save', 'heatmap', 'tradeoff_panels',
-           'interval_plot']
+           'save_table', 'label', 'printed', 'conventions', 'pairs_told', 'of_summaries', 'save', 'heatmap',
+           'tradeoff_panels', 'interval_plot']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
 from .arguments import checked
 from . import register
 from .progress import report
-from .runs import machines
+from .runs import computed_text, machines
 from .statistics import DASH, noted
 
 # %% ../nbs/16_figures.ipynb #7f560b8a
@@ -70,9 +71,10 @@ def look():
         for letter, color in letters.items(): colorConverter.colors[letter] = color
 
 # %% ../nbs/16_figures.ipynb #0b64a735
-def _note_machine(out:str|Path, name:str)->None: # folder; figure or table
+def _note_machine(out:str|Path, name:str, about:dict)->None: # folder; figure or table
     "Say in machine.json which kind of machine a figure or table comes from"
-    path, kind = Path(out) / 'machine.json', ' and '.join(machines())
+    kinds = sorted({one['machine'] for one in about.get('computed', [])}) or machines()
+    path, kind = Path(out) / 'machine.json', ' and '.join(kinds)
     try: known = json.loads(path.read_text('utf-8'))
     except (OSError, ValueError): known = {}
     if not isinstance(known, dict): known = {}
@@ -96,7 +98,7 @@ def save_figure(
     write_whole(Path(out) / f'{name}.csv', data.to_csv(index=False, lineterminator='\n'))
     write_whole(
         Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
-    _note_machine(out, name)
+    _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '.{svg,pdf,csv,json}')
 
 # %% ../nbs/16_figures.ipynb #01fc2c27
@@ -149,7 +151,7 @@ def save_table(
     }
     for suffix, content in contents.items():
         write_whole(Path(out) / f'{name}{suffix}', content)
-    _note_machine(out, name)
+    _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')
 
 # %% ../nbs/16_figures.ipynb #f16a0002
@@ -163,9 +165,10 @@ def label(
     return register.label(kind, name) if kind in register.METHODS else name
 
 def printed(table): # table: pandas.DataFrame of strings; gives the same
-    "Put names in print in the columns of a table that hold models, objectives and localizers"
-    found = {name: table[name].map(lambda x, name=name: label(name, x))
-             for name in ('arch', 'objective', 'localizer') if name in table}
+    "Put names in print in the columns that hold models, objectives, localizers and summaries"
+    kinds = {name: name for name in ('arch', 'objective', 'localizer')} | {'metric': 'summary'}
+    found = {name: table[name].map(lambda x, kind=kind: label(kind, x))
+             for name, kind in kinds.items() if name in table}
     return table.assign(**found).rename(columns={'arch': 'model', 'localizer': 'region'})
 
 # %% ../nbs/16_figures.ipynb #f16a0005
@@ -180,9 +183,10 @@ CONVENTIONS = { # key: sentence, with a gap for each parameter of the study
     'forget quality': _TWO_SAMPLES,
     'model utility': 'harmonic mean of nine',
     'test': 'paired t, two-sided',
-    'equivalence': 'TOST, margin {margin:g}, alpha 0.05',
-    'equivalence MU95': 'TOST, margin {margin_mu95:g}, alpha 0.05',
-    'equivalence recovered': 'TOST, margin {margin_recovery:g} of what was forgotten, alpha 0.05',
+    'equivalence': 'TOST, margin {margins[AUES]:g}, alpha 0.05',
+    'equivalence MU95': 'TOST, margin {margins[MU95]:g}, alpha 0.05',
+    'equivalence recovered': (
+        'TOST, margin {margins[recovered]:g} of what was forgotten, alpha 0.05'),
     'pair': 'injection, target region, batch order',
     'pair of regions': 'original model, batch order',
     'learning rate': 'that of the objective, times that of arm_rates',
@@ -242,8 +246,8 @@ CONVENTIONS |= { # of what is still inside, and of doses and other injections
     'recall': 'share of the target region that the region holds; all regions have its size',
     'slope': (
         'from recall 0 to 1; least squares in each injection, mean over injections, two-sided'
-        ' t-test, Holm over all slopes; TOST: margin {margin:g} AUES and {margin_recovery:g} of'
-        ' what was forgotten'),
+        ' t-test, Holm over all slopes; TOST: margin {margins[AUES]:g} AUES and'
+        ' {margins[recovered]:g} of what was forgotten'),
     'mixed': (
         'one slope for all, an intercept for each injection, restricted maximum likelihood, normal'
         ' test, not adjusted'),
@@ -279,6 +283,15 @@ def pairs_told(
     return (f"Difference: {difference}; p: paired t, Holm over {family}; TOST: margin {margin}; "
             "detectable: the true difference found with power 0.8")
 
+# %% ../nbs/16_figures.ipynb #f16a0082
+def of_summaries(
+    margins:Mapping[str, float], # of the study, by outcome
+)->dict[str, str]: # name: sentence
+    "Define the summaries that are a user's own"
+    own = [m for m in register.methods('summary').values() if not m.own]
+    return {m.name: f"{m.label}{f' ({m.source})' if m.source else ''}; TOST, margin "
+        f"{margins[m.name]:g}, alpha 0.05" for m in own}
+
 # %% ../nbs/16_figures.ipynb #f16a0010
 def save(
     what, # matplotlib.figure.Figure; or pandas.DataFrame of strings, a table as it is printed
@@ -291,10 +304,12 @@ def save(
     **more, # whatever else the JSON file must hold
 ): # the table with names in print, for the page to show; of a figure None
     "Save a figure or a table with its data, its conventions and where it comes from"
-    found = conventions(says, study.values) | more.pop('conventions', {})
+    values = study.values | {'margins': study.margins}
+    found = conventions(says, values) | more.pop('conventions', {})
     about = noted(
         study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why
     )
+    if behind := computed_text(about.get('computed', [])): print(behind)
     if hasattr(what, 'savefig'): return save_figure(what, study.folder, name, data, about)
     table = printed(what.fillna(DASH))
     save_table(table.to_dict('records'), study.folder, name, data, about)

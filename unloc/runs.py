@@ -8,10 +8,11 @@ manifest whenever it is read. Entries that begin with an underscore say where to
 # %% auto #0
 __all__ = ['LIBRARIES', 'public', 'run_id', 'DamagedRun', 'left_behind', 'Run', 'check_run', 'in_rows', 'in_columns', 'cores',
            'processor', 'base_of', 'machines', 'libraries', 'Store', 'stages', 'groups_of', 'do_group',
-           'on_this_machine', 'sweep', 'finished', 'results']
+           'on_this_machine', 'computed_by', 'computed_text', 'sweep', 'finished', 'results']
 
 # %% ../nbs/14_runs.ipynb #324483cc
 import contextlib, errno, json, os, platform, sys, threading, time, warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -376,6 +377,24 @@ def _meet(store:Store, descriptions:list[dict], mixed:bool)->None:
         "or let them share a table: --set mixed=true")
     _met.update(there - {None})
     report(note=text) if os.environ.get('UNLOC_PROGRESS') else warnings.warn(text, stacklevel=3)
+
+# %% ../nbs/14_runs.ipynb #14a60002
+_UNSAID = 'a machine that was not recorded', 'versions that were not recorded'
+
+def computed_by(
+    store:Store,
+    descriptions:Iterable[dict], # of runs; those they build on are counted as well
+)->list[dict]: # machine, libraries, and runs: how many; the largest number first
+    "Count runs by what computed them, as each run says itself"
+    line = [d for stage in stages(descriptions) for d in stage if d in store]
+    kinds = (_made_by(store.root / run_id(d) / 'description.json') or _UNSAID for d in line)
+    found = sorted(Counter(kinds).items(), key=lambda one: (-one[1], one[0]))
+    return [{'machine': kind[0], 'libraries': kind[1], 'runs': n} for kind, n in found]
+
+def computed_text(found:list[dict])->str: # found: from computed_by; '' where it is empty
+    "Write in one line what computed runs"
+    def part(one): return f"{one['runs']} on {one['machine']} with {one['libraries']}"
+    return f"runs: {'; '.join(map(part, found))}" if found else ''
 
 # %% ../nbs/14_runs.ipynb #5b0c7d41
 _TOLD = 'arch', 'objective', 'localizer', 'arm', 'fraction', 'seed' # of a run that diverged
