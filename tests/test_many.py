@@ -1,12 +1,12 @@
 "Many runs in one pass give what each gives alone, whatever the objective, the architecture or the dtype; one that diverges ends alone, and nothing else moves."
 import copy
 import pytest, torch
-from unloc import evaluation, many, training
+from unloc import evaluation, many, many_descents, training
 from unloc.evaluation import Diverged, Probe, choices, evaluate, score
 from unloc.facts import author_world
-from unloc.many import (
-    bytes_of_a_run, evaluate_many, inject_many, runs_at_once, runs_that_fit, score_many, unlearn_many,
-    unlock_many)
+from unloc.many import evaluate_many, score_many, unlock_many
+from unloc.many_descents import (
+    bytes_of_a_run, inject_many, runs_at_once, runs_that_fit, unlearn_many)
 from unloc.masked import Neurons, put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model
 from unloc.register import METHODS, methods, objective, retain_term
@@ -147,7 +147,7 @@ def test_methods_of_your_own(own_methods):
         return Term([], value)
     model = small()
     chosen, how = regions(model, 4), [recipe("steered", retain="near", options={"way": 2.}), recipe("flipped", retain="none"), recipe("ga", retain="near"), recipe("npo", retain="near", alpha=.5)]
-    assert [len(many._check_recipes(model, GET, KEEP, [r], ())) for r in how] == [2 * 4, 3 * 4, 2 * 4, 2 * 4], "rows of a step"
+    assert [len(many_descents._check_recipes(model, GET, KEEP, [r], ())) for r in how] == [2 * 4, 3 * 4, 2 * 4, 2 * 4], "rows of a step"
     for k, result in enumerate(together(model, chosen, how, [3, 4, 5, 6])): close(result, alone(model, chosen[k], how[k], k + 3), 1e-10)
 
 def test_a_term_of_columns_alone_leaves_other_runs_alone(own_methods): # no loss reaches a layer through the model
@@ -161,7 +161,7 @@ def test_a_term_of_columns_alone_leaves_other_runs_alone(own_methods): # no loss
 
 def test_the_reference_is_computed_once_for_all(monkeypatch):
     model, asked = small(), []
-    monkeypatch.setattr(many, "_answers", lambda model, columns, asked_for, home, f=many._answers: (asked.append({k: len(v) for k, v in asked_for.items()}), f(model, columns, asked_for, home))[1])
+    monkeypatch.setattr(many_descents, "_answers", lambda model, columns, asked_for, home, f=many_descents._answers: (asked.append({k: len(v) for k, v in asked_for.items()}), f(model, columns, asked_for, home))[1])
     together(model, regions(model), recipe(epochs=1, batch_size=5), [3, 4, 5])
     first = asked[0]
     assert len(first) == 1 and 5 <= sum(first.values()) <= 10, "one run asks for all"
@@ -327,7 +327,7 @@ def test_leaving_by_an_error_leaves_the_model_whole():
 
 def test_a_moved_weight_is_noticed():
     model = small()
-    with pytest.raises(RuntimeError, match="the shared weights changed"), many._held_many(model, regions(model), [{}] * 3):
+    with pytest.raises(RuntimeError, match="the shared weights changed"), many_descents._held_many(model, regions(model), [{}] * 3):
         with torch.no_grad(): model.lm_head.weight[3, 3] += 1
 
 # --- how many fit, and what is refused
@@ -350,7 +350,7 @@ def test_too_little_memory_is_one_line():
 def test_at_once_is_decided_by_memory_before_anything_is_trained(monkeypatch):
     model, how = small(), recipe("ga", epochs=1)
     need = bytes_of_a_run(model, regions(model)[0], GET[:4])
-    monkeypatch.setattr(many, "_free_bytes", lambda device: 2.5 * need)
+    monkeypatch.setattr(many_descents, "_free_bytes", lambda device: 2.5 * need)
     before = weights(model)
     with pytest.raises(ValueError, match="give at_once=2"): together(model, regions(model), how, [1, 2, 3])
     assert same(before, weights(model))
@@ -359,15 +359,15 @@ def test_at_once_is_decided_by_memory_before_anything_is_trained(monkeypatch):
 def test_a_device_that_is_not_there(monkeypatch, found, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
-    with pytest.raises(ValueError, match=message): many.check_device(device)
+    with pytest.raises(ValueError, match=message): many_descents.check_device(device)
 
 def test_a_device_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
-    with pytest.raises(ValueError, match=r"cuda \(Old\) does not compute in bfloat16; load the model in float32"): many.check_device("cuda")
-    assert many.check_device("cuda", torch.float32) == torch.device("cuda") and many.check_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"cuda \(Old\) does not compute in bfloat16; load the model in float32"): many_descents.check_device("cuda")
+    assert many_descents.check_device("cuda", torch.float32) == torch.device("cuda") and many_descents.check_device("cpu") == torch.device("cpu")
 
 def test_wrong_inputs():
     model, how = small(), recipe("ga")

@@ -168,8 +168,8 @@ WIDTH = 100
 # Pages and tests that are still wide, or that have cells which are too long once re-flowed.
 # This list only shrinks: what has become narrow has to leave it.
 TO_BE_NARROWED = (
-    "00_register", "05_masked", "10_training", "11_many", "14_identity", "14_runs", "17_plan",
-    "31_injection", "40_cost", "steps/unlearn", "tests/test_answers",
+    "00_register", "05_masked", "10_training", "14_identity", "14_runs", "17_plan",
+    "31_injection", "steps/unlearn", "tests/test_answers",
     "tests/test_attacks", "tests/test_cli", "tests/test_doors", "tests/test_experiment",
     "tests/test_limits", "tests/test_machine", "tests/test_many", "tests/test_plan",
     "tests/test_ray", "tests/test_runs", "tests/test_second_python", "tests/test_state",

@@ -14,8 +14,10 @@ Modules:
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
-- `unloc.many`: Train many regions of one model at once, each as if it were alone
+- `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
+- `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
+- `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
@@ -53,6 +55,7 @@ Modules:
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
-- `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read"""
+- `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
 
 __version__ = "0.1.0"
