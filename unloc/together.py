@@ -17,7 +17,8 @@ import torch
 
 from . import steps, training
 from .evaluation import Diverged
-from .many import (_as_original, evaluate_many, inject_many, unlearn_many, unlock_many)
+from .many import evaluate_many, unlock_many
+from .many_descents import _as_original, inject_many, unlearn_many
 from .register import find
 from .runs import Run, base_of, run_id
 from .steps.common import above, ancestor, retained_model
