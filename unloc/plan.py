@@ -102,7 +102,7 @@ class Row:
     kind:str
     n:int=0
     missing:int=0 # not in the store yet
-    names:list=field(default_factory=list) # objectives, localizers or architectures
+    names:list=field(default_factory=list) # of methods, or architectures
     peak:float=0. # bytes that the largest takes
     seconds:float=0. # of all that are missing, one after the other
     disk:float=0. # bytes that they will keep
@@ -110,6 +110,12 @@ class Row:
 
 def _same(value, drop=('seed', 'arm', 'draw', '_source'), wide=('Projections', 'All weights')): # wide: arms that take more than the others
     return {k: _same(v) for k, v in value.items() if k not in drop or v in wide} if isinstance(value, dict) else value
+
+def _names(d:dict)->list[str]: # d: description
+    "Name the method of a run, or else its architecture, and the attacks and metrics that a profile adds"
+    own = d.get('objective') or d.get('localizer') or d.get('editor') or base_of(d)['arch']
+    more = d.get('attack', {}).get('attacks', {}) | d.get('evaluate', {}).get('metrics', {})
+    return [own, *more]
 
 def rows_of(
     descriptions:list[dict],
@@ -122,7 +128,7 @@ def rows_of(
     for d in (d for stage in stages(descriptions) for d in stage):
         row, own = rows.setdefault(d['kind'], Row(d['kind'])), models.get(run_id(base_of(d)))
         row.n += 1
-        if (name := d.get('objective') or d.get('localizer') or base_of(d)['arch']) not in row.names: row.names.append(name)
+        row.names += [name for name in _names(d) if name not in row.names]
         if d in store or store.lost(d): continue
         row.missing += 1
         if own is None: continue
