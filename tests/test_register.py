@@ -1,6 +1,6 @@
 """A method is what its decorator and signature say; a bad one, and a bad plugin, is one line that
 leaves nothing behind."""
-import functools, os, subprocess, sys, textwrap
+import functools, json, os, subprocess, sys, textwrap
 import pytest, torch
 from unloc import identity, register
 from unloc.identity import check_name, code_of
@@ -154,7 +154,7 @@ def lost(model, power:"Nowhere"=1.): "Score nothing" # noqa: F821
     (functools.partial(fine, forget=1), {}, "the localizer 'partial' cannot be called ''"),
     (3, {}, "the localizer is 3, which cannot be called; register a function"),
     (len, {}, "has no Python code to name its runs by; wrap it into a function of your own"),
-    (fine, {"name": "wagle"}, "the localizer 'wagle' is registered twice, here and in wagle.py")])
+    (fine, {"name": "wagle"}, "the localizer 'wagle' (test_register.py, line ")])
 def test_a_bad_method_is_one_line_and_is_not_registered(function, more, says):
     before = state()
     one_line(lambda: localizer(**{"label": "Mine"} | more)(function), says)
@@ -205,7 +205,8 @@ BAD = {
     "null bytes": ("x = '\0'", "fails: "),
     "a name twice": (GOOD, "the localizer 'plugged' is registered twice, here and in bad.py, line"),
     "a name of the package": ("localizer(label='x', name='wagle')(plugged)",
-        "the localizer 'wagle' is registered twice, here and in wagle.py, line"),
+        "the localizer 'wagle' (bad.py, line 3) has the name of the package's own "
+            "(unloc.methods.wagle); give yours another name"),
     "no docstring": ("@localizer(label='x')\n    def f(model): return 1", "lacks a docstring"),
     "no label": ("localizer(label='', name='g')(plugged)", "lacks a label"),
     "forgotten label": ("localizer()", "missing 1 required positional argument: 'label'"),
@@ -275,3 +276,117 @@ def test_an_installed_package_that_fails_is_named(tmp_path, guarded):
     last = done.stderr.splitlines()[-1]
     assert last == ("ValueError: the entry point mine = offering of the group unloc.methods fails: "
         "ModuleNotFoundError: No module named 'no_such_thing'; mend or remove that package")
+
+PACKAGE = { # of somebody else: file: text
+    "__init__.py": "",
+    "all.py": "from . import compass, needle",
+    "compass.py": """
+        from unloc.register import localizer
+        from .numbers import RATE
+        from . import lengths
+
+        @localizer(label='Compass')
+        def compass(model):
+            'Score value vectors by where they point'
+            from offering import late
+            return [late.last(lengths.length(x)) * RATE for x in model]
+    """,
+    "needle.py": GOOD.replace("plugged", "needle"),
+    "numbers.py": "RATE = 2 # a comment",
+    "lengths.py": "from .deeper import twice\ndef length(x): return twice(x)",
+    "deeper.py": "def twice(x): return 2 * x",
+    "late.py": "def last(x): return x",
+    "apart.py": "def nobody(): return 1"}
+
+NAMED = """if True:
+    import json
+    from unloc.identity import code_of, shipment
+    from unloc.register import find
+    used = code_of(localizer=('compass', 'needle'))
+    sent = [name for what, name in shipment().entries]
+    print(json.dumps([used, find('localizer', 'compass')(model=[1, 2]), sent]))
+"""
+
+class Installed:
+    "A package among others on the path, with the metadata that an installation writes"
+    def __init__(self, folder, guarded):
+        self.folder = folder
+        info = folder / "offering-1.0.dist-info"
+        info.mkdir(parents=True)
+        about = "Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n"
+        (info / "METADATA").write_text(about, "utf-8")
+        (info / "entry_points.txt").write_text("[unloc.methods]\nall = offering.all\n", "utf-8")
+        (folder / "offering").mkdir()
+        for name, text in PACKAGE.items(): self.write(name, text)
+        path = f"{folder}{os.pathsep}{guarded['PYTHONPATH']}"
+        self.env = guarded | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def write(self, name, text):
+        (self.folder / "offering" / name).write_text(textwrap.dedent(text), "utf-8")
+
+    def ask(self, text=NAMED, *words):
+        return subprocess.run([sys.executable, "-c", text, *words], env=self.env,
+            capture_output=True, encoding="utf-8")
+
+    def named(self): # digests by name, what the method gives, what is sent to workers
+        done = self.ask()
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, guarded):
+    return Installed(tmp_path_factory.mktemp("other") / "site-packages", guarded)
+
+@pytest.fixture(scope="module")
+def first(installed): return installed.named()
+
+@pytest.mark.parametrize("file, old, new", [
+    ("compass.py", "length(x))", "length(x) + 1)"), ("numbers.py", "= 2", "= 3"),
+    ("lengths.py", "return twice(x)", "return -twice(x)"), ("deeper.py", "2 *", "3 *"),
+    ("late.py", "return x", "return -x")])
+def test_a_helper_of_an_installed_method_is_part_of_its_name(installed, first, file, old, new):
+    assert old in PACKAGE[file] and first[1] == [4, 8]
+    installed.write(file, PACKAGE[file].replace(old, new))
+    try: used, given, _ = installed.named()
+    finally: installed.write(file, PACKAGE[file])
+    assert given != first[1] and used["localizer compass"] != first[0]["localizer compass"]
+    assert used["localizer needle"] == first[0]["localizer needle"], "another method of the package"
+
+def test_what_an_installed_method_does_not_import_is_no_part_of_its_name(installed, first):
+    installed.write("apart.py", "def nobody(): return 2")
+    installed.write("numbers.py", "'Numbers'\nRATE = 2")
+    installed.write("__init__.py", "VERSION = 2")
+    try: assert installed.named() == first
+    finally:
+        for name in ("apart.py", "numbers.py", "__init__.py"): installed.write(name, PACKAGE[name])
+
+DEMAND = """if True:
+    import json, sys
+    from unloc.identity import demand
+    demand({'kind': 'localize', 'code': json.loads(sys.argv[1])})
+"""
+
+def test_a_worker_finds_an_installed_method_by_itself_and_refuses_another(installed, first):
+    used = json.dumps(first[0])
+    assert first[2] == [] and installed.ask(DEMAND, used).returncode == 0
+    installed.write("deeper.py", "def twice(x): return 3 * x")
+    try: done = installed.ask(DEMAND, used)
+    finally: installed.write("deeper.py", PACKAGE["deeper.py"])
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: the localizer 'compass' of an installed package is not the one that the run "
+        "was described with; install the same on every node")
+    (installed.folder / "offering-1.0.dist-info").rename(installed.folder / "gone")
+    try: done = installed.ask(DEMAND, used)
+    finally: (installed.folder / "gone").rename(installed.folder / "offering-1.0.dist-info")
+    assert "this process does not know the localizer 'compass'" in done.stderr.splitlines()[-1]
+
+def test_a_plugin_is_named_by_the_constants_of_its_other_files(plugged, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for n in (1, 2):
+        (tmp_path / "unloc_test_rates.py").write_text(f"RATE = {n}\n", "utf-8")
+        sys.modules.pop("unloc_test_rates", None)
+        plugged(mine=f"from unloc_test_rates import RATE # {n}\n" + textwrap.dedent(GOOD))
+        found.append(code_of(localizer="plugged"))
+    sys.modules.pop("unloc_test_rates", None)
+    assert found[0] != found[1]

@@ -1,6 +1,6 @@
 """Somebody who has never seen the package's code adds methods and facts of their own, one file
 each, and finds them in plans, lists, runs and tables: with a checkout and from a wheel."""
-import csv, json, os, re, shutil, subprocess, sys
+import copy, csv, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -39,13 +39,57 @@ FILES = {
         def softly(run, facts):
             "Keep the answers of retain facts, less strictly"
             return Term([facts], lambda answers: .75 * objectives.nll(*answers))
+        """,
+    "my_editor.py": """
+        from unloc.change import Change
+        from unloc.masked import columns_of
+        from unloc.register import editor
+
+        @editor(label='Turning', passes=0)
+        def turning(model, region, share:float=1.):
+            "Point the value vectors of a region the other way"
+            values = columns_of(model, region).items()
+            return Change.of(model, {place: (i, (1 - 2 * share) * x) for place, (i, x) in values})
+        """,
+    "my_attack.py": """
+        from unloc.evaluation import score
+        from unloc.register import attack
+
+        @attack(label='whispering', passes=1)
+        def whisper(scene, strength:float=1.):
+            "Scale the value vectors of the first layer"
+            def known(model):
+                weight = model.model.layers[0].mlp.down_proj.weight
+                kept = weight.data.clone()
+                weight.data *= strength
+                try: return score(model, scene.forget).extraction_strength
+                finally: weight.data.copy_(kept)
+            return scene.measured({'': known})
+        """,
+    "my_metric.py": """
+        from unloc.register import metric
+
+        @metric(label='Weakest', margin=.1)
+        def weakest(measured, of:str='forget'):
+            "Measure the extraction strength of the fact that is known least"
+            return measured.scores[of].extraction_strength.min()
         """}
 PROFILE = """
 [strange]
 inherits = "smoke"
-notebooks = ["24_localization", "25_localizers"]
-plugins = ["my_localizer.py", "my_objective.py", "my_retain_term.py"]
+notebooks = ["21_oracle_random", "24_localization", "25_localizers", "27_arms", "28_recovery"]
+plugins = ["my_localizer.py", "my_objective.py", "my_retain_term.py", "my_editor.py",
+    "my_attack.py", "my_metric.py"]
 data = {"name": "file", "path": "my_facts.jsonl"}
+evaluate = {"retain": 20, "utility": 4, "max_new_tokens": 16, "full_every": 2,
+    "metrics": {"weakest": {"of": "retain"}}}
+unlearn = {"wga": {"lr": 0.005, "epochs": 1}}
+seeds = 2
+attacked_unlearn = {"wga": {"lr": 0.005, "epochs": 1}}
+attacked_seeds = 2
+arms = ["Oracle", "turning(share=0.5)"]
+attack = {"level": 0, "usual": false, "attacks": {"whisper": {"strength": 2}}}
+retention = {}
 scored = ["random", "weight_norm", "shortest"]
 localization_seeds = 1
 localizers = ["shortest"]
@@ -54,6 +98,12 @@ localized_unlearn = {
     "doubt": {"lr": 0.005, "epochs": 1, "beta": 0.25}}
 localizer_seeds = 3
 own_units = {}
+"""
+ALONE = [sys.executable, "-c", "from unloc.cli import main; raise SystemExit(main())"]
+DRIVER = """if True:
+    import json, sys
+    from unloc.cli import main
+    for line in sys.stdin: print(chr(0), main(json.loads(line)), flush=True)
 """
 TABLES = "localization", "table1_localizers_data", "table1_localizers"
 
@@ -106,6 +156,27 @@ class Project:
     def rows(self, name):
         with self.csv(name).open(encoding="utf-8") as file: return list(csv.DictReader(file))
 
+class Session:
+    "One process that does several commands, so that it imports once"
+    def __init__(self, project):
+        env, pipe = project.env, subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=project.root, env=env,
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
+
+    def do(self, *words):
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+        said = []
+        while not (line := self.process.stdout.readline()).startswith(chr(0)):
+            assert line, (words, said)
+            said.append(line)
+        assert int(line[1:]) == 0, (words, said)
+        return "".join(said)
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
 def described(folder):
     return json.loads((folder / "description.json").read_text("utf-8"))["description"]
 
@@ -113,8 +184,30 @@ def of(runs, **fields): # names of the runs whose descriptions have some fields
     return {name for name, d in runs.items() if all(d.get(k) == x for k, x in fields.items())}
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, guarded, command):
-    return Project(tmp_path_factory.mktemp("strangers"), [str(command)], guarded)
+def wheel(tmp_path_factory, command): # command: skips where there is none
+    "Install the package as a wheel into a folder; None where no wheel can be made"
+    source, to = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "setup.py", "settings.ini", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("unloc", "nbs"): shutil.copytree(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
+        return None
+    where = ["--wheel-dir", str(source / "dist")]
+    alone = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", ".", *alone, "--no-build-isolation", *where], cwd=source,
+        check=True, capture_output=True)
+    made, = (source / "dist").glob("unloc-*.whl")
+    subprocess.run([*pip, "install", *alone, "--target", str(to), str(made)], check=True,
+        capture_output=True)
+    return to
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, guarded, command, wheel): # without a checkout where that can be
+    folder = tmp_path_factory.mktemp("strangers")
+    if wheel is None: return Project(folder, [str(command)], guarded)
+    path = os.pathsep.join([str(wheel), guarded["PYTHONPATH"].split(os.pathsep)[0]])
+    return Project(folder, ALONE, guarded | {"PYTHONPATH": path})
 
 @pytest.fixture(scope="module")
 def planned(project): return project.profile("plan", "--jobs", "2")
@@ -137,27 +230,42 @@ def test_the_list_shows_them_with_their_files(project):
         ("localizer", "shortest", "Shortest", "my_localizer.py"),
         ("objective", "doubt", "Doubt", "my_objective.py"),
         ("retain", "softly", "Soft NLL", "my_retain_term.py"),
+        ("editor", "turning", "Turning", "my_editor.py"),
+        ("attack", "whisper", "whispering", "my_attack.py"),
+        ("metric", "weakest", "Weakest", "my_metric.py"),
         ("localizer", "loudest", "Loudest", "my_methods.py"), # from unloc init
         ("localizer", "weight_norm", "Weight norm", "unloc.methods.weight_norm"),
     ): assert re.search(rf"^  {kind} +{name} +{label} +{re.escape(file)}$", said, re.M), name
-    assert re.search(r"^  strange +notebooks: 24_localization, 25_localizers$", said, re.M)
+    assert re.search(r"^  strange +notebooks: 21_oracle_random, 24_localization, ", said, re.M)
     assert max(map(len, said.splitlines())) <= 120
 
 def test_the_plan_counts_them_before_anything_is_there(project, planned):
-    assert planned.startswith("profile strange: 2 notebooks, 23 runs, 23 to do, 2 at a time\n")
+    assert planned.startswith("profile strange: 5 notebooks, 40 runs, 40 to do, 2 at a time\n")
     assert re.search(r"^  localize +\d+/\d+ .*shortest", planned, re.M)
-    assert re.search(r"^  unlearn +12/12 .*wga, doubt", planned, re.M)
+    assert re.search(r"^  unlearn +18/18 .*wga, doubt", planned, re.M)
+    assert re.search(r"^  edit +2/2 .*turning\(share=0.5\)$", planned, re.M)
+    assert re.search(r"^  attack +6/6 .*whisper$", planned, re.M)
+    assert re.search(r"^  judge +1/1 .*weakest$", planned, re.M)
     assert f"your own, from {project.root / 'my_facts.jsonl'}" in planned
     assert planned.endswith("everything is there and fits\n")
 
 def test_runs_are_described_with_them(computed):
-    assert len(computed) == 23 and len(of(computed, kind="base")) == 1
+    assert len(computed) == 40 and len(of(computed, kind="base")) == 1
     assert len(of(computed, kind="unlearn", objective="doubt")) == 6
     for name in of(computed, kind="unlearn", objective="doubt"):
         code, recipe = computed[name]["code"], computed[name]["recipe"]
         assert {"objective doubt", "retain softly"} <= code.keys() and recipe["beta"] == .25
     for name in of(computed, kind="localize", localizer="shortest"):
         assert "localizer shortest" in computed[name]["code"]
+    for name in of(computed, kind="edit", editor="turning(share=0.5)"):
+        assert "editor turning(share=0.5)" in computed[name]["code"]
+    for name in of(computed, kind="attack"):
+        assert computed[name]["attack"]["attacks"] == {"whisper": {"strength": 2.}}
+        assert [key for key in computed[name]["code"] if key.startswith("attack ")] == [
+            "attack whisper"]
+    judged = computed[of(computed, kind="judge").pop()]
+    assert judged["evaluate"]["metrics"] == {"weakest": {"of": "retain"}}
+    assert "metric weakest" in judged["code"]
     base = computed[of(computed, kind="base").pop()]
     assert base["data"]["name"] == "file" and len(base["data"]["sha256"]) == 64
 
@@ -174,25 +282,59 @@ def test_tables_show_them(drawn):
     precision = {name: float(row["average_precision"]) for name, row in of_norm.items()}
     assert precision["shortest"] < precision["weight_norm"], "each is the other, upside down"
 
+def test_an_editor_is_an_arm_among_others(drawn):
+    table, data = drawn.rows("table4_arms"), drawn.rows("table4_arms_data")
+    assert [(row["metric"], row["arm"]) for row in table] == [
+        (metric, arm) for metric in ("AUES", "MU95") for arm in ("Oracle", "turning(share=0.5)")]
+    assert len(data) == 4 and all(re.match(r"-?\d", row["value"]) for row in table)
+    ends = {row["arm"]: row["RS_end"] for row in data}
+    assert ends["Oracle"] != ends["turning(share=0.5)"]
+
+def test_an_attack_is_a_row_of_what_comes_back_of_all_arms(drawn):
+    assert {row["attack"] for row in drawn.rows("table3_recovery")} == {"whispering"}
+    data = drawn.rows("table3_recovery_data")
+    assert {row["arm"] for row in data} == {"Oracle", "turning(share=0.5)", "Restore"}
+    assert len(data) == 6
+    for row in data: # of Restore no control is attacked
+        assert re.match(r"-?\d", row["original"]) or row["arm"] == "Restore"
+
+def test_a_metric_is_a_row_of_the_pairs(drawn):
+    table = drawn.rows("table2_oracle_random")
+    assert [row["metric"] for row in table] == ["AUES", "MU95", "Weakest"]
+    assert re.match(r"\d", table[-1]["Oracle"]) and "→" in table[-1]["FS or FQ"]
+    about = json.loads(drawn.csv("table2_oracle_random").with_suffix(".json").read_text("utf-8"))
+    assert "±0.1 Weakest" in about["caption"]
+
+@pytest.fixture(scope="module")
+def session(drawn):
+    yield (session := Session(drawn))
+    session.end()
+
 @pytest.mark.parametrize("file, old, new, again", [
     ("my_localizer.py", "return torch.stack([-x.norm", "return torch.stack([-2 * x.norm",
         dict(localize=2, unlearn=6)),
     ("my_objective.py", "lambda answers: -beta", "lambda answers: -2 * beta", dict(unlearn=6)),
-    ("my_retain_term.py", ".75 *", ".5 *", dict(unlearn=6))])
-def test_an_edited_method_renames_its_own_runs_and_no_other(drawn, file, old, new, again):
+    ("my_retain_term.py", ".75 *", ".5 *", dict(unlearn=6)),
+    ("my_editor.py", "2 * share", "3 * share", dict(edit=2, attack=2)),
+    ("my_attack.py", "layers[0]", "layers[1]", dict(attack=6)),
+    ("my_metric.py", ".min()", ".max()",
+        dict(judge=1, inject=4, teach=1, localize=7, unlearn=18, edit=2, attack=6))])
+def test_an_edited_method_renames_its_own_runs_and_no_other(
+    drawn, session, file, old, new, again):
+    profile = "--profile", "strange", "--jobs", "2"
     before, times = drawn.runs(), drawn.changed()
     drawn.write(file, FILES[file], old, new)
     try:
-        planned = drawn.profile("plan", "--jobs", "2")
-        assert f"23 runs, {sum(again.values())} to do" in planned
-        drawn.profile("run", "--jobs", "2")
+        planned = session.do("plan", *profile)
+        assert f"40 runs, {sum(again.values())} to do" in planned
+        session.do("run", *profile)
     finally: drawn.write(file, FILES[file])
     now = drawn.runs()
     assert now.keys() > before.keys() and drawn.changed().items() >= times.items()
     fresh = {name: d for name, d in now.items() if name not in before}
     assert {kind: len(of(fresh, kind=kind)) for kind in again} == again
     assert len(fresh) == sum(again.values()), "nothing else, and the base not"
-    assert ", 0 to do" in drawn.profile("plan"), "as it was, all is there"
+    assert ", 0 to do" in session.do("plan", *profile), "as it was, all is there"
 
 def test_comments_and_other_methods_rename_nothing(drawn):
     name = "my_objective.py"
@@ -215,41 +357,28 @@ def test_a_mistake_is_one_line_that_names_the_file(drawn, file, old, new, says):
     assert file in found.stderr and says in found.stderr and "Traceback" not in found.stderr
     assert says in " ".join(listed.split()) and "weight_norm" in listed, "the others are shown"
 
-# --- without a checkout
+# --- with a checkout
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "Install the package as a wheel into a folder"
-    source, to = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("pyproject.toml", "setup.py", "settings.ini", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("unloc", "nbs"): shutil.copytree(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
-        pytest.skip("there is no pip beside this interpreter")
-    where = ["--wheel-dir", str(source / "dist")]
-    alone = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", ".", *alone, "--no-build-isolation", *where], cwd=source,
-        check=True, capture_output=True)
-    made, = (source / "dist").glob("unloc-*.whl")
-    subprocess.run([*pip, "install", *alone, "--target", str(to), str(made)], check=True,
-        capture_output=True)
-    return to
-
-def test_the_same_from_a_wheel(drawn, wheel, tmp_path, guarded):
-    path = os.pathsep.join([str(wheel), guarded["PYTHONPATH"].split(os.pathsep)[0]])
-    command = [sys.executable, "-c", "from unloc.cli import main; raise SystemExit(main())"]
-    other = Project(tmp_path, command, guarded | {"PYTHONPATH": path})
+def checkout(drawn, wheel, command, guarded): # the same folder, by a command of the checkout
+    if wheel is None: pytest.skip("no wheel can be made beside this interpreter")
     where = [sys.executable, "-c", "import unloc; print(unloc.__file__)"]
     found = subprocess.run(
-        where, cwd=other.root, env=other.env, capture_output=True, encoding="utf-8")
-    assert Path(found.stdout.strip()).is_relative_to(wheel), found
-    assert " my_localizer.py\n" in other.do("list")
-    other.profile("run", "--jobs", "2")
-    other.profile("reproduce", "--jobs", "2")
-    runs = other.runs()
-    assert len(runs) == 23 and runs.keys() <= drawn.runs().keys(), "the same names"
-    for name in TABLES: assert other.csv(name).read_bytes() == drawn.csv(name).read_bytes(), name
+        where, cwd=drawn.root, env=drawn.env, capture_output=True, encoding="utf-8")
+    assert Path(found.stdout.strip()).is_relative_to(wheel), "all above is done by the wheel"
+    other = copy.copy(drawn)
+    other.command, other.env = [str(command)], drawn.env | {"PYTHONPATH": guarded["PYTHONPATH"]}
+    return other
+
+def test_a_checkout_gives_the_same_runs_and_tables(drawn, checkout, tmp_path):
+    some = "--only", "24_localization", "25_localizers", "--jobs", "2"
+    checkout.profile("reproduce", *some, "--store", str(tmp_path / "r"), "--out", str(tmp_path))
+    before, found = drawn.runs(), [f for f in (tmp_path / "r").iterdir() if f.name != "locks"]
+    assert len(found) == 23 and {f.name for f in found} <= before.keys(), "the same names"
+    for name in TABLES:
+        mine = tmp_path / "strange" / f"{name}.csv"
+        assert mine.read_bytes() == drawn.csv(name).read_bytes(), name
+    assert "40 runs, 0 to do" in checkout.profile("plan"), "those of all other methods as well"
 
 def test_nobody_asked_the_network(drawn, guarded):
     assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec, module_from_spec, resolve_name
 from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -98,9 +98,10 @@ def check_name(
 _SHELVES = 'site-packages', 'dist-packages'
 
 def _of_library(name:str)->bool: # name: of a module
-    "Say whether a module is the package's own, Python's or an installed one"
+    "Say whether a module is the package's own, Python's or an installed one that offers nothing"
     top = name.partition('.')[0]
     if top == 'unloc' or top in sys.stdlib_module_names and top != '__main__': return True
+    if top in methods.offered(): return False
     file = getattr(sys.modules.get(name), '__file__', None)
     return bool(file) and any(part in _SHELVES for part in Path(file).parts)
 
@@ -109,6 +110,37 @@ def _file_of(name:str)->Path|None: # of a user's module that can be imported
     file = getattr(module, '__file__', None)
     if name == '__main__' or not file or not file.endswith('.py') or _of_library(name): return None
     return Path(file) if Path(file).is_file() else None
+
+# %% ../nbs/14_identity.ipynb #c17e0a52
+def _on_shelf(top:str)->bool: # top: a module without dots
+    "Say whether an installed library has a module, imported or not"
+    if top in sys.modules: return _of_library(top)
+    if top in sys.stdlib_module_names or top in methods.offered(): return top not in methods.offered()
+    spec = find_spec(top)
+    places = [spec.origin or '', *(spec.submodule_search_locations or ())] if spec else []
+    return not places or any(shelf in Path(place).parts for place in places for shelf in _SHELVES)
+
+def _text_of(name:str)->bytes|None: # None: it is no file of a user's
+    "Read the text of a user's module, imported or not"
+    module = sys.modules.get(name)
+    if hasattr(module, '__unloc_text__'): return module.__unloc_text__
+    if module is not None: return file.read_bytes() if (file := _file_of(name)) else None
+    try: spec = None if _on_shelf(name.partition('.')[0]) else find_spec(name)
+    except Exception: return None # no module, or one whose package fails
+    return Path(spec.origin).read_bytes() if spec and str(spec.origin).endswith('.py') else None
+
+def _imports_of(name:str, text:bytes)->list[str]: # sorted
+    "List the user's modules that a file imports, also inside functions"
+    package = name if hasattr(sys.modules.get(name), '__path__') else name.rpartition('.')[0]
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom) or node.level and not package: continue
+        start = resolve_name('.' * node.level + (node.module or ''), package or None)
+        for part in node.names:
+            inner = f'{start}.{part.name}'
+            found.add(inner if _text_of(inner) is not None else start)
+    return sorted(other for other in found if other != name and _text_of(other) is not None)
 
 # %% ../nbs/14_identity.ipynb #45d81ef9
 _FREE = bool, int, float, complex, str, bytes, type(None), type(...)
@@ -193,14 +225,13 @@ def _module(self, name):
     "Read a user's whole file, and the user's files that it imports"
     if name in self.modules: return
     self.modules.add(name)
-    module, file = sys.modules.get(name), _file_of(name)
-    digest = getattr(module, '__unloc_plugin__', None)
-    if not digest: digest = source_digest(file.read_bytes()) if file else name
-    self.lines.append(digest)
-    if digest == name: return
-    for x in list(vars(module).values()):
+    module, text = sys.modules.get(name), _text_of(name)
+    if text is None: return self.lines.append(name)
+    self.lines.append(getattr(module, '__unloc_plugin__', None) or source_digest(text))
+    for x in list(vars(module).values()) if module else ():
         other = x.__name__ if isinstance(x, ModuleType) else getattr(x, '__module__', None)
         if isinstance(other, str) and other != name and _file_of(other): self.module(other)
+    for other in _imports_of(name, text): self.module(other)
 
 def _type(self, x):
     self.lines.append(f'{x.__module__}.{x.__qualname__}')
@@ -437,12 +468,18 @@ class Shipment:
 def _here()->tuple: return os.getpid(), _MARK
 _MARK = os.urandom(8).hex()
 
+def _comes_along(entry)->bool: # a worker imports it itself, and compares its digest
+    "Say whether an entry is a method of an installed package that offers it"
+    if not isinstance(entry, Method): return False
+    return methods._written_in(entry.function).partition('.')[0] in methods.offered()
+
 def shipment()->Shipment:
     "Pack what a worker has to know"
     entries, unsendable = {}, {}
     for what in dict.fromkeys((*REGISTERS, *METHODS)):
         for name in list(_register(what) or ()):
             try:
+                if _comes_along(_register(what)[name]): continue
                 if not (digest := added(what, name)): continue
                 entries[what, name] = digest, _pickled(_register(what)[name])
             except Exception as error: unsendable[what, name] = ' '.join(str(error).split())[:200]
@@ -454,7 +491,7 @@ def _pickled(entry)->bytes:
     except ImportError: from joblib.externals import cloudpickle # joblib brought it along up to 1.5
     reader = _Reader()
     reader.read(entry)
-    mine = [sys.modules[name] for name in reader.modules if _file_of(name)]
+    mine = [sys.modules[name] for name in reader.modules if name in sys.modules and _file_of(name)]
     for module in mine: cloudpickle.register_pickle_by_value(module)
     try: return cloudpickle.dumps(entry)
     finally:
@@ -501,7 +538,10 @@ def _demand_method(what:str, name:str, digest:str)->None:
         "or let runs happen one at a time")
     if name not in entries and name not in names(what): raise ValueError(
         f"this process does not know the {what} {name!r}; {remedy(what, name)}")
-    if method_digest(what, whole) != digest: raise ValueError(f"the {what} {name!r} {_AGAIN}")
+    if method_digest(what, whole) == digest: return
+    if _comes_along(entries.get(name)): raise RuntimeError(f"the {what} {name!r} of an installed "
+        "package is not the one that the run was described with; install the same on every node")
+    raise ValueError(f"the {what} {name!r} {_AGAIN}")
 
 def demand(description:dict)->None:
     "Demand that this process computes a run by the code that it was described with"

@@ -15,6 +15,7 @@ from pathlib import Path
 from . import runs
 from .cluster import engine
 from .identity import written
+from .register import methods, registered_name
 from .runs import Run, Store, public
 from .together import together
 from .steps.attack import RELEARNING
@@ -89,7 +90,10 @@ def _names_for(page:dict)->dict: # parameter: the names that it may hold
     rules = {
         'rule': written('tradeoff', 'AUES_RULES'),
         'rule_mu95': written('tradeoff', 'MU95_RULES')}
-    choices = rules | {'arms': ARMS, 'arm_rates': ARMS, 'strongest': RELEARNING}
+    editors = methods('editor') # of an arm also with options, as in 'zeroing(keep=0.5)'
+    named = [x for x in page.get('arms', ()) if registered_name('editor', x) in editors]
+    arms = tuple(dict.fromkeys((*ARMS, *editors, *named)))
+    choices = rules | {'arms': arms, 'arm_rates': ARMS, 'strongest': RELEARNING}
     among = {
         'own_archs': 'archs',
         'share_archs': 'archs',

@@ -130,7 +130,7 @@ class Row:
     kind:str
     n:int=0
     missing:int=0 # not in the store yet
-    names:list=field(default_factory=list) # objectives, localizers or architectures
+    names:list=field(default_factory=list) # of methods, or architectures
     peak:float=0. # bytes that the largest takes
     seconds:float=0. # of all that are missing, one after the other
     disk:float=0. # bytes that they will keep
@@ -150,6 +150,12 @@ def _same(value):
     if not isinstance(value, dict): return value
     return {k: _same(v) for k, v in value.items() if k not in _ALIKE or v in _WIDE}
 
+def _names(d:dict)->list[str]: # d: description
+    "Name a run's method, or else its architecture, and the attacks and metrics that are added"
+    own = d.get('objective') or d.get('localizer') or d.get('editor') or base_of(d)['arch']
+    more = d.get('attack', {}).get('attacks', {}) | d.get('evaluate', {}).get('metrics', {})
+    return [own, *more]
+
 # %% ../nbs/17_plan.ipynb #c70811d0
 def rows_of(
     descriptions:list[dict],
@@ -163,8 +169,7 @@ def rows_of(
         kind, base = d['kind'], base_of(d)
         row, own = rows.setdefault(kind, Row(kind)), models.get(run_id(base))
         row.n += 1
-        name = d.get('objective') or d.get('localizer') or base['arch']
-        if name not in row.names: row.names.append(name)
+        row.names += [name for name in _names(d) if name not in row.names]
         if d in store or store.lost(d): continue
         row.missing += 1
         if own is None: continue

@@ -128,7 +128,7 @@ SHARED = { # parameter of the whole study: its type
     'localized_unlearn': dict, # the same, where localizers choose the region
     'attacked_archs': list, # model families that are attacked
     'attacked_unlearn': dict, # objective: its settings, where the runs are attacked
-    'arms': list, # names in unloc.steps.unlearn.ARMS
+    'arms': list, # names in unloc.steps.unlearn.ARMS, or of editors
     'arm_rates': dict, # arm: its learning rate, times that of the others
     'swapped': float, # of Corrupt: share of the target region's vectors that others stand in for
     'attack': dict, # FS at which arms are compared, and how they are attacked

@@ -9,8 +9,8 @@ a user's come from plugin files and from entry points of the group `unloc.method
 # %% auto #0
 __all__ = ['GIVEN', 'METHODS', 'RECOVERED', 'WATCHERS', 'Method', 'register', 'localizer', 'objective', 'retain_term', 'editor',
            'attack', 'metric', 'dataset', 'architecture', 'summary', 'source_digest', 'executed', 'execute_plugin',
-           'plugin_files', 'load_plugins', 'load', 'methods', 'at_hand', 'registered_name', 'decorator_of', 'find',
-           'label']
+           'plugin_files', 'load_plugins', 'offered', 'load', 'methods', 'at_hand', 'registered_name', 'decorator_of',
+           'find', 'label']
 
 # %% ../nbs/00_register.ipynb #269e0d37
 import ast
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -225,9 +225,7 @@ def register(
     name = name or getattr(function, '__name__', '')
     _demand_words(kind, name, function, label)
     options, before = _options_of(kind, function), METHODS[kind].get(name)
-    if before and not _replaces(function, before.function): raise ValueError(
-        f"the {kind} {name!r} is registered twice, here and in {_place(before.function)}; "
-        f"rename one of them ({_place(function)})")
+    if before and not _replaces(function, before.function): _refuse_name(before, function)
     if before and (file := _plugin(before.function)) != _plugin(function):
         _executed.pop(file, None) # to be executed when it is named again
     METHODS[kind][name] = Method(kind, name, label, function, source, about, options)
@@ -236,6 +234,15 @@ def register(
 def _demand_kind(kind:str)->None:
     if isinstance(kind, str) and kind in GIVEN: return
     raise ValueError(f"unknown kind of method {kind!r}; known: {', '.join(GIVEN)}")
+
+def _refuse_name(before:Method, function:Callable)->None:
+    "Refuse a second method of one name"
+    said, here = f"the {before.kind} {before.name!r}", _place(function)
+    if before.own and not _written_in(function).startswith('unloc.'): raise ValueError(
+        f"{said} ({here}) has the name of the package's own ({before.function.__module__}); "
+        "give yours another name")
+    raise ValueError(f"{said} is registered twice, here and in {_place(before.function)}; "
+        f"rename one of them ({here})")
 
 def _decorator(kind, **about):
     def decorate(function): return register(kind, function, **about)
@@ -367,7 +374,8 @@ def _module_for(file:str, content:bytes)->ModuleType:
     stem = ''.join(c if c.isalnum() else '_' for c in Path(file).stem)
     key = hashlib.sha256(file.encode() + b'|' + content).hexdigest()[:8]
     module = ModuleType(f'unloc_plugin_{stem}_{key}')
-    module.__file__, module.__unloc_plugin__ = file, source_digest(content)
+    module.__file__, module.__unloc_text__ = file, content
+    module.__unloc_plugin__ = source_digest(content)
     return module
 
 def execute_plugin(file:str, content:bytes)->None: # file: its name, for errors
@@ -405,13 +413,21 @@ def load_plugins()->None:
 
 # %% ../nbs/00_register.ipynb #e0c6215d
 @cache
+def _points()->tuple[EntryPoint, ...]: return tuple(entry_points(group='unloc.methods'))
+
+@cache
+def offered()->frozenset[str]:
+    "Name the installed packages that offer methods"
+    return frozenset(point.value.partition(':')[0].partition('.')[0] for point in _points())
+
+@cache
 def _load_package()->None:
     "Import the modules of unloc.methods, and what other packages offer"
     spec = find_spec('unloc.methods')
     places = list(spec.submodule_search_locations) if spec else []
     for module in sorted(m.name for m in pkgutil.iter_modules(places)):
         importlib.import_module(f'unloc.methods.{module}')
-    for point in entry_points(group='unloc.methods'):
+    for point in _points():
         try:
             with _whole(): point.load()
         except (Exception, SystemExit) as error:

@@ -27,12 +27,14 @@ from .statistics import number
 from .together import together
 from .steps.attack import attacking
 from .steps.base import base_models
+from .steps.common import above
+from .steps.edit import editing
 from .steps.inject import injection
 from .steps.judge import standard
 from .steps.localize import localization
 from .steps.supervise import supervision
 from .steps.teach import teaching
-from .steps.unlearn import localized_unlearning, unlearning
+from .steps.unlearn import ARMS, localized_unlearning, unlearning
 from .tradeoff import at, judged as judged_in_full, measures, summaries
 
 # %% ../nbs/19_study.ipynb #3f27f37e
@@ -131,6 +133,11 @@ class Origins(Settings):
         return Margins(self.values.get('margins', {}))
 
     @property
+    def added(self)->dict[str, float]: # metric that the profile adds: its margin
+        named = self.evaluate.get('metrics', {})
+        return {name: find('metric', name).about['margin'] for name in named}
+
+    @property
     def store(self)->runs.Store: return runs.Store(runs.in_checkout(self.values['store']))
 
     @property
@@ -166,8 +173,8 @@ class Descriptions(Origins):
 
     def arm(self, injected:dict, arm:str, objective:str)->dict:
         "Describe an arm's run at its own learning rate, and at the profile's share for Corrupt"
-        swapped = self.swapped if arm == 'Corrupt' else 0.
-        rate = self.arm_rates.get(arm, 1)
+        if arm not in ARMS: return editing(injected, arm) # an editor's change of the target region
+        rate, swapped = self.arm_rates.get(arm, 1), self.swapped if arm == 'Corrupt' else 0.
         return self.unlearning(injected, arm, objective, rate, swapped=swapped)
 
     def localization(self, origin:dict, localizer:str, seed:int=0)->dict:
@@ -296,7 +303,9 @@ def _checkpoints(
             " compute it anew")
     values, why = measures(points, options)
     full = judged_in_full(points)
-    for name, rows in (('FS', points), ('RS', points), ('MU', full), ('FQ', full)):
+    own = above(run.description, 'judge')['evaluate'].get('metrics', ())
+    whole = [(name, points) for name in ('FS', 'RS', *own)]
+    for name, rows in (*whole, ('MU', full), ('FQ', full)):
         values |= {f'{name}_start': at(rows, name, 0), f'{name}_end': at(rows, name, -1)}
     return values | {name: value for name, value in result.items() if name not in values}, why
 
