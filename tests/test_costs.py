@@ -5,7 +5,6 @@ import contextlib, copy, csv, json, statistics, subprocess, sys, weakref
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from unloc import measuring, ways
 from unloc.ways import OURS_NPO, USUAL, USUAL_NPO, random_batches, step_ways
 
@@ -91,6 +90,14 @@ def test_what_needs_too_much_is_tried_once():
     assert too_large == ["large"] and len(tried) == 1 and not measured
     with pytest.raises(ZeroDivisionError): take({"broken": broken})
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_waited_for_and_its_peak_is_counted():
+    x = torch.ones(1024, 1024, device="cuda")
+    found = measuring.timed(lambda: x @ x, "cuda")
+    assert found.seconds > 0 and found.peak_bytes >= x.nbytes + found.result.nbytes
+    assert measuring.device_text("cuda", 1) == torch.cuda.get_device_name("cuda")
+
 def test_a_second_model_is_freed_before_the_next_way(): # of masked NPO
     m, alive = model(), []
     def watched(x):
@@ -142,6 +149,8 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_page_gives_the_columns_and_rows_of_the_committed_figure(name, tmp_path, monkeypatch):
+    pytest.importorskip("seaborn", reason="pages draw")
+    if name == "40_cost": pytest.importorskip("peft", reason="the committed figure has adapters")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(NBS)
     threads, names = torch.get_num_threads(), {"__name__": "__main__"}
