@@ -13,6 +13,7 @@ Modules:
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
+- `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
@@ -51,7 +52,6 @@ Modules:
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
-- `unloc.together`: Runs of a sweep that share a model are computed in one pass where the device gains by it
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way

@@ -600,7 +600,7 @@ def compute(
     from unloc.plan import wanted
     from unloc.cluster import engine as chosen_engine
     from unloc.runs import Store, sweep
-    from unloc.together import together
+    from unloc.joint import together
     with (_engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)),
             Watch(root) as watch):
         lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}

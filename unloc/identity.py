@@ -362,7 +362,7 @@ methods.WATCHERS.append(_watch)
 
 # %% ../nbs/14_identity.ipynb #ac2b5f05
 APART = ('arguments', 'register', 'identity', 'settings', 'progress', 'project', 'runs',
-    'transport', 'cluster', 'together', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study', 'figures',
+    'transport', 'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study', 'figures',
     'cli') # no result depends on them
 _ROOT = Path(__file__).parent if '__file__' in globals() else Path(find_spec('unloc').origin).parent
 

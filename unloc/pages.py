@@ -17,7 +17,7 @@ from .cluster import engine
 from .identity import written
 from .register import methods, registered_name
 from .runs import Run, Store, public
-from .together import together
+from .joint import together
 from .steps.attack import RELEARNING
 from .steps.unlearn import ARMS
 

@@ -25,7 +25,7 @@ from .profiles import ALL, SHARED, known_name, overlaid, profiles, project_root
 from .register import find
 from .regions import Region
 from .statistics import number
-from .together import together
+from .joint import together
 from .steps.attack import attacking
 from .steps.base import base_models
 from .steps.common import above

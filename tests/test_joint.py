@@ -15,7 +15,7 @@ from unloc.steps.judge import standard
 from unloc.steps.localize import localization
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import localized_unlearning, unlearning
-from unloc.together import MOST, at_once, grouped, together
+from unloc.joint import MOST, at_once, grouped, together
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 2}
 SHAPE = {"d_model": 48, "n_layers": 2, "d_ff": 256, "n_heads": 2, "vocab_size": 400}
@@ -138,7 +138,7 @@ def softened(run, facts, power:float=.5):
 KILLED = """
 import json, os, sys
 from unloc.runs import Store, sweep
-from unloc.together import together
+from unloc.joint import together
 sweep(Store(sys.argv[1]), json.loads(open(sys.argv[2]).read()), compute=together)
 """
 
