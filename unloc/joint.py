@@ -126,9 +126,9 @@ def _unlearn(descriptions, parents, folders, progress)->list[Diverged|None]:
     originals = [{} if taught else _columns_of(origin) for origin in origins]
     regions = [region_of(d, p, model) for d, p in zip(descriptions, parents)]
     recipes = [training.Recipe.of(d['objective'], often | d['recipe']) for d in descriptions]
+    seeds, starts = [d['seed'] for d in descriptions], list(map(load_evaluation, origins))
     found = unlearn_many(model, regions, examples['forget'], examples['retain'], probe, recipes,
-        [d['seed'] for d in descriptions], examples['refusals'], list(map(load_evaluation, origins)),
-        progress, originals, _fit(model, len(regions)))
+        seeds, examples['refusals'], starts, progress, originals, _fit(model, len(regions)))
     for one, region, folder in zip(found, regions, folders):
         if not isinstance(one, Diverged): keep_unlearning(folder, region, *one, model.dtype)
     return [one if isinstance(one, Diverged) else None for one in found]
