@@ -64,6 +64,7 @@ def _loaded(method:Method, data:dict)->Benchmark:
     raise ValueError(f"the dataset {method.name!r} gives a {type(facts).__name__}; "
         "let it give an unloc.facts.Benchmark")
 
+# %% ../nbs/14_data.ipynb #d0a7a0b5
 def benchmark(
     data:dict, # from data_description
 )->Benchmark:

@@ -65,6 +65,7 @@ def random_model(
         torch.manual_seed(seed)
         return getattr(transformers, family + 'ForCausalLM')(config).eval()
 
+# %% ../nbs/02_models.ipynb #3b808df5
 @checked
 def tiny_model(
     arch:str, # a registered architecture, such as 'llama'

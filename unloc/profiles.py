@@ -115,9 +115,9 @@ def profiles(root:Path)->dict[str, dict]: # profile: name: value
 
 # %% ../nbs/16_profiles.ipynb #b6a00011
 SHARED = { # parameter of the whole study: its type
-    'data': dict, # the facts: "world", "tofu" or "file", and their settings
+    'data': dict, # the facts: name of a data set, and its settings
     'attacked_data': dict, # the facts where held-out facts are taught, too; {}: those of data
-    'source': str, # TOFU only: a folder or a hub id; "": UNLOC_TOFU or else the hub
+    'source': str, # of data that take one: a folder or a hub id; "": UNLOC_TOFU or else the hub
     'archs': list, # model families
     'model': dict, # shape of the models, or existing checkpoints
     'pretrain': dict, # facts everybody knows -> pretrained model

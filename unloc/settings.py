@@ -75,6 +75,7 @@ def _expected(limits:dict, error:ValidationError)->str: # error: where no words 
     closed = 'gt' not in limits, 'lt' not in limits
     return f"lie in {'(['[closed[0]]}{low}, {high}{')]'[closed[1]]}"
 
+# %% ../nbs/00_settings.ipynb #5a7bd004
 def _type_name(kind)->str: return getattr(kind, '__name__', str(kind))
 
 def _converted(group:str, name:str, value, wanted):
