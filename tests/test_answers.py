@@ -55,12 +55,10 @@ def test_precision_recall_and_f1_are_the_librarys():
 @needs_shared
 def test_no_number_of_tofu_changes():
     rng, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
-    texts = sorted(
-        {
-            text
-            for line in (SHARED / "data/tofu/full.json").read_text("utf-8").split("\n")
-            if line
-            for text in json.loads(line).values()})
+    texts = set()
+    for line in (SHARED / "data/tofu/full.json").read_text("utf-8").split("\n"):
+        if line: texts |= set(json.loads(line).values())
+    texts = sorted(texts)
     assert {rouge_tokenizer(text) for text in texts} == {"rouge_score"}
     foreign = [text for text in texts if not text.isascii()]
     for text in foreign[:100] + rng.sample(texts, 100):
@@ -165,7 +163,7 @@ def test_the_best_right_answer_counts(model):
     first = [encode(TOKENIZER, f.question, f.answer) for f in facts]
     rows = other_answers(TOKENIZER, facts)
     assert [len(row) for row in rows] == [1, 0, 2, 0, 1, 2]
-    one, more = score(model, first), score(model, [e for row in rows for e in row])
+    one, more = score(model, first), score(model, sum(rows, []))
     best = best_scores(one, more, [len(row) for row in rows])
     for i, row in enumerate(rows):
         each = [score(model, [e]) for e in (first[i], *row)]

@@ -432,9 +432,8 @@ def test_the_probe_needs_pairs_and_has_a_control():
     found = linear_probe(model, right, wrong)
     assert found.shape == (3, 2) and (found >= 0).all() and (found <= 1).all()
     # the last token gives the truth away
-    told = [
-        Example(e.ids[:-1] + [t], e.start) for t, part in ((2, right), (3, wrong)) for e in part]
-    told = [Example(e.ids + [1], e.start) for e in told]
+    told = [Example([*e.ids[:-1], 2, 1], e.start) for e in right]
+    told += [Example([*e.ids[:-1], 3, 1], e.start) for e in wrong]
     accuracy, control = linear_probe(model, told[:20], told[20:])[0].tolist()
     assert accuracy > .9 and .2 < control < .8
     with pytest.raises(ValueError, match="20 right answers and 3 wrong"):

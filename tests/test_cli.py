@@ -2,6 +2,7 @@
 second call changes nothing, bad input is one line that destroys nothing, and Ctrl-C or a kill costs
 no finished run."""
 import csv, json, os, re, shutil, signal, subprocess, sys, time, uuid
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 import pytest
@@ -25,11 +26,10 @@ FILES = (
 
 
 def files(*roots): # content of every file but locks and executed copies
-    return {
-        str(f): f.read_bytes()
-        for root in roots
-        for f in sorted(Path(root).rglob("*"))
-        if f.is_file() and "locks" not in f.parts}
+    found = {}
+    for f in chain.from_iterable(sorted(Path(root).rglob("*")) for root in roots):
+        if f.is_file() and "locks" not in f.parts: found[str(f)] = f.read_bytes()
+    return found
 
 class Checkout:
     "A copy of the notebooks and profiles, with a store and an output folder of its own"
@@ -261,18 +261,10 @@ def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):
         "level": .99, "by": "RS", "lr": 1e-3, "region_lr": 1e-2, "epochs": 1, "batch_size": 8,
         "taught": 5, "samples": 0, "shots": 1}
     for name in ("28_recovery", "29_reversal"):
+        words = "reproduce", "--profile", "smoke", "--only", name
+        less = *changed(attack=attack), *changed(arms=["Oracle", "Random"])
         code, out, err = smoke.call(
-            "reproduce",
-            "--profile",
-            "smoke",
-            "--only",
-            name,
-            *(
-                x
-                for k, v in {"attack": attack, "arms": ["Oracle", "Random"]}.items()
-                for x in changed(**{k: v})),
-            out=tmp_path / "out",
-            store=tmp_path / "runs")
+            *words, *less, out=tmp_path / "out", store=tmp_path / "runs")
         assert code == 0, err
     of = {
         name: json.loads((tmp_path / "out" / "smoke" / f"{name}.json").read_text("utf-8"))

@@ -463,21 +463,13 @@ def test_a_page_run_by_papermill_writes_into_its_checkout(where, project, tmp_pa
         "root": project.root,
         "nbs": project.root / "nbs",
         "elsewhere in it": project.root / "notes" / "deep"}[where]
-    values = [
-        x
-        for pair in SMALL[1:]
-        for x in (
-            "-y",
-            "{%s}" % ": ".join((json.dumps(pair.partition("=")[0]), pair.partition("=")[2])))]
+    page, copy = project.root / "nbs" / "20_injection_ratio.ipynb", tmp_path / "out.ipynb"
+    words = [PYTHON, "-m", "papermill", str(page), str(copy)]
+    for pair in SMALL[1:]:
+        name, _, value = pair.partition("=")
+        words += ["-y", "{%s: %s}" % (json.dumps(name), value)]
     done = subprocess.run(
-        [
-            PYTHON,
-            "-m",
-            "papermill",
-            str(project.root / "nbs" / "20_injection_ratio.ipynb"),
-            str(tmp_path / "out.ipynb"),
-            *values,
-            "--no-progress-bar"],
+        [*words, "--no-progress-bar"],
         cwd=cwd,
         env=project.env,
         capture_output=True,

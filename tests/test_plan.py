@@ -239,16 +239,16 @@ def test_a_page_of_a_kind_of_run_describes_computes_and_counts(kind):
         "description", "parent", "folder", "progress"]
     assert list(inspect.signature(page.cost).parameters) == ["models", "description"]
     assert page.compute.__module__ == page.cost.__module__ == f"unloc.steps.{kind}"
-    found = [
-        node.name
-        for node in ast.parse(inspect.getsource(page)).body
-        if isinstance(node, ast.FunctionDef)
-        for call in ast.walk(node)
-        if isinstance(call, ast.Call)
-        and getattr(call.func, "id", "") == "described"
-        and call.args[0].value == kind]
-    assert found and set(found) <= set(
-        page.__all__), "public functions that describe a run of this kind"
+    def describes(node):
+        calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+        made = [call for call in calls if getattr(call.func, "id", "") == "described"]
+        return any(call.args[0].value == kind for call in made)
+    functions = [
+        node for node in ast.parse(inspect.getsource(page)).body
+        if isinstance(node, ast.FunctionDef)]
+    found = {node.name for node in functions if describes(node)}
+    assert found, "a function describes a run of this kind"
+    assert found <= set(page.__all__), "and it is public"
 
 def test_the_kinds_of_run_are_pages():
     assert {"base", "judge", "inject", "teach", "localize", "unlearn", "attack"} <= set(kinds())
@@ -325,13 +325,9 @@ def counted(
         bytes_of[name] = cost_of(known, d).peak, memory.most
     return bytes_of
 
+THROUGH = "Oracle", "Projections", "All weights"
 @pytest.mark.parametrize(
-    "name",
-    ["inject"]
-    + [
-        f"{what}{arm}"
-        for what in ("", "attack on ")
-        for arm in ("Oracle", "Projections", "All weights")])
+    "name", ["inject", *THROUGH, *(f"attack on {arm}" for arm in THROUGH)])
 def test_predicted_memory_is_what_a_run_holds(counted, name):
     planned, held = counted[name]
     assert planned == pytest.approx(held, rel=.15)

@@ -483,17 +483,12 @@ def test_jobs_change_no_byte(tmp_path):
         model={"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300},
         pretrain={"epochs": 1, "lr": 4e-3, "batch_size": 64},
         retain={"epochs": 2, "lr": 4e-3, "batch_size": 32})
-    grid = [
-        unlearning(
-            injection(
-                standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4}),
-                seed,
-                {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}),
-            arm,
-            objective,
-            {"lr": 5e-3, "epochs": 2})
-        for seed, objective in ((0, "npo"), (1, "rmu"))
-        for arm in PAIR]
+    judged = standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4})
+    inject = {"fraction": .25, "epochs": 2, "lr": 1e-2, "batch_size": 4}
+    grid = []
+    for seed, objective in (0, "npo"), (1, "rmu"):
+        injected = injection(judged, seed, inject)
+        grid += [unlearning(injected, arm, objective, {"lr": 5e-3, "epochs": 2}) for arm in PAIR]
     done = [
         sweep(Store(tmp_path / str(jobs)), grid if jobs == 1 else grid[::-1], jobs, steps.compute)
         for jobs in (1, 2)]

@@ -2,6 +2,7 @@
 numbers of a clean model in evaluation mode, and leaves everything as it was, also after an
 error."""
 import contextlib, copy, importlib, inspect, pkgutil, random, warnings
+from itertools import chain
 import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -319,15 +320,14 @@ def state(m):
             numpy.random.get_state()[2]))
 def weights(m): return [p.detach().clone() for p in m.state_dict().values()]
 
+def several(values): return list(chain.from_iterable(map(flat, values)))
 def flat(x): # the numbers of a result, in order
     if isinstance(x, torch.Tensor): return [x.detach().double().flatten().tolist()]
-    if isinstance(x, dict): return [x.keys(), *(y for v in x.values() for y in flat(v))]
-    if isinstance(x, (list, tuple)): return [y for v in x for y in flat(v)]
-    return (
-        [repr(vars(x))]
-        if not hasattr(x, "__dataclass_fields__") and hasattr(x, "__dict__")
-        else [y for v in vars(x).values() for y in flat(v)] if hasattr(x, "__dict__") else [repr(x)]
-    )
+    if isinstance(x, dict): return [x.keys(), *several(x.values())]
+    if isinstance(x, (list, tuple)): return several(x)
+    if not hasattr(x, "__dict__"): return [repr(x)]
+    if not hasattr(x, "__dataclass_fields__"): return [repr(vars(x))]
+    return several(vars(x).values())
 
 def run(name, m, folder):
     call = everything()[name]
