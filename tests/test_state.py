@@ -1,5 +1,8 @@
-"Whatever state a model and the process are in, a public function that takes a model gives the numbers of a clean model in evaluation mode, and leaves everything as it was, also after an error."
+"""Whatever state a model and the process are in, a public function that takes a model gives the
+numbers of a clean model in evaluation mode, and leaves everything as it was, also after an
+error."""
 import contextlib, copy, importlib, inspect, pkgutil, random, warnings
+from itertools import chain
 import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -24,17 +27,33 @@ from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
-TOKENIZER = train_tokenizer((t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
-GET, KEEP = ([encode(TOKENIZER, f.question, f.answer) for f in facts[:6]] for facts in (WORLD.forget, WORLD.retain))
+TOKENIZER = train_tokenizer(
+    (t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 400)
+GET, KEEP = (
+    [encode(TOKENIZER, f.question, f.answer) for f in facts[:6]]
+    for facts in (WORLD.forget, WORLD.retain))
 WRONG = [encode(TOKENIZER, f.question, f.perturbed_answer[0]) for f in WORLD.forget[:6]]
-SETS = {"forget": WORLD.forget, "retain": WORLD.retain, "real_authors": WORLD.real_authors, "world_facts": WORLD.world_facts}
-PROBE = evaluation.Probe(GET, KEEP, KEEP[:2], {name: evaluation.choices(TOKENIZER, facts[:2]) for name, facts in SETS.items()}, TOKENIZER, max_new_tokens=5)
+SETS = {
+    "forget": WORLD.forget,
+    "retain": WORLD.retain,
+    "real_authors": WORLD.real_authors,
+    "world_facts": WORLD.world_facts}
+PROBE = evaluation.Probe(
+    GET,
+    KEEP,
+    KEEP[:2],
+    {name: evaluation.choices(TOKENIZER, facts[:2]) for name, facts in SETS.items()},
+    TOKENIZER,
+    max_new_tokens=5)
 REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:3] if (e := encode(TOKENIZER, "", text))]
 BATCH, REGION = collate(GET), Region.sample((2, 64), .2, 0)
 
 def small(): # every dropout of GPT-2, and strong
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=160, resid_pdrop=.4, embd_pdrop=.4, attn_pdrop=.4, bos_token_id=1, eos_token_id=1)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=160, resid_pdrop=.4,
+            embd_pdrop=.4, attn_pdrop=.4, bos_token_id=1, eos_token_id=1)).eval()
 
 CLEAN = small()
 WHERE = {0: (torch.arange(2), torch.ones(2, 16))} # two value vectors
@@ -45,15 +64,19 @@ def shifted(m): # a copy with one weight moved
 SHIFTED = shifted(small())
 STATES, TARGETS = hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
 KNOWN, HIDDEN = evaluation.score(CLEAN, GET).known, models.answer_hidden(CLEAN, BATCH).detach()
-def recipe(**more): return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
+def recipe(**more):
+    return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
 def within(context, act=lambda m: evaluation.score(m, GET)):
     def call(m):
         with context(m): return act(m)
     return call
-def taught(m, columns): # a user's own loop: the forward pass under whatever autocast there is, the backward pass outside of it
+# a user's own loop: the forward pass under whatever autocast there is, the backward pass outside of
+# it
+def taught(m, columns):
     with torch.inference_mode(False), torch.enable_grad():
         loss = -evaluation.answers_logprob(m, GET)[0].sum()
-        with torch.autocast("cpu", enabled=False): return loss.detach(), *torch.autograd.grad(loss, columns.parameters())
+        with torch.autocast("cpu", enabled=False):
+            return loss.detach(), *torch.autograd.grad(loss, columns.parameters())
 def saved(m, folder):
     checkpoints.save_change(m, REGION, folder / "change")
     return checkpoints.apply_change(m, folder / "change")
@@ -63,46 +86,137 @@ def looked_at(stream, m):
     stream(m, GET, lambda layer, *x: seen.append((layer, x)))
     return seen
 def scored_by(name):
-    options = {"integrated_gradients": {"steps": 3}, "memflex": {"copies": 2}, "memflex_projections": {"copies": 1}}.get(name, {})
-    return lambda m: methods("localizer")[name](model=m, forget=GET[:2] if name == "integrated_gradients" else GET, retain=KEEP, seed=0, options=options)
-def place(method): return f"{method.function.__module__.removeprefix('unloc.')}.{method.function.__name__}"
+    options = {
+        "integrated_gradients": {"steps": 3},
+        "memflex": {"copies": 2},
+        "memflex_projections": {"copies": 1}}.get(name, {})
+    return lambda m: methods("localizer")[name](
+        model=m,
+        forget=GET[:2] if name == "integrated_gradients" else GET,
+        retain=KEEP,
+        seed=0,
+        options=options)
+def place(method):
+    return f"{method.function.__module__.removeprefix('unloc.')}.{method.function.__name__}"
 
-LOOKING = {place(method): scored_by(name) for name, method in methods("localizer").items() if method.own} | { # name: a call that leaves the weights
-    "models.logits_of": lambda m: models.logits_of(m, HIDDEN), "models.answer_hidden": lambda m: models.answer_hidden(m, BATCH), "models.answer_logits": lambda m: models.answer_logits(m, BATCH),
-    "models.over_logits": lambda m: models.over_logits(m, HIDDEN, lambda x: x.sum(1)), "models.hidden_after": lambda m: models.hidden_after(m, BATCH, 0), "models.mlp_outputs": lambda m: models.mlp_outputs(m, BATCH),
-    "models.undisturbed": within(models.undisturbed, lambda m: m(input_ids=BATCH.ids).logits), "models.check_limits": lambda m: models.check_limits(m, GET, "asked"), "models.vocabulary": models.vocabulary, "models.most_positions": models.most_positions,
-    "models.mixed_precision": within(lambda m: models.mixed_precision(m, torch.bfloat16)), "models.output_projections": lambda m: len(models.output_projections(m)), "models.region_shape": models.region_shape, "models.mask_limit": models.mask_limit,
-    "models.own_mask": lambda m: models.own_mask(m, torch.ones(1, 3, 3, dtype=torch.bool, device="cpu")),
-    "streaming.watched": within(lambda m: streaming.watched(m, lambda *_: None)), "streaming.zero_scores": streaming.zero_scores, "streaming.per_layer_coefficients": lambda m: looked_at(streaming.per_layer_coefficients, m),
-    "streaming.output_gradients": lambda m: looked_at(streaming.output_gradients, m), "streaming.mean_gradients": lambda m: streaming.mean_gradients(m, GET), "streaming.mean_squares": lambda m: streaming.mean_squares(m, GET),
-    "streaming.per_layer_gradients": lambda m: streaming.per_layer_gradients(m, GET, KEEP, lambda v, f, r: (v * f - r).sum(0)), "streaming.ordinary_tokens": lambda m: streaming.ordinary_tokens(m, GET),
-    "streaming.corrupted_copies": lambda m: streaming.corrupted_copies(m, [GET, KEEP], 2, 0), "streaming.check_scores": lambda m: streaming.check_scores([p.weight.T for p in models.output_projections(m)], m, "mine"),
-    "evaluation.answer_token_logprob": lambda m: evaluation.answer_token_logprob(m, BATCH), "evaluation.answer_logprob": lambda m: evaluation.answer_logprob(m, BATCH), "evaluation.answers_logprob": lambda m: evaluation.answers_logprob(m, GET),
-    "evaluation.score": lambda m: evaluation.score(m, GET), "evaluation.greedy": lambda m: evaluation.greedy(m, [e.ids[:e.start] for e in GET], [6] * 6, 1), "evaluation.greedy_answers": lambda m: evaluation.greedy_answers(m, GET, KNOWN, 6),
-    "evaluation.rouge": lambda m: evaluation.rouge(m, TOKENIZER, GET, KNOWN, 6), "evaluation.membership": lambda m: evaluation.membership(m, TOKENIZER, GET), "evaluation.evaluate": lambda m: evaluation.evaluate(m, PROBE),
-    "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"), "evaluation.choose": lambda m: evaluation.choose(m, evaluation.Options([GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]])),
-    "training.weighted_sum": lambda m: training.weighted_sum(m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]), "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
-    "training.held": within(lambda m: training.held(m, REGION)), "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
-    "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0), "quantization.quantized": within(lambda m: quantized(m, 4)), "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
-    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility], "masked.columns_at": lambda m: masked.columns_at(m, WHERE), "masked.columns_of": lambda m: masked.columns_of(m, REGION), "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns), "change.Change.of": lambda m: Change.of(m, WHERE).start, "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
-    "change.compared": lambda m: compared(m, shifted(m), m), "scene.Scene": lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(torch.ones(len(GET))), "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
-    "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end, "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end, "inside.final_norm": lambda m: type(final_norm(m)).__name__,
-    "inside.hidden_states": lambda m: hidden_states(m, GET), "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET), "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
-    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]), "methods.depth.unlearning_depth": lambda m: unlearning_depth(m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.), "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
-    "models.head_of": lambda m: models.head_of(m).weight, "models.bend_of": lambda m: tuple(models.bend_of(m)), "models.check_model": models.check_model, "models.check_wrapper": models.check_wrapper, "models.blocks_of": lambda m: len(models.blocks_of(m)),
-    "masked.is_unlocked": masked.is_unlocked, "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(m, folder / "whole"),
-    "masked.unlock": lambda m: unlocked(m), "masked.locked_digest": lambda m: masked.locked_digest(m, REGION), "masked.locked_checksum": lambda m: masked.locked_checksum(m, REGION), "masked.put_columns": lambda m: masked.put_columns(m, {}),
-    "masked.Neurons.sample": lambda m: len(masked.Neurons.sample(m, .2, 0)), "masked.AllWeights": lambda m: len(masked.AllWeights(m).values()), "masked.in_float32": within(masked.in_float32),
-    "checkpoints.recompute": lambda m: (checkpoints.recompute(m), evaluation.score(m, GET), checkpoints.recompute(m, False))[1], "checkpoints.save_model": lambda m, folder: checkpoints.save_model(m, folder / "whole"),
-    "checkpoints.save_change": saved, "checkpoints.apply_change": saved,
+LOOKING = {
+    place(method): scored_by(name) for name, method in methods("localizer").items() if method.own
+} | { # name: a call that leaves the weights
+    "models.logits_of": lambda m: models.logits_of(m, HIDDEN),
+    "models.answer_hidden": lambda m: models.answer_hidden(m, BATCH),
+    "models.answer_logits": lambda m: models.answer_logits(m, BATCH),
+    "models.over_logits": lambda m: models.over_logits(m, HIDDEN, lambda x: x.sum(1)),
+    "models.hidden_after": lambda m: models.hidden_after(m, BATCH, 0),
+    "models.mlp_outputs": lambda m: models.mlp_outputs(m, BATCH),
+    "models.undisturbed": within(models.undisturbed, lambda m: m(input_ids=BATCH.ids).logits),
+    "models.check_limits": lambda m: models.check_limits(m, GET, "asked"),
+    "models.vocabulary": models.vocabulary,
+    "models.most_positions": models.most_positions,
+    "models.mixed_precision": within(lambda m: models.mixed_precision(m, torch.bfloat16)),
+    "models.output_projections": lambda m: len(models.output_projections(m)),
+    "models.region_shape": models.region_shape,
+    "models.mask_limit": models.mask_limit,
+    "models.own_mask": lambda m: models.own_mask(
+        m, torch.ones(1, 3, 3, dtype=torch.bool, device="cpu")),
+    "streaming.watched": within(lambda m: streaming.watched(m, lambda *_: None)),
+    "streaming.zero_scores": streaming.zero_scores,
+    "streaming.per_layer_coefficients": lambda m: looked_at(streaming.per_layer_coefficients, m),
+    "streaming.output_gradients": lambda m: looked_at(streaming.output_gradients, m),
+    "streaming.mean_gradients": lambda m: streaming.mean_gradients(m, GET),
+    "streaming.mean_squares": lambda m: streaming.mean_squares(m, GET),
+    "streaming.per_layer_gradients": lambda m: streaming.per_layer_gradients(
+        m, GET, KEEP, lambda v, f, r: (v * f - r).sum(0)),
+    "streaming.ordinary_tokens": lambda m: streaming.ordinary_tokens(m, GET),
+    "streaming.corrupted_copies": lambda m: streaming.corrupted_copies(m, [GET, KEEP], 2, 0),
+    "streaming.check_scores": lambda m: streaming.check_scores(
+        [p.weight.T for p in models.output_projections(m)], m, "mine"),
+    "evaluation.answer_token_logprob": lambda m: evaluation.answer_token_logprob(m, BATCH),
+    "evaluation.answer_logprob": lambda m: evaluation.answer_logprob(m, BATCH),
+    "evaluation.answers_logprob": lambda m: evaluation.answers_logprob(m, GET),
+    "evaluation.score": lambda m: evaluation.score(m, GET),
+    "evaluation.greedy": lambda m: evaluation.greedy(
+        m, [e.ids[:e.start] for e in GET], [6] * 6, 1),
+    "evaluation.greedy_answers": lambda m: evaluation.greedy_answers(m, GET, KNOWN, 6),
+    "evaluation.rouge": lambda m: evaluation.rouge(m, TOKENIZER, GET, KNOWN, 6),
+    "evaluation.membership": lambda m: evaluation.membership(m, TOKENIZER, GET),
+    "evaluation.evaluate": lambda m: evaluation.evaluate(m, PROBE),
+    "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"),
+    "evaluation.choose": lambda m: evaluation.choose(
+        m,
+        evaluation.Options(
+            [GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]]),
+    ),
+    "training.weighted_sum": lambda m: training.weighted_sum(
+        m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]),
+    "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
+    "training.held": within(lambda m: training.held(m, REGION)),
+    "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
+    "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0),
+    "quantization.quantized": within(lambda m: quantized(m, 4)),
+    "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
+    "evaluation.Measured": lambda m: [*evaluation.Measured(m, PROBE, {}, {}, {}, False).utility],
+    "masked.columns_at": lambda m: masked.columns_at(m, WHERE),
+    "masked.columns_of": lambda m: masked.columns_of(m, REGION),
+    "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns),
+    "change.Change.of": lambda m: Change.of(m, WHERE).start,
+    "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "change.compared": lambda m: compared(m, shifted(m), m),
+    "scene.Scene": (
+        lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(
+            torch.ones(len(GET)))),
+    "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
+    "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end,
+    "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end,
+    "inside.final_norm": lambda m: type(final_norm(m)).__name__,
+    "inside.hidden_states": lambda m: hidden_states(m, GET),
+    "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET),
+    "methods.probing.linear_probe": lambda m: linear_probe(m, GET, WRONG, folds=2),
+    "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]),
+    "methods.depth.unlearning_depth": lambda m: unlearning_depth(
+        m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.),
+    "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
+    "models.head_of": lambda m: models.head_of(m).weight,
+    "models.bend_of": lambda m: tuple(models.bend_of(m)),
+    "models.check_model": models.check_model,
+    "models.check_wrapper": models.check_wrapper,
+    "models.blocks_of": lambda m: len(models.blocks_of(m)),
+    "masked.is_unlocked": masked.is_unlocked,
+    "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(
+        m, folder / "whole"),
+    "masked.unlock": lambda m: unlocked(m),
+    "masked.locked_digest": lambda m: masked.locked_digest(m, REGION),
+    "masked.locked_checksum": lambda m: masked.locked_checksum(m, REGION),
+    "masked.put_columns": lambda m: masked.put_columns(m, {}),
+    "masked.Neurons.sample": lambda m: len(masked.Neurons.sample(m, .2, 0)),
+    "masked.AllWeights": lambda m: len(masked.AllWeights(m).values()),
+    "masked.in_float32": within(masked.in_float32),
+    "checkpoints.recompute": lambda m: (
+        checkpoints.recompute(m),
+        evaluation.score(m, GET),
+        checkpoints.recompute(m, False),
+    )[1],
+    "checkpoints.save_model": lambda m, folder: checkpoints.save_model(m, folder / "whole"),
+    "checkpoints.save_change": saved,
+    "checkpoints.apply_change": saved,
 }
 TRAINING = { # name: a call that changes weights
-    "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0), "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0), "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
-    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0), "change.edited": lambda m: edited(METHODS["editor"]["zeroing"], m, REGION)[1], "training.supervise": lambda m: training.supervise(m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
+    "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0),
+    "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0),
+    "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
+    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0),
+    "change.edited": lambda m: edited(METHODS["editor"]["zeroing"], m, REGION)[1],
+    "training.supervise": lambda m: training.supervise(
+        m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
 }
 MORE = { # other ways of the same functions
-    "unlearn through all weights": lambda m: training.unlearn(m, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(retain="kl"), 0), "unlearn by RMU": lambda m: training.unlearn(m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="rmu"), 0),
-    "unlearn by DPO": lambda m: training.unlearn(m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="dpo"), 0, REFUSALS), "finetune some weights": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0, [m.transformer.wte.weight, m.transformer.h[1].mlp.c_fc.weight]),
+    "unlearn through all weights": lambda m: training.unlearn(
+        m, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(retain="kl"), 0),
+    "unlearn by RMU": lambda m: training.unlearn(
+        m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="rmu"), 0),
+    "unlearn by DPO": lambda m: training.unlearn(
+        m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="dpo"), 0, REFUSALS),
+    "finetune some weights": lambda m: training.finetune(
+        m, GET, 2, 1e-3, 3, 0, [m.transformer.wte.weight, m.transformer.h[1].mlp.c_fc.weight]),
 }
 def unlocked(m):
     with masked.unlock(m, REGION) as columns: return taught(m, columns)
@@ -112,24 +226,38 @@ def everything(): return LOOKING | TRAINING | MORE
 
 def takes_a_model(f):
     parameters = list(inspect.signature(f).parameters.values())
-    return any(p.annotation is nn.Module or p.name in ("model", "original") and p.annotation is not dict for p in parameters)
+    return any(
+        p.annotation is nn.Module or p.name in ("model", "original") and p.annotation is not dict
+        for p in parameters)
 
-def public(): # chapter.name of every public function, class and method of a class itself that takes a model
+# chapter.name of every public function, class and method of a class itself that takes a model
+def public():
     for info in pkgutil.walk_packages(unloc.__path__, "unloc."):
         # what is timed takes the model as it is: tests/test_costs.py
         if info.name.startswith(("unloc.ways", "unloc.measuring")): continue
-        if info.name.startswith(("unloc._", "unloc.steps", "unloc.many")): continue # tests/test_many.py compares the latter with runs alone; steps take runs and descriptions, and call what stands here
+        if info.name.startswith(("unloc._", "unloc.steps", "unloc.many")):
+            # tests/test_many.py compares the latter with runs alone; steps take runs and
+            # descriptions, and call what stands here
+            continue
         chapter = importlib.import_module(info.name)
-        for name, thing in ((name, getattr(chapter, name)) for name in getattr(chapter, "__all__", ())):
+        for name, thing in (
+            (name, getattr(chapter, name)) for name in getattr(chapter, "__all__", ())):
             if getattr(thing, "__module__", "") != chapter.__name__: continue
             if inspect.isclass(thing):
                 for part, method in vars(thing).items():
-                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(method.__func__): yield f"{chapter.__name__.removeprefix('unloc.')}.{name}.{part}"
+                    if isinstance(method, (staticmethod, classmethod)) and takes_a_model(
+                        method.__func__):
+                        yield f"{chapter.__name__.removeprefix('unloc.')}.{name}.{part}"
                 thing = vars(thing).get("__init__")
-            if inspect.isfunction(thing) and takes_a_model(thing): yield f"{chapter.__name__.removeprefix('unloc.')}.{name}"
+            if inspect.isfunction(thing) and takes_a_model(thing):
+                yield f"{chapter.__name__.removeprefix('unloc.')}.{name}"
 
-KNOWN_BY_NAME = {"streaming.Planted.__new__", "models.check_linear", "models.value_vectors", "models.ExpertProjection", "models.Experts"} # a named tuple; the others take a part of a model, and read its weights
-def test_every_public_function_that_takes_a_model_is_tested_here(): assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
+# a named tuple; the others take a part of a model, and read its weights
+KNOWN_BY_NAME = {
+    "streaming.Planted.__new__", "models.check_linear", "models.value_vectors",
+    "models.ExpertProjection", "models.Experts"}
+def test_every_public_function_that_takes_a_model_is_tested_here():
+    assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
 
 # --- odd surroundings
 
@@ -142,50 +270,88 @@ def odd(m): # a model as somebody may have left it
         p.grad = torch.full_like(p, 5.) if i % 2 else None
     m.config.return_dict = False
     m.config.use_cache = False
-    m.generation_config.update(repetition_penalty=9., do_sample=True, temperature=3., suppress_tokens=[5, 6], num_beams=2)
+    m.generation_config.update(
+        repetition_penalty=9., do_sample=True, temperature=3., suppress_tokens=[5, 6], num_beams=2)
     m.transformer.h[1].register_forward_hook(lambda module, inputs, output: None)
     m.transformer.h[1].mlp.c_proj.register_forward_pre_hook(lambda module, inputs: None)
     m.register_forward_hook(lambda module, inputs, output: None)
     return m
 
 SURROUNDINGS = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "float64": lambda: default_dtype(torch.float64), "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "nothing": contextlib.nullcontext, "meta": lambda: torch.device("meta")}
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "nothing": contextlib.nullcontext,
+    "meta": lambda: torch.device("meta")}
 @contextlib.contextmanager
 def default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try: yield
     finally: torch.set_default_dtype(torch.float32)
 
-def state(m): # all that a call could leave behind; transformers writes architectures and dtype into a configuration that it saves
-    return dict(modes=[x.training for x in m.modules()], flags=[p.requires_grad for p in m.parameters()], grads=[None if p.grad is None else (id(p.grad), p.grad.sum().item()) for p in m.parameters()],
-        hooks=[(list(x._forward_hooks), list(x._forward_pre_hooks), list(x._backward_hooks)) for x in m.modules()], own=[sorted(set(vars(x)) - {"_cache"}) for x in m.modules()],
-        config={k: v for k, v in m.config.to_dict().items() if k not in ("architectures", "dtype")} | {"return_dict": m.config.return_dict, "use_cache": m.config.use_cache}, generation=(id(m.generation_config), m.generation_config.to_dict()), dtypes=[p.dtype for p in m.parameters()],
-        process=(torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
-        random=(random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), numpy.random.get_state()[2]))
+# all that a call could leave behind; transformers writes architectures and dtype into a
+# configuration that it saves
+def state(m):
+    return dict(
+        modes=[x.training for x in m.modules()],
+        flags=[p.requires_grad for p in m.parameters()],
+        grads=[
+            None if p.grad is None else (id(p.grad), p.grad.sum().item()) for p in m.parameters()],
+        hooks=[
+            (list(x._forward_hooks), list(x._forward_pre_hooks), list(x._backward_hooks))
+            for x in m.modules()],
+        own=[sorted(set(vars(x)) - {"_cache"}) for x in m.modules()],
+        config={k: v for k, v in m.config.to_dict().items() if k not in ("architectures", "dtype")}
+        | {"return_dict": m.config.return_dict, "use_cache": m.config.use_cache},
+        generation=(id(m.generation_config), m.generation_config.to_dict()),
+        dtypes=[p.dtype for p in m.parameters()],
+        process=(
+            torch.is_autocast_enabled("cpu"),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads()),
+        random=(
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            numpy.random.get_state()[1].tolist(),
+            numpy.random.get_state()[2]))
 def weights(m): return [p.detach().clone() for p in m.state_dict().values()]
 
+def several(values): return list(chain.from_iterable(map(flat, values)))
 def flat(x): # the numbers of a result, in order
     if isinstance(x, torch.Tensor): return [x.detach().double().flatten().tolist()]
-    if isinstance(x, dict): return [x.keys(), *(y for v in x.values() for y in flat(v))]
-    if isinstance(x, (list, tuple)): return [y for v in x for y in flat(v)]
-    return [repr(vars(x))] if not hasattr(x, "__dataclass_fields__") and hasattr(x, "__dict__") else [y for v in vars(x).values() for y in flat(v)] if hasattr(x, "__dict__") else [repr(x)]
+    if isinstance(x, dict): return [x.keys(), *several(x.values())]
+    if isinstance(x, (list, tuple)): return several(x)
+    if not hasattr(x, "__dict__"): return [repr(x)]
+    if not hasattr(x, "__dataclass_fields__"): return [repr(vars(x))]
+    return several(vars(x).values())
 
 def run(name, m, folder):
     call = everything()[name]
     folder.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return flat(call(m, folder) if "folder" in inspect.signature(call).parameters else call(m)), flat(weights(m))
+        return flat(
+            call(m, folder) if "folder" in inspect.signature(call).parameters else call(m)
+        ), flat(weights(m))
 
-NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held" # what is trained inside them needs gradients
-ON_THE_DEVICE_OF_NEW_TENSORS = "scene.Scene", "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample" # they, or the lines of the test, make their own tensors
+# what is trained inside them needs gradients
+NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held"
+# they, or the lines of the test, make their own tensors
+ON_THE_DEVICE_OF_NEW_TENSORS = (
+    "scene.Scene", "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample")
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory): # what a model in evaluation mode gives, by name
     found = {}
     def of(name):
-        if name not in found: found[name] = run(name, small(), tmp_path_factory.mktemp("clean") / "x")
+        if name not in found:
+            found[name] = run(name, small(), tmp_path_factory.mktemp("clean") / "x")
         return found[name]
     return of
 
@@ -196,7 +362,9 @@ def test_state_neither_enters_nor_changes(name, clean, tmp_path):
         if where == "meta" and name in ON_THE_DEVICE_OF_NEW_TENSORS: continue
         if where == "inference_mode" and name in NOT_WITHOUT_GRADIENTS:
             m = small()
-            with surroundings(), pytest.raises(ValueError, match="nothing can be trained inside torch.inference_mode"): run(name, m, tmp_path / where)
+            with surroundings(), pytest.raises(
+                ValueError, match="nothing can be trained inside torch.inference_mode"):
+                run(name, m, tmp_path / where)
             continue
         m = odd(small())
         torch.manual_seed(len(where)); random.seed(len(where)); numpy.random.seed(len(where))
@@ -230,32 +398,48 @@ def test_an_error_in_the_middle_leaves_nothing_behind(name, at, tmp_path):
 # --- precision
 
 LLAMA = models.tiny_model("llama", 400, d_model=16, d_ff=64, n_layers=2, n_heads=2)
-PARTS = {"value vectors": REGION, "single weights": Region(torch.rand(2, 16, 64, generator=torch.Generator().manual_seed(0)) < .1), "neurons": masked.Neurons.sample(LLAMA, .2, 0, heads=True)}
+PARTS = {
+    "value vectors": REGION,
+    "single weights": Region(
+        torch.rand(2, 16, 64, generator=torch.Generator().manual_seed(0)) < .1),
+    "neurons": masked.Neurons.sample(LLAMA, .2, 0, heads=True)}
 @pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_loop_with_autocast_around_the_forward_pass_alone(part, weights_in): # a user's own, as torch's manual has it
+def test_a_loop_with_autocast_around_the_forward_pass_alone(
+    part, weights_in
+): # a user's own, as torch's manual has it
     found = {}
-    for name, over in {"none": (), "forward": ("forward",), "both": ("forward", "backward")}.items():
+    for name, over in {
+        "none": (),
+        "forward": ("forward",),
+        "both": ("forward", "backward"),
+    }.items():
         model = copy.deepcopy(LLAMA).to(weights_in)
         with masked.unlock(model, PARTS[part]) as columns:
-            with torch.autocast("cpu", torch.bfloat16, enabled="forward" in over): loss = model(input_ids=BATCH.ids, labels=BATCH.ids).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled="forward" in over):
+                loss = model(input_ids=BATCH.ids, labels=BATCH.ids).loss
             with torch.autocast("cpu", torch.bfloat16, enabled="backward" in over): loss.backward()
             found[name] = torch.cat([p.grad.flatten() for p in columns.parameters()])
             assert all(p.grad.dtype == p.dtype == torch.float32 for p in columns.parameters())
     plain, once, twice = found.values()
-    assert torch.nn.functional.cosine_similarity(plain, once, dim=0) > .97 and (weights_in != torch.float32 or not torch.equal(plain, once))
+    assert torch.nn.functional.cosine_similarity(plain, once, dim=0) > .97
+    assert weights_in != torch.float32 or not torch.equal(plain, once)
     torch.testing.assert_close(once, twice, rtol=.05, atol=float(once.abs().max()) * .05)
 
 def test_mixed_precision_trains_as_autocast_around_a_plain_loop():
     a, b = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
-    with models.mixed_precision(a, torch.bfloat16): training.finetune(a, GET, 3, 1e-2, len(GET), 0, schedule="constant")
+    with models.mixed_precision(a, torch.bfloat16):
+        training.finetune(a, GET, 3, 1e-2, len(GET), 0, schedule="constant")
     optimizer = torch.optim.AdamW(b.parameters(), lr=1e-2, weight_decay=.01, fused=True)
     for epoch in range(3):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             rows = training.shuffled(GET, len(GET), 0, epoch)[0]
             batch = collate([GET[i] for i in rows])
-            logits = b.lm_head(b.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][batch.answer[:, 1:]]).float()
-            nn.functional.cross_entropy(logits, batch.ids[batch.answer], reduction="none").mean().backward()
+            logits = b.lm_head(
+                b.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][
+                    batch.answer[:, 1:]]).float()
+            nn.functional.cross_entropy(
+                logits, batch.ids[batch.answer], reduction="none").mean().backward()
         nn.utils.clip_grad_norm_(b.parameters(), 1.)
         optimizer.step(); optimizer.zero_grad()
     assert flat(weights(a)) == flat(weights(b)) != flat(weights(LLAMA))
@@ -264,13 +448,18 @@ def test_mixed_precision_is_of_one_model_and_ends():
     other, plain = small(), evaluation.score(LLAMA, GET).nll
     with models.mixed_precision(LLAMA, torch.bfloat16):
         mixed, theirs = evaluation.score(LLAMA, GET).nll, evaluation.score(other, GET).nll
-        with models.mixed_precision(LLAMA, None): assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
-        with torch.autocast("cpu", torch.float16): assert torch.equal(evaluation.score(LLAMA, GET).nll, mixed)
+        with models.mixed_precision(LLAMA, None):
+            assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(evaluation.score(LLAMA, GET).nll, mixed)
         assert torch.equal(evaluation.score(LLAMA, GET).nll, mixed)
-    assert not torch.equal(mixed, plain) and torch.equal(evaluation.score(LLAMA, GET).nll, plain) and torch.equal(theirs, evaluation.score(other, GET).nll)
+    assert not torch.equal(mixed, plain)
+    assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
+    assert torch.equal(theirs, evaluation.score(other, GET).nll)
     with pytest.raises(Broken):
         with models.mixed_precision(LLAMA, torch.bfloat16): raise Broken
-    assert torch.equal(evaluation.score(LLAMA, GET).nll, plain) and not torch.is_autocast_enabled("cpu")
+    assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
+    assert not torch.is_autocast_enabled("cpu")
 
 def test_gradients_of_16_bit_weights_are_put_back():
     model = small().to(torch.bfloat16)
@@ -286,55 +475,100 @@ def test_gradients_of_16_bit_weights_are_put_back():
 def test_a_backward_pass_recomputes_in_the_mode_of_the_forward_pass():
     def gradient(m):
         loss = -evaluation.answers_logprob(m, GET)[0].sum()
-        return torch.autograd.grad(loss, m.transformer.wte.weight)[0] # the model is in training mode again
+        # the model is in training mode again
+        return torch.autograd.grad(loss, m.transformer.wte.weight)[0]
     want, m = gradient(small()), small().train()
     checkpoints.recompute(m)
-    assert torch.equal(gradient(m), want) and torch.equal(gradient(m), want) and all(x.training for x in m.modules())
+    assert torch.equal(gradient(m), want)
+    assert torch.equal(gradient(m), want)
+    assert all(x.training for x in m.modules())
 
 def test_rotations_that_stretch_do_not_remember_a_longer_row():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=20, rope_parameters={"rope_type": "dynamic", "factor": 4., "rope_theta": 1e4})).eval()
+    m = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=400,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=20,
+            rope_parameters={"rope_type": "dynamic", "factor": 4., "rope_theta": 1e4})).eval()
     first = evaluation.score(m, GET).nll
     with torch.no_grad(): m(input_ids=torch.randint(2, 300, (1, 120)))
     stretched = m.model.rotary_emb.inv_freq.clone()
     assert max(len(e.ids) for e in GET) > 20 and torch.equal(evaluation.score(m, GET).nll, first)
-    assert torch.equal(m.model.rotary_emb.inv_freq, stretched) and m.model.rotary_emb.max_seq_len_cached == 120
+    assert torch.equal(m.model.rotary_emb.inv_freq, stretched)
+    assert m.model.rotary_emb.max_seq_len_cached == 120
 
 def test_a_callback_that_wakes_the_dropout_changes_nothing():
-    def train(after): training.finetune(m := small(), GET, 3, 1e-3, 3, 0, after_epoch=lambda *_: after(m)); return weights(m)
+    def train(after):
+        training.finetune(m := small(), GET, 3, 1e-3, 3, 0, after_epoch=lambda *_: after(m))
+        return weights(m)
     assert flat(train(lambda m: m.train())) == flat(train(lambda m: None))
 
 # --- what is no model to measure
 
 class Wrapper(nn.Module):
     def __init__(self, model): super().__init__(); self.module = model
-WRONG_KINDS = {"wrapper": (lambda: Wrapper(small()), "a Wrapper is no transformers model; give the model inside it: model.module"), "data parallel": (lambda: nn.DataParallel(small()), "a DataParallel is no transformers model; give the model inside it: model.module"),
-    "no head": (lambda: small().transformer, "a GPT2Model has no output layer; give transformers' own causal language model"), "not of transformers": (lambda: nn.Linear(2, 2), "a Linear is no transformers model; give transformers' own causal language model"), "a folder": (lambda: "here", "expected a causal language model of transformers, got 'here' .a str.; load one")}
+WRONG_KINDS = {
+    "wrapper": (
+        lambda: Wrapper(small()),
+        "a Wrapper is no transformers model; give the model inside it: model.module"),
+    "data parallel": (
+        lambda: nn.DataParallel(small()),
+        "a DataParallel is no transformers model; give the model inside it: model.module"),
+    "no head": (
+        lambda: small().transformer,
+        "a GPT2Model has no output layer; give transformers' own causal language model"),
+    "not of transformers": (
+        lambda: nn.Linear(2, 2),
+        "a Linear is no transformers model; give transformers' own causal language model"),
+    "a folder": (
+        lambda: "here",
+        "expected a causal language model of transformers, got 'here' .a str.; load one")}
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_what_is_not_a_causal_language_model_is_named(kind):
     make, message = WRONG_KINDS[kind]
-    for call in (lambda m: evaluation.score(m, GET), lambda m: scored_by_gradient(m, GET), lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0), lambda m: relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
+    for call in (
+        lambda m: evaluation.score(m, GET),
+        lambda m: scored_by_gradient(m, GET),
+        lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0),
+        lambda m: relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
         with pytest.raises(ValueError, match=message): call(make())
 
 def test_an_adapter_is_to_be_merged_first():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(small(), peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"a PeftModel wraps the model and changes what it computes; merge the adapter first: model = model.merge_and_unload\(\)"): evaluation.score(model, GET)
+    model = peft.get_peft_model(
+        small(),
+        peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True))
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"a PeftModel wraps the model and changes what it computes; merge the adapter first:"
+            r" model = model.merge_and_unload\(\)")):
+        evaluation.score(model, GET)
     assert evaluation.score(model.merge_and_unload(), GET).nll.isfinite().all()
 
 def test_a_compiled_model_is_the_model():
     model = small()
-    with torch._dynamo.config.patch(suppress_errors=True): assert torch.equal(evaluation.score(torch.compile(model, backend="eager"), GET).nll, evaluation.score(model, GET).nll)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert torch.equal(
+            evaluation.score(torch.compile(model, backend="eager"), GET).nll,
+            evaluation.score(model, GET).nll)
 
 def test_a_model_made_for_inference_alone_forms_no_gradients():
     with torch.inference_mode(): model = small()
     assert torch.equal(evaluation.score(model, GET).nll, evaluation.score(small(), GET).nll)
-    with pytest.raises(ValueError, match="made inside torch.inference_mode"): scored_by_gradient(model, GET)
+    with pytest.raises(ValueError, match="made inside torch.inference_mode"):
+        scored_by_gradient(model, GET)
 
 def test_an_unknown_way_to_form_gradients_is_named():
     with pytest.raises(ValueError, match="unknown gradient 'maybe'; known: off, on, as called"):
         with models.undisturbed(small(), "maybe"): pass
 
 def test_a_call_that_python_refuses_is_refused_by_python():
-    with pytest.raises(TypeError, match=r"score\(\) missing 1 required positional argument: 'examples'"): evaluation.score(CLEAN)
+    with pytest.raises(
+        TypeError, match=r"score\(\) missing 1 required positional argument: 'examples'"):
+        evaluation.score(CLEAN)
