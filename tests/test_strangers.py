@@ -138,9 +138,11 @@ scored = ["shortest", "random"]
 """
 ALONE = [sys.executable, "-c", "from unloc.cli import main; raise SystemExit(main())"]
 DRIVER = """if True:
-    import json, sys
+    import contextlib, json, sys
     from unloc.cli import main
-    for line in sys.stdin: print(chr(0), main(json.loads(line)), flush=True)
+    for line in sys.stdin:
+        with contextlib.redirect_stderr(sys.stdout): done = main(json.loads(line))
+        print(chr(0), done, flush=True)
 """
 TABLES = "localization", "table1_localizers_data", "table1_localizers"
 
@@ -200,14 +202,18 @@ class Session:
         self.process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=project.root, env=env,
             stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
 
-    def do(self, *words):
+    def ask(self, *words): # exit status, lines
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
         said = []
         while not (line := self.process.stdout.readline()).startswith(chr(0)):
             assert line, (words, said)
             said.append(line)
-        assert int(line[1:]) == 0, (words, said)
+        return int(line[1:]), said
+
+    def do(self, *words):
+        status, said = self.ask(*words)
+        assert status == 0, (words, said)
         return "".join(said)
 
     def end(self):
@@ -333,9 +339,8 @@ def test_an_attack_is_a_row_of_what_comes_back_of_all_arms(drawn):
     assert {row["attack"] for row in drawn.rows("table3_recovery")} == {"whispering"}
     data = drawn.rows("table3_recovery_data")
     assert {row["arm"] for row in data} == {"Oracle", "turning(share=0.5)", "Restore"}
-    assert len(data) == 6
-    for row in data: # of Restore no control is attacked
-        assert re.match(r"-?\d", row["original"]) or row["arm"] == "Restore"
+    measured = [row for row in data if re.match(r"-?\d", row["recovered"])]
+    assert len(data) == 6 and {"turning(share=0.5)", "Restore"} <= {row["arm"] for row in measured}
 
 def test_a_metric_is_a_row_of_the_pairs(drawn):
     table = drawn.rows("table2_oracle_random")
@@ -429,6 +434,28 @@ def test_a_mistake_is_one_line_that_names_the_file(drawn, file, old, new, says):
     assert found.returncode == 1 and found.stderr.count("\n") == 1, found
     assert file in found.stderr and says in found.stderr and "Traceback" not in found.stderr
     assert says in " ".join(listed.split()) and "weight_norm" in listed, "the others are shown"
+
+@pytest.mark.parametrize("file, old, new, page, says", [
+    ("my_localizer.py", "torch.stack([-x.norm(dim=0) ** power for x in vectors])", "torch.ones(3)",
+        "24_localization", "localizer 'shortest' gave scores of shape (3,), the model's "),
+    ("my_localizer.py", "[-x.norm", "[float('nan') * x.norm", "24_localization",
+        "localizer 'shortest' gave 512 scores that are NaN or infinite; every unit needs a "),
+    ("my_objective.py", "return Term(", "run.model.lm_head.weight.data += 1; return Term(",
+        "25_localizers", "weights outside the region changed: digest "),
+    ("my_editor.py", "(model, {place", "(model, {'lm_head.weight': model.lm_head.weight + 1} | "
+        "{place", "27_arms", "the editor turning(share=0.5) changed weights outside its region; "),
+    ("my_attack.py", "weight.data.copy_(kept)", "pass", "28_recovery",
+        "the attack whisper changed a weight of a model; put every weight back before returning")])
+def test_what_a_method_does_wrong_is_one_line_and_no_run_is_lost(
+    drawn, session, file, old, new, page, says):
+    times = drawn.changed()
+    drawn.write(file, FILES[file], old, new)
+    try: status, said = session.ask("run", "--profile", "strange", "--only", page, "--jobs", "1")
+    finally: drawn.write(file, FILES[file])
+    errors = [line for line in said if not line.startswith("strange ")]
+    assert status == 1 and len(errors) == 1 and errors[0].startswith("unloc: "), said
+    assert says in errors[0] and drawn.changed().items() >= times.items()
+    assert "40 runs, 0 to do" in session.do("plan", "--profile", "strange")
 
 # --- with a checkout
 
