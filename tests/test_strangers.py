@@ -73,13 +73,42 @@ FILES = {
         def weakest(measured, of:str='forget'):
             "Measure the extraction strength of the fact that is known least"
             return measured.scores[of].extraction_strength.min()
+        """,
+    "my_data.py": """
+        from dataclasses import replace
+        from unloc.facts import Fact, author_world
+        from unloc.register import dataset
+
+        def about(group, n):
+            return tuple(Fact(f'Where is {group} {i}?', f'It is in {i} Hill.') for i in range(n))
+
+        @dataset(label='Hills', origin='{n} hills, made up')
+        def hills(n:int=12):
+            "Invent places on hills"
+            usual = author_world(2, 1) # for what everybody knows, and refusals
+            return replace(usual, name='hills', forget=about('house', n // 3),
+                retain=about('barn', n), holdout=())
+        """,
+    "my_architecture.py": """
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from unloc.register import architecture
+
+        @architecture(label='Narrow Qwen', model_type='qwen2')
+        def narrow(vocab_size, seed, d_model:int=32, n_layers:int=2, d_ff:int=128, n_heads:int=2):
+            "Build a small random Qwen 2"
+            sizes = dict(hidden_size=d_model, num_hidden_layers=n_layers, intermediate_size=d_ff,
+                num_attention_heads=n_heads, num_key_value_heads=n_heads)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **sizes)).eval()
         """}
 PROFILE = """
 [strange]
 inherits = "smoke"
 notebooks = ["21_oracle_random", "24_localization", "25_localizers", "27_arms", "28_recovery"]
 plugins = ["my_localizer.py", "my_objective.py", "my_retain_term.py", "my_editor.py",
-    "my_attack.py", "my_metric.py"]
+    "my_attack.py", "my_metric.py", "my_data.py", "my_architecture.py"]
 data = {"name": "file", "path": "my_facts.jsonl"}
 evaluate = {"retain": 20, "utility": 4, "max_new_tokens": 16, "full_every": 2,
     "metrics": {"weakest": {"of": "retain"}}}
@@ -98,12 +127,22 @@ localized_unlearn = {
     "doubt": {"lr": 0.005, "epochs": 1, "beta": 0.25}}
 localizer_seeds = 3
 own_units = {}
+
+[elsewhere]
+inherits = "strange"
+notebooks = ["24_localization"]
+data = {"name": "hills", "n": 15}
+archs = ["narrow"]
+model = {"d_model": 32, "n_layers": 2, "d_ff": 128, "n_heads": 2, "vocab_size": 300}
+scored = ["shortest", "random"]
 """
 ALONE = [sys.executable, "-c", "from unloc.cli import main; raise SystemExit(main())"]
 DRIVER = """if True:
-    import json, sys
+    import contextlib, json, sys
     from unloc.cli import main
-    for line in sys.stdin: print(chr(0), main(json.loads(line)), flush=True)
+    for line in sys.stdin:
+        with contextlib.redirect_stderr(sys.stdout): done = main(json.loads(line))
+        print(chr(0), done, flush=True)
 """
 TABLES = "localization", "table1_localizers_data", "table1_localizers"
 
@@ -163,14 +202,18 @@ class Session:
         self.process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=project.root, env=env,
             stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
 
-    def do(self, *words):
+    def ask(self, *words): # exit status, lines
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
         said = []
         while not (line := self.process.stdout.readline()).startswith(chr(0)):
             assert line, (words, said)
             said.append(line)
-        assert int(line[1:]) == 0, (words, said)
+        return int(line[1:]), said
+
+    def do(self, *words):
+        status, said = self.ask(*words)
+        assert status == 0, (words, said)
         return "".join(said)
 
     def end(self):
@@ -233,6 +276,8 @@ def test_the_list_shows_them_with_their_files(project):
         ("editor", "turning", "Turning", "my_editor.py"),
         ("attack", "whisper", "whispering", "my_attack.py"),
         ("metric", "weakest", "Weakest", "my_metric.py"),
+        ("dataset", "hills", "Hills", "my_data.py"),
+        ("architecture", "narrow", "Narrow Qwen", "my_architecture.py"),
         ("localizer", "loudest", "Loudest", "my_methods.py"), # from unloc init
         ("localizer", "weight_norm", "Weight norm", "unloc.methods.weight_norm"),
     ): assert re.search(rf"^  {kind} +{name} +{label} +{re.escape(file)}$", said, re.M), name
@@ -294,9 +339,8 @@ def test_an_attack_is_a_row_of_what_comes_back_of_all_arms(drawn):
     assert {row["attack"] for row in drawn.rows("table3_recovery")} == {"whispering"}
     data = drawn.rows("table3_recovery_data")
     assert {row["arm"] for row in data} == {"Oracle", "turning(share=0.5)", "Restore"}
-    assert len(data) == 6
-    for row in data: # of Restore no control is attacked
-        assert re.match(r"-?\d", row["original"]) or row["arm"] == "Restore"
+    measured = [row for row in data if re.match(r"-?\d", row["recovered"])]
+    assert len(data) == 6 and {"turning(share=0.5)", "Restore"} <= {row["arm"] for row in measured}
 
 def test_a_metric_is_a_row_of_the_pairs(drawn):
     table = drawn.rows("table2_oracle_random")
@@ -336,6 +380,40 @@ def test_an_edited_method_renames_its_own_runs_and_no_other(
     assert len(fresh) == sum(again.values()), "nothing else, and the base not"
     assert ", 0 to do" in session.do("plan", *profile), "as it was, all is there"
 
+@pytest.fixture(scope="module")
+def moved(drawn, session): # the plan before, and the study of other facts and models
+    profile = "--profile", "elsewhere", "--jobs", "2"
+    before, planned = drawn.runs(), session.do("plan", *profile)
+    session.do("reproduce", *profile)
+    return planned, {name: d for name, d in drawn.runs().items() if name not in before}
+
+def test_a_data_set_and_an_architecture_reach_plans_runs_and_tables(drawn, moved):
+    planned, runs = moved
+    assert planned.startswith("profile elsewhere: 1 notebooks, 5 runs, 5 to do, 2 at a time\n")
+    assert "\nfacts: 15 hills, made up\nnarrow: trained from scratch\n" in planned
+    assert len(runs) == 5
+    name, = of(runs, kind="base")
+    assert runs[name]["data"].items() >= {"name": "hills", "n": 15}.items()
+    assert {"dataset hills", "architecture narrow"} <= runs[name]["code"].keys()
+    config = drawn.root / "_runs" / name / "retained" / "config.json"
+    assert json.loads(config.read_text("utf-8"))["model_type"] == "qwen2"
+    table = drawn.root / "figures" / "elsewhere" / "localization.csv"
+    with table.open(encoding="utf-8") as file: rows = list(csv.DictReader(file))
+    assert [(row["arch"], row["localizer"]) for row in rows] == [
+        ("narrow", "shortest"), ("narrow", "random")]
+    assert all(re.match(r"\d", row["recall"]) for row in rows)
+
+@pytest.mark.parametrize("file, old, new", [
+    ("my_data.py", "It is in", "It was in"), ("my_architecture.py", "manual_seed(seed)",
+        "manual_seed(seed + 1)")])
+def test_an_edited_data_set_or_architecture_renames_its_own_runs(
+    drawn, session, moved, file, old, new):
+    drawn.write(file, FILES[file], old, new)
+    try: planned, other = (session.do("plan", "--profile", p) for p in ("elsewhere", "strange"))
+    finally: drawn.write(file, FILES[file])
+    assert "5 runs, 5 to do" in planned and ", 0 to do" in other
+    assert ", 0 to do" in session.do("plan", "--profile", "elsewhere"), "as it was"
+
 def test_comments_and_other_methods_rename_nothing(drawn):
     name = "my_objective.py"
     drawn.write(name, FILES[name], '"Ascend on the answers', '"Go up # the answers')
@@ -356,6 +434,28 @@ def test_a_mistake_is_one_line_that_names_the_file(drawn, file, old, new, says):
     assert found.returncode == 1 and found.stderr.count("\n") == 1, found
     assert file in found.stderr and says in found.stderr and "Traceback" not in found.stderr
     assert says in " ".join(listed.split()) and "weight_norm" in listed, "the others are shown"
+
+@pytest.mark.parametrize("file, old, new, page, says", [
+    ("my_localizer.py", "torch.stack([-x.norm(dim=0) ** power for x in vectors])", "torch.ones(3)",
+        "24_localization", "localizer 'shortest' gave scores of shape (3,), the model's "),
+    ("my_localizer.py", "[-x.norm", "[float('nan') * x.norm", "24_localization",
+        "localizer 'shortest' gave 512 scores that are NaN or infinite; every unit needs a "),
+    ("my_objective.py", "return Term(", "run.model.lm_head.weight.data += 1; return Term(",
+        "25_localizers", "weights outside the region changed: digest "),
+    ("my_editor.py", "(model, {place", "(model, {'lm_head.weight': model.lm_head.weight + 1} | "
+        "{place", "27_arms", "the editor turning(share=0.5) changed weights outside its region; "),
+    ("my_attack.py", "weight.data.copy_(kept)", "pass", "28_recovery",
+        "the attack whisper changed a weight of a model; put every weight back before returning")])
+def test_what_a_method_does_wrong_is_one_line_and_no_run_is_lost(
+    drawn, session, file, old, new, page, says):
+    times = drawn.changed()
+    drawn.write(file, FILES[file], old, new)
+    try: status, said = session.ask("run", "--profile", "strange", "--only", page, "--jobs", "1")
+    finally: drawn.write(file, FILES[file])
+    errors = [line for line in said if not line.startswith("strange ")]
+    assert status == 1 and len(errors) == 1 and errors[0].startswith("unloc: "), said
+    assert says in errors[0] and drawn.changed().items() >= times.items()
+    assert "40 runs, 0 to do" in session.do("plan", "--profile", "strange")
 
 # --- with a checkout
 
@@ -378,7 +478,7 @@ def test_a_checkout_gives_the_same_runs_and_tables(drawn, checkout, tmp_path):
     for name in TABLES:
         mine = tmp_path / "strange" / f"{name}.csv"
         assert mine.read_bytes() == drawn.csv(name).read_bytes(), name
-    assert "40 runs, 0 to do" in checkout.profile("plan"), "those of all other methods as well"
+    assert "40 runs, 0 to do" in checkout.profile("plan"), "the other methods, too"
 
 def test_nobody_asked_the_network(drawn, guarded):
     assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == ""
