@@ -102,8 +102,10 @@ def _work_on_node(store, group, compute, names, held, tofu, sent=None)->list[str
     if tofu: os.environ['UNLOC_TOFU'] = tofu
     try:
         _demand_same_store(Path(held))
-        if [run_id(d) for d in group] != names: raise RuntimeError("this node has other code of "
-            "unloc or other libraries than the sweep was started with; install the same on every node")
+        if [run_id(d) for d in group] != names:
+            raise RuntimeError(
+                "this node has other code of unloc or other libraries than the sweep was started"
+                " with; install the same on every node")
         receive(sent)
         do_group(store, group, compute)
     except Exception as error: raise _naming(platform.node(), error) from None

@@ -115,7 +115,8 @@ def _file_of(name:str)->Path|None: # of a user's module that can be imported
 def _on_shelf(top:str)->bool: # top: a module without dots
     "Say whether an installed library has a module, imported or not"
     if top in sys.modules: return _of_library(top)
-    if top in sys.stdlib_module_names or top in methods.offered(): return top not in methods.offered()
+    if top in sys.stdlib_module_names or top in methods.offered():
+        return top not in methods.offered()
     spec = find_spec(top)
     places = [spec.origin or '', *(spec.submodule_search_locations or ())] if spec else []
     return not places or any(shelf in Path(place).parts for place in places for shelf in _SHELVES)
@@ -361,8 +362,9 @@ def _watch(file:str)->None: # of a plugin that was executed
 methods.WATCHERS.append(_watch)
 
 # %% ../nbs/14_identity.ipynb #ac2b5f05
-APART = ('arguments', 'register', 'identity', 'settings', 'progress', 'project', 'runs',
-    'transport', 'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study', 'figures',
+APART = (
+    'arguments', 'register', 'identity', 'settings', 'progress', 'project', 'runs', 'transport',
+    'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study', 'figures',
     'cli') # no result depends on them
 _ROOT = Path(__file__).parent if '__file__' in globals() else Path(find_spec('unloc').origin).parent
 

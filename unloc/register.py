@@ -305,7 +305,8 @@ def metric(
 def dataset(
     label:str,
     origin:str='', # for people: 'your own, from {path}', of its options and its {source}
-    files:tuple[str, ...]=(), # options that say where facts lie; their content counts, not the place
+    # options that say where facts lie; their content counts, not the place
+    files:tuple[str, ...]=(),
     hub:str='', # id on the hub, from which facts come that no source is given for
     variable:str='', # of the environment: the source in place of the hub
     **more, # source, name, place

@@ -345,7 +345,8 @@ def on_this_machine(store:Store, missing:list[dict], jobs:int, compute:Callable)
     "Do runs in processes of this machine and name each when it is done"
     from joblib import Parallel, delayed
     sent, work = shipment() if jobs != 1 else None, delayed(_work)
-    tasks = [work(store, group, compute, os.getpid(), sent) for group in groups_of(missing, compute)]
+    tasks = [
+        work(store, group, compute, os.getpid(), sent) for group in groups_of(missing, compute)]
     for names in Parallel(n_jobs=jobs, return_as='generator_unordered')(tasks): yield from names
 
 # %% ../nbs/14_runs.ipynb #5e77a005
