@@ -124,15 +124,10 @@ def test_list(checkout):
     assert max(map(len, out.splitlines())) <= 120
 
 def test_the_command_starts_fast():
+    heavy = ("torch", "transformers", "pandas", "papermill")
+    code = f"import sys, unloc.cli; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import sys, unloc.cli; print([m for m in ('torch', 'transformers', 'pandas',"
-                " 'papermill') if m in sys.modules])")],
-        capture_output=True,
-        encoding="utf-8")
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 def test_smoke_gives_every_artefact(smoke):
@@ -338,14 +333,10 @@ def test_what_is_missing_is_an_exit_status(smoke, tmp_path):
     smoke.env["UNLOC_TOFU"] = none = str(tmp_path / "none")
     try: code, out, err = smoke.call("plan", "--profile", "tofu-20")
     finally: del smoke.env["UNLOC_TOFU"]
-    assert (
-        code == 1
-        and err == ""
-        and re.search(
-            rf"^! UNLOC_TOFU='{none}': no such folder; .*\(for 20_injection_ratio,"
-            r" 21_oracle_random, .*\)$",
-            out,
-            re.M)), (out, err)
+    says = rf"^! UNLOC_TOFU='{none}': no such folder; .*"
+    says += r"\(for 20_injection_ratio, 21_oracle_random, .*\)$"
+    assert (code, err) == (1, ""), (out, err)
+    assert re.search(says, out, re.M), out
     for words, says in (
         (["--profile", "tinny"], "unknown profile 'tinny'"),
         (["--set", "seed=3"], "unknown parameter in --set 'seed'"),
@@ -489,13 +480,11 @@ def test_a_bad_value_is_one_line(smoke, notebook, words, says):
 
 def test_a_damaged_run_is_named_and_kept(smoke):
     # one that this notebook reads
-    run = next(
-        f
-        for f in smoke.store.iterdir()
-        if (f / "trajectory.csv").exists()
-        and json.loads((f / "description.json").read_text("utf-8"))["description"].get("objective")
-        == "rmu"
-        and "arm" in (f / "description.json").read_text("utf-8"))
+    def through_an_arm(f):
+        if not (f / "trajectory.csv").exists(): return False
+        text = (f / "description.json").read_text("utf-8")
+        return json.loads(text)["description"].get("objective") == "rmu" and "arm" in text
+    run = next(filter(through_an_arm, smoke.store.iterdir()))
     path = run / "trajectory.csv"
     whole = path.read_bytes()
     for bytes, says in (
@@ -711,14 +700,9 @@ def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded, com
         "seeds=3",
         'unlearn={"wga": {"lr": 0.005, "epochs": 1}, "ga": {"lr": 1e30, "epochs": 1}}']
     code, out, err = own.call(*words)
-    assert (
-        code == 0
-        and err == ""
-        and len(
-            re.findall(
-                r"^  run \w{16} .unlearn, llama, ga, (Oracle|Random), [012]. diverged: ", out, re.M)
-        )
-        == 6), (out, err)
+    line = r"^  run \w{16} .unlearn, llama, ga, (Oracle|Random), [012]. diverged: "
+    assert (code, err) == (0, ""), (out, err)
+    assert len(re.findall(line, out, re.M)) == 6, out
     rows = json.loads((own.out / "smoke" / "table2_oracle_random.json").read_text("utf-8"))["rows"]
     assert [(row["objective"], row["verdict"] == "–") for row in rows] == [
         ("WGA", False), ("WGA", False), ("GA", True), ("GA", True)]

@@ -38,13 +38,8 @@ class Project:
         shutil.copy(ROOT / "settings.ini", self.root)
 
     def call(self, *words, place=None, cwd=None, **env):
-        put = (
-            [
-                "--store",
-                str(place / "store"),
-                *(["--out", str(place / "out")] if words[0] == "reproduce" else [])]
-            if place
-            else [])
+        put = ["--store", str(place / "store")] if place else []
+        if place and words[0] == "reproduce": put += ["--out", str(place / "out")]
         done = subprocess.run(
             [UNLOC, *words, *put], cwd=cwd or self.root, env=self.env | env, capture_output=True,
             encoding="utf-8", errors="replace")
@@ -83,11 +78,11 @@ def one_line(found, says, status=1):
 
 LINUX = """
 import os, sys
-LINUX = (
+AWAY = (
     "sched_getaffinity", "sched_setaffinity", "sched_getscheduler", "posix_fadvise",
     "posix_fallocate", "memfd_create", "pidfd_open", "eventfd", "splice", "copy_file_range",
     "getrandom", "unshare", "setns")
-for name in LINUX:
+for name in AWAY:
     if hasattr(os, name): delattr(os, name)
 OURS = (os.sep + "unloc" + os.sep, "ipykernel_")
 def ask(event, args):
