@@ -533,11 +533,9 @@ def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, jobs, tm
         out, err = process.communicate(timeout=1200)
     assert not (again.out / "smoke" / "table2_oracle_random.csv").exists(), "stopped in the middle"
     if how == signal.SIGINT:
-        assert (
-            process.returncode == 130
-            and err
-            == "unloc: interrupted; finished runs are kept, and the same command goes on from"
-            " there\n"), err
+        assert process.returncode == 130, err
+        kept = "finished runs are kept, and the same command goes on from there"
+        assert err == f"unloc: interrupted; {kept}\n"
     end = time.monotonic() + 600 # if they go on, they do so for ever
     while again.left() and time.monotonic() < end: time.sleep(.1)
     assert not again.left(), "processes of the stopped command go on"
@@ -579,14 +577,10 @@ def test_the_guard_sees_an_attempt(attempt, said, guarded, tmp_path):
         capture_output=True,
         encoding="utf-8")
     assert found.returncode and said in (tmp_path / "seen").read_text("utf-8")
-    quiet = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import socket\ns = socket.create_server(('127.0.0.1', 0));"
-                " socket.create_connection(s.getsockname()); socket.getaddrinfo('localhost', 80)")],
-        env=guarded)
+    code = (
+        "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(s.getsockname())\nsocket.getaddrinfo('localhost', 80)")
+    quiet = subprocess.run([sys.executable, "-c", code], env=guarded)
     assert quiet.returncode == 0
 
 def test_this_process_is_guarded():
@@ -615,10 +609,10 @@ def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(
 # --- a user's own methods, and what leaves nothing to show
 
 PLUGIN = (
-    "import torch\nfrom unloc import models\nfrom unloc.register import"
-    " localizer\n@localizer(label='Mine')\ndef mine(model, forget, seed):\n    'Rank by place'\n   "
-    " n_layers, d_ff = models.region_shape(model)\n    return torch.arange(float(n_layers *"
-    " d_ff)).view(n_layers, d_ff)\n")
+    "import torch\nfrom unloc import models\nfrom unloc.register import localizer\n"
+    "@localizer(label='Mine')\ndef mine(model, forget, seed):\n    'Rank by place'\n"
+    "    n_layers, d_ff = models.region_shape(model)\n"
+    "    return torch.arange(float(n_layers * d_ff)).view(n_layers, d_ff)\n")
 SCORED = [
     "reproduce", "--profile", "smoke", "--only", "24_localization", "--jobs", "2", "--set",
     'scored=["mine"]', "localization_seeds=2"]
