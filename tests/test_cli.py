@@ -123,15 +123,10 @@ def test_list(checkout):
     assert max(map(len, out.splitlines())) <= 120
 
 def test_the_command_starts_fast():
+    heavy = ("torch", "transformers", "pandas", "papermill")
+    code = f"import sys, unloc.cli; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import sys, unloc.cli; print([m for m in ('torch', 'transformers', 'pandas',"
-                " 'papermill') if m in sys.modules])")],
-        capture_output=True,
-        encoding="utf-8")
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 def test_smoke_gives_every_artefact(smoke):
@@ -337,14 +332,10 @@ def test_what_is_missing_is_an_exit_status(smoke, tmp_path):
     smoke.env["UNLOC_TOFU"] = none = str(tmp_path / "none")
     try: code, out, err = smoke.call("plan", "--profile", "tofu-20")
     finally: del smoke.env["UNLOC_TOFU"]
-    assert (
-        code == 1
-        and err == ""
-        and re.search(
-            rf"^! UNLOC_TOFU='{none}': no such folder; .*\(for 20_injection_ratio,"
-            r" 21_oracle_random, .*\)$",
-            out,
-            re.M)), (out, err)
+    says = rf"^! UNLOC_TOFU='{none}': no such folder; .*"
+    says += r"\(for 20_injection_ratio, 21_oracle_random, .*\)$"
+    assert (code, err) == (1, ""), (out, err)
+    assert re.search(says, out, re.M), out
     for words, says in (
         (["--profile", "tinny"], "unknown profile 'tinny'"),
         (["--set", "seed=3"], "unknown parameter in --set 'seed'"),
@@ -488,13 +479,11 @@ def test_a_bad_value_is_one_line(smoke, notebook, words, says):
 
 def test_a_damaged_run_is_named_and_kept(smoke):
     # one that this notebook reads
-    run = next(
-        f
-        for f in smoke.store.iterdir()
-        if (f / "trajectory.csv").exists()
-        and json.loads((f / "description.json").read_text("utf-8"))["description"].get("objective")
-        == "rmu"
-        and "arm" in (f / "description.json").read_text("utf-8"))
+    def through_an_arm(f):
+        if not (f / "trajectory.csv").exists(): return False
+        text = (f / "description.json").read_text("utf-8")
+        return json.loads(text)["description"].get("objective") == "rmu" and "arm" in text
+    run = next(filter(through_an_arm, smoke.store.iterdir()))
     path = run / "trajectory.csv"
     whole = path.read_bytes()
     for bytes, says in (
@@ -543,11 +532,9 @@ def test_a_stopped_command_goes_on_and_gives_the_same_bytes(smoke, how, jobs, tm
         out, err = process.communicate(timeout=1200)
     assert not (again.out / "smoke" / "table2_oracle_random.csv").exists(), "stopped in the middle"
     if how == signal.SIGINT:
-        assert (
-            process.returncode == 130
-            and err
-            == "unloc: interrupted; finished runs are kept, and the same command goes on from"
-            " there\n"), err
+        assert process.returncode == 130, err
+        kept = "finished runs are kept, and the same command goes on from there"
+        assert err == f"unloc: interrupted; {kept}\n"
     end = time.monotonic() + 600 # if they go on, they do so for ever
     while again.left() and time.monotonic() < end: time.sleep(.1)
     assert not again.left(), "processes of the stopped command go on"
@@ -589,14 +576,10 @@ def test_the_guard_sees_an_attempt(attempt, said, guarded, tmp_path):
         capture_output=True,
         encoding="utf-8")
     assert found.returncode and said in (tmp_path / "seen").read_text("utf-8")
-    quiet = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import socket\ns = socket.create_server(('127.0.0.1', 0));"
-                " socket.create_connection(s.getsockname()); socket.getaddrinfo('localhost', 80)")],
-        env=guarded)
+    code = (
+        "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(s.getsockname())\nsocket.getaddrinfo('localhost', 80)")
+    quiet = subprocess.run([sys.executable, "-c", code], env=guarded)
     assert quiet.returncode == 0
 
 def test_this_process_is_guarded():
@@ -625,10 +608,10 @@ def test_a_profile_says_how_many_runs_at_once_and_every_set_counts(
 # --- a user's own methods, and what leaves nothing to show
 
 PLUGIN = (
-    "import torch\nfrom unloc import models\nfrom unloc.register import"
-    " localizer\n@localizer(label='Mine')\ndef mine(model, forget, seed):\n    'Rank by place'\n   "
-    " n_layers, d_ff = models.region_shape(model)\n    return torch.arange(float(n_layers *"
-    " d_ff)).view(n_layers, d_ff)\n")
+    "import torch\nfrom unloc import models\nfrom unloc.register import localizer\n"
+    "@localizer(label='Mine')\ndef mine(model, forget, seed):\n    'Rank by place'\n"
+    "    n_layers, d_ff = models.region_shape(model)\n"
+    "    return torch.arange(float(n_layers * d_ff)).view(n_layers, d_ff)\n")
 SCORED = [
     "reproduce", "--profile", "smoke", "--only", "24_localization", "--jobs", "2", "--set",
     'scored=["mine"]', "localization_seeds=2"]
@@ -710,14 +693,9 @@ def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded, com
         "seeds=3",
         'unlearn={"wga": {"lr": 0.005, "epochs": 1}, "ga": {"lr": 1e30, "epochs": 1}}']
     code, out, err = own.call(*words)
-    assert (
-        code == 0
-        and err == ""
-        and len(
-            re.findall(
-                r"^  run \w{16} .unlearn, llama, ga, (Oracle|Random), [012]. diverged: ", out, re.M)
-        )
-        == 6), (out, err)
+    line = r"^  run \w{16} .unlearn, llama, ga, (Oracle|Random), [012]. diverged: "
+    assert (code, err) == (0, ""), (out, err)
+    assert len(re.findall(line, out, re.M)) == 6, out
     rows = json.loads((own.out / "smoke" / "table2_oracle_random.json").read_text("utf-8"))["rows"]
     assert [(row["objective"], row["verdict"] == "–") for row in rows] == [
         ("WGA", False), ("WGA", False), ("GA", True), ("GA", True)]

@@ -131,16 +131,12 @@ def test_all_that_is_wrong_with_a_name_is_said():
         settings("attack", {})
 
 def test_facts_are_described_without_torch():
+    heavy = ("torch", "transformers", "pandas", "numpy")
+    code = (
+        "import sys, unloc.data, unloc.progress, unloc.runs, unloc.settings, unloc.steps\n"
+        f"print([m for m in {heavy} if m in sys.modules])")
     found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import sys, unloc.data, unloc.progress, unloc.runs, unloc.settings, unloc.steps;"
-                " print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in"
-                " sys.modules])")],
-        capture_output=True,
-        encoding="utf-8")
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == "[]", found
 
 # --- bad words
@@ -348,13 +344,9 @@ def test_what_makes_a_run_another():
     assert len({run_id(d) for d in same}) == 1 and len({run_id(d) for d in same + other}) == 6
     taught = teaching(standard(base, JUDGE))
     # WAGLE draws nothing
-    assert (
-        len(
-            {
-                run_id(localization(taught, name, seed))
-                for name in ("wagle", "random")
-                for seed in (0, 1)})
-        == 3)
+    scored = [localization(taught, "wagle", seed) for seed in (0, 1)]
+    scored += [localization(taught, "random", seed) for seed in (0, 1)]
+    assert len({run_id(d) for d in scored}) == 3
     arms = [
         unlearning(one, arm, "npo", {"lr": 1., "epochs": 1}, draw)
         for arm in PAIR

@@ -256,9 +256,8 @@ def test_greedy_names_the_prompt():
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_no_row_leaves_the_table_while_another_is_decoded(kind):
-    model = small(
-        kind, vocab_size=400, **{"n_positions" if kind == "gpt2" else "max_position_embeddings": 40}
-    )
+    positions = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    model = small(kind, vocab_size=400, **{positions: 40})
     # any two of them together would
     prompts, limits = [[5] * 38, [6] * 2, [7, 8] * 10, [9] * 30], [3, 38, 20, 11]
     alone = [evaluation.greedy(model, [p], [n], 1)[0] for p, n in zip(prompts, limits)]

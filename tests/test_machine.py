@@ -38,13 +38,8 @@ class Project:
         shutil.copy(ROOT / "settings.ini", self.root)
 
     def call(self, *words, place=None, cwd=None, **env):
-        put = (
-            [
-                "--store",
-                str(place / "store"),
-                *(["--out", str(place / "out")] if words[0] == "reproduce" else [])]
-            if place
-            else [])
+        put = ["--store", str(place / "store")] if place else []
+        if place and words[0] == "reproduce": put += ["--out", str(place / "out")]
         done = subprocess.run(
             [UNLOC, *words, *put], cwd=cwd or self.root, env=self.env | env, capture_output=True,
             encoding="utf-8", errors="replace")
@@ -83,11 +78,11 @@ def one_line(found, says, status=1):
 
 LINUX = """
 import os, sys
-LINUX = (
+AWAY = (
     "sched_getaffinity", "sched_setaffinity", "sched_getscheduler", "posix_fadvise",
     "posix_fallocate", "memfd_create", "pidfd_open", "eventfd", "splice", "copy_file_range",
     "getrandom", "unshare", "setns")
-for name in LINUX:
+for name in AWAY:
     if hasattr(os, name): delattr(os, name)
 OURS = (os.sep + "unloc" + os.sep, "ipykernel_")
 def ask(event, args):
@@ -365,13 +360,14 @@ def test_an_encoding_changes_no_byte_and_ends_no_command(locale, project, usual,
     status, out, err = project.call("list", **LOCALES[locale])
     assert status == 0 and err == "" and "table2_oracle_random" in out
 
-STRICT = (
-    "import sys, warnings\nwarnings.filterwarnings('error', category=EncodingWarning,"
-    " module=r'unloc(\\.|$)|__main__$')\n")
+STRICT = r"""
+import sys, warnings
+OURS = r'unloc(\.|$)|__main__$'
+warnings.filterwarnings('error', category=EncodingWarning, module=OURS)
+"""
 
-def test_no_text_is_read_or_written_in_the_encoding_of_the_machine(
-    project, usual, tmp_path
-): # the interpreter itself looks
+# the interpreter itself looks
+def test_no_text_is_read_or_written_in_the_encoding_of_the_machine(project, usual, tmp_path):
     (tmp_path / "strict").mkdir()
     guard = (Path(project.env["PYTHONPATH"].split(os.pathsep)[0]) / "sitecustomize.py").read_text(
         "utf-8")
@@ -865,19 +861,18 @@ def test_what_ends_a_notebook_is_one_line(what, project, tmp_path):
             "outputs": [], "execution_count": None}]
     path.write_text(json.dumps(page), "utf-8")
     status, out, err = project.call(*ONE, place=tmp_path)
-    assert (
-        status == 1
-        and "Traceback" not in err
-        and re.search(rf"^unloc: .*20_injection_ratio.ipynb failed: .*({says}).*\n\Z", err, re.M)
-    ), err
+    assert status == 1 and "Traceback" not in err, err
+    line = rf"^unloc: .*20_injection_ratio.ipynb failed: .*({says}).*\n\Z"
+    assert re.search(line, err, re.M), err
 
 def test_folders_that_cannot_be_used_are_named(project, tmp_path):
     (tmp_path / "file").touch()
     for word in ("plan", "reproduce"):
+        why = "No usable temporary directory found in [...]"
         code = (
-            "import sys, tempfile\ndef none(*_): raise FileNotFoundError(2, 'No usable temporary"
-            " directory found in [...]')\ntempfile._get_default_tempdir = none\nfrom unloc.cli"
-            " import main\nsys.exit(main(sys.argv[1:]))")
+            f"import sys, tempfile\ndef none(*_): raise FileNotFoundError(2, {why!r})\n"
+            "tempfile._get_default_tempdir = none\n"
+            "from unloc.cli import main\nsys.exit(main(sys.argv[1:]))")
         done = subprocess.run(
             [PYTHON, "-c", code, word, "--profile", "smoke", "--only", "injection_ratio"],
             cwd=project.root,
@@ -886,22 +881,22 @@ def test_folders_that_cannot_be_used_are_named(project, tmp_path):
             encoding="utf-8")
         one_line(
             (done.returncode, done.stdout, done.stderr),
-            "there is no folder for temporary files: No usable temporary directory found in .*; let"
-            " TMPDIR name one")
+            "there is no folder for temporary files: No usable temporary directory found in .*; "
+            "let TMPDIR name one")
     settings = project.root / "settings.ini"
     settings.unlink(); settings.mkdir()
     one_line(
         project.call("plan"), "settings.ini cannot be read: .*(Is a directory|Permission denied)")
 
 @pytest.mark.skipif(os.name != "posix", reason="limits files as POSIX does")
-def test_a_full_temporary_folder_is_named(
-    project, tmp_path
-): # as full: a file may not grow beyond some bytes
+def test_a_full_temporary_folder_is_named(project, tmp_path):
+    # as full: a file may not grow beyond some bytes
     (tmp_path / "tmp").mkdir()
     code = (
-        "import resource, signal, sys\nfrom unloc.cli import main\nsignal.signal(signal.SIGXFSZ,"
-        " signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096,"
-        " 4096))\nsys.exit(main(sys.argv[1:]))")
+        "import resource, signal, sys\nfrom unloc.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "sys.exit(main(sys.argv[1:]))")
     done = subprocess.run(
         [PYTHON, "-c", code, "plan", "--profile", "smoke", "--only", "injection_ratio"],
         cwd=project.root,

@@ -298,19 +298,9 @@ def test_private_entries_are_no_part_of_a_name(tmp_path):
         "parent": {"n": 1, "kind": "r", "_x": 0}}
     bare = {"parent": {"kind": "r", "n": 1}, "n": 1, "data": {"name": "x"}, "kind": "a"}
     assert public(deep) == bare and run_id(deep) == run_id(bare) and deep["_jobs"] == 2
-    assert (
-        len(
-            {
-                run_id(d)
-                for d in (
-                    bare,
-                    bare | {"n": 2},
-                    bare | {"n": 1.},
-                    bare | {"n": True},
-                    bare | {"n": "1"},
-                    bare | {"parent": {"kind": "r", "n": 2}},
-                    bare | {"m": None})})
-        == 7)
+    others = [bare | {"n": n} for n in (2, 1., True, "1")]
+    others += [bare | {"parent": {"kind": "r", "n": 2}}, bare | {"m": None}]
+    assert len({run_id(d) for d in (bare, *others)}) == 7
     store = Store(tmp_path)
     # the second finds the first and computes nothing
     assert store.do(deep, compute).path == store.do(bare, None).path

@@ -155,8 +155,8 @@ def f1(x, k=1): return helper(x) + k
 def helper(x): return x * CONSTANT
 CONSTANT = 2
 SOURCE = (
-    "import helpers_of_mine\nK = 2\ndef helper(x): return K * x\ndef f(model, forget, retain,"
-    " seed): return helper(helpers_of_mine.g(1))\n")
+    "import helpers_of_mine\nK = 2\ndef helper(x): return K * x\n"
+    "def f(model, forget, retain, seed): return helper(helpers_of_mine.g(1))\n")
 
 @pytest.mark.parametrize(
     "old, new, same",
@@ -193,9 +193,10 @@ def digest_in_a_script(text): # of f, in a program of its own
         env=os.environ | {"PYTHONHASHSEED": str(len(text))}).stdout
 
 SCRIPT = (
-    "import functools\nclass C:\n    def __init__(self, n): self.n = n\n    def __call__(self,"
-    " model): return self.n\ndef g(x): return x if x in {'a', 'b', 'c'} else 2\ndef make(n): return"
-    " lambda model: g(n)\nf = make(1)\n")
+    "import functools\nclass C:\n    def __init__(self, n): self.n = n\n"
+    "    def __call__(self, model): return self.n\n"
+    "def g(x): return x if x in {'a', 'b', 'c'} else 2\ndef make(n): return lambda model: g(n)\n"
+    "f = make(1)\n")
 @pytest.mark.parametrize(
     "text, same",
     [
@@ -234,36 +235,36 @@ HELD = {
     ),
     "base class": (
         (
-            "class B:\n  def go(self): return 1\nclass C(B):\n  def __call__(self, m): return"
-            " self.go()\nf = C()"),
+            "class B:\n  def go(self): return 1\nclass C(B):\n"
+            "  def __call__(self, m): return self.go()\nf = C()"),
         "return 1",
         "return 2",
     ),
     "static method": (
         (
-            "class C:\n  @staticmethod\n  def go(): return 1\n  def __call__(self, m): return"
-            " self.go()\nf = C()"),
+            "class C:\n  @staticmethod\n  def go(): return 1\n"
+            "  def __call__(self, m): return self.go()\nf = C()"),
         "return 1",
         "return 2",
     ),
     "class method": (
         (
-            "class C:\n  @classmethod\n  def go(cls): return 1\n  def __call__(self, m): return"
-            " self.go()\nf = C()"),
+            "class C:\n  @classmethod\n  def go(cls): return 1\n"
+            "  def __call__(self, m): return self.go()\nf = C()"),
         "return 1",
         "return 2",
     ),
     "property": (
         (
-            "class C:\n  @property\n  def go(self): return 1\n  def __call__(self, m): return"
-            " self.go\nf = C()"),
+            "class C:\n  @property\n  def go(self): return 1\n"
+            "  def __call__(self, m): return self.go\nf = C()"),
         "return 1",
         "return 2",
     ),
     "cached property": (
         (
-            "import functools\nclass C:\n  @functools.cached_property\n  def go(self): return 1\n "
-            " def __call__(self, m): return self.go\nf = C()"),
+            "import functools\nclass C:\n  @functools.cached_property\n"
+            "  def go(self): return 1\n  def __call__(self, m): return self.go\nf = C()"),
         "return 1",
         "return 2",
     ),
@@ -274,8 +275,8 @@ HELD = {
     ),
     "library's abstract class": (
         (
-            "import collections\nclass C(collections.UserDict):\n  def __call__(self, m): return"
-            " 1\nf = C()"),
+            "import collections\nclass C(collections.UserDict):\n"
+            "  def __call__(self, m): return 1\nf = C()"),
         "return 1",
         "return 2",
     ),
@@ -291,15 +292,15 @@ HELD = {
     ),
     "named tuple": (
         (
-            "from typing import NamedTuple\nclass D(NamedTuple):\n  n: int = 1\n  def go(self):"
-            " return 1\nd = D()\ndef f(m): return d.go()"),
+            "from typing import NamedTuple\nclass D(NamedTuple):\n  n: int = 1\n"
+            "  def go(self): return 1\nd = D()\ndef f(m): return d.go()"),
         "return 1",
         "return 2",
     ),
     "enum": (
         (
-            "import enum\nclass E(str, enum.Enum):\n  A = 'a'\n  def go(self): return 1\ne ="
-            " E.A\ndef f(m): return e.go()"),
+            "import enum\nclass E(str, enum.Enum):\n  A = 'a'\n  def go(self): return 1\n"
+            "e = E.A\ndef f(m): return e.go()"),
         "return 1",
         "return 2",
     ),
@@ -321,15 +322,15 @@ HELD = {
     ),
     "single dispatch": (
         (
-            "import functools\n@functools.singledispatch\ndef h(x): return 1\n@h.register\ndef _(x:"
-            " int): return 2\ndef f(m): return h(m)"),
+            "import functools\n@functools.singledispatch\ndef h(x): return 1\n@h.register\n"
+            "def _(x: int): return 2\ndef f(m): return h(m)"),
         "return 2",
         "return 3",
     ),
     "logger": (
         (
-            "import logging\nlogging.basicConfig()\nL = logging.getLogger()\ndef f(m):\n "
-            " L.info('x')\n  return 1"),
+            "import logging\nlogging.basicConfig()\nL = logging.getLogger()\ndef f(m):\n"
+            "  L.info('x')\n  return 1"),
         "return 1",
         "return 2",
     ),
