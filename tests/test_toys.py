@@ -1,11 +1,12 @@
 """A model and facts of one's own, a file each, are known wherever the package's own are: in
 settings, plans, runs and tables; and no other place of the package lists such names."""
-import ast, csv, json, os, subprocess, sys
+import ast, csv, json, os, pickle, subprocess, sys
 from pathlib import Path
 import pytest
 from unloc import register
 from unloc.data import benchmark, counts, data_description, data_source, hub_source
 from unloc.facts import Benchmark, Fact
+from unloc.identity import shipment
 from unloc.register import METHODS, at_hand, dataset, find, label, methods
 from unloc.runs import Store, public, run_id
 from unloc.steps import compute
@@ -144,6 +145,17 @@ def test_a_data_set_of_the_hub_takes_a_source(place):
     finally: del os.environ["FAR_AWAY"]
     small = {"name": "world", "n_authors": 3, "n_forget": 1}
     assert "_source" not in data_description(small, "x/y"), "it takes none"
+
+def test_both_are_sent_to_other_processes_with_their_limits(place):
+    for kind in KINDS: methods(kind)
+    sent = shipment()
+    for key in (("architecture", "shared"), ("dataset", "colours")):
+        assert key in sent.entries and key not in sent.unsendable
+    digest, packed = sent.entries["dataset", "colours"]
+    arrived = pickle.loads(packed)
+    assert arrived.options == METHODS["dataset"]["colours"].options and len(digest) == 16
+    with pytest.raises(ValueError, match="dataset colours: n must be of type int >= 2, got 1"):
+        arrived.checked({"n": 1})
 
 def test_an_option_called_name_is_refused(place):
     @dataset(label="Named")
