@@ -226,3 +226,14 @@ def test_31_injection():
         f"({signed(kept.iloc[0])} AUES)",
         f"{signed(usual.loc['AUES'])} AUES and {signed(usual.loc['recovered'])} of what was"
         " forgotten")
+
+def test_the_paper_compiles_with_what_the_register_knows():
+    typst = pytest.importorskip("typst")
+    from unloc.cli import _told
+    told = _told()
+    assert json.loads(told["labels"])["objective"]["npo"] == "NPO"
+    assert json.loads(told["recipe"])["alpha"] == 1
+    found = typst.compile(
+        str(ROOT / "paper" / "unloc.typ"), root=str(ROOT), ignore_system_fonts=True,
+        pdf_tags=False, sys_inputs=told)
+    assert found.startswith(b"%PDF") and len(found) > 100_000

@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'unloc.cli._source_of': ('cli.html#_source_of', 'unloc/cli.py'),
                            'unloc.cli._this_python': ('cli.html#_this_python', 'unloc/cli.py'),
                            'unloc.cli._to_file': ('cli.html#_to_file', 'unloc/cli.py'),
+                           'unloc.cli._told': ('cli.html#_told', 'unloc/cli.py'),
                            'unloc.cli._tried': ('cli.html#_tried', 'unloc/cli.py'),
                            'unloc.cli._version': ('cli.html#_version', 'unloc/cli.py'),
                            'unloc.cli._where': ('cli.html#_where', 'unloc/cli.py'),

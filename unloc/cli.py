@@ -540,12 +540,24 @@ def reproduce(
             _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
+def _told()->dict[str, str]: # name: JSON
+    "Tell the manuscript what the register knows: labels, and defaults that no profile sets"
+    from unloc.register import METHODS, methods
+    from unloc.training import Recipe
+    labels = {kind: {name: m.label for name, m in methods(kind).items()} for kind in METHODS}
+    options = {name: {option: default for option, (_, default) in m.options.items()}
+        for name, m in methods('objective').items()}
+    usual = vars(Recipe('wga', lr=1., epochs=1))
+    recipe = {name: usual[name] for name in ('batch_size', 'every', 'gamma', 'alpha')}
+    found = {'labels': labels, 'options': options, 'recipe': recipe}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
+
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
-    "Compile the manuscript"
+    "Compile the manuscript, told what the register knows"
     import typst
     from unloc.figures import write_whole
     source, pdf = (root / 'paper' / f'unloc.{suffix}' for suffix in ('typ', 'pdf'))
-    own = {'ignore_system_fonts': True}
+    own = {'ignore_system_fonts': True, 'sys_inputs': _told()}
     own['pdf_tags'] = False # typst 0.15 fails to tag floats in some layouts
     try: write_whole(pdf, typst.compile(str(source), root=str(root), **own))
     except OSError as error: raise Problem(_said(error)) from None
