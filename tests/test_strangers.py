@@ -184,12 +184,11 @@ class Project:
     def profile(self, command, *words): return self.do(command, "--profile", "strange", *words)
 
     def runs(self): # name: description
-        folders = (f for f in (self.root / "_runs").iterdir() if f.name != "locks")
-        return {f.name: described(f) for f in folders}
+        return {f.name: described(f) for f in (self.root / "_runs").iterdir() if finished(f)}
 
     def changed(self): # file of a run: when it was written
         files = (self.root / "_runs").glob("*/*")
-        return {f: f.stat().st_mtime_ns for f in files if f.parent.name != "locks"}
+        return {f: f.stat().st_mtime_ns for f in files if finished(f.parent)}
 
     def csv(self, name): return self.root / "figures" / "strange" / f"{name}.csv"
     def rows(self, name):
@@ -219,6 +218,9 @@ class Session:
     def end(self):
         self.process.stdin.close()
         self.process.wait(60)
+
+def finished(folder): # no lock, and no run that failed halfway
+    return re.fullmatch("[0-9a-f]{16}", folder.name) is not None
 
 def described(folder):
     return json.loads((folder / "description.json").read_text("utf-8"))["description"]
@@ -473,7 +475,7 @@ def checkout(drawn, wheel, command, guarded): # the same folder, by a command of
 def test_a_checkout_gives_the_same_runs_and_tables(drawn, checkout, tmp_path):
     some = "--only", "24_localization", "25_localizers", "--jobs", "2"
     checkout.profile("reproduce", *some, "--store", str(tmp_path / "r"), "--out", str(tmp_path))
-    before, found = drawn.runs(), [f for f in (tmp_path / "r").iterdir() if f.name != "locks"]
+    before, found = drawn.runs(), [f for f in (tmp_path / "r").iterdir() if finished(f)]
     assert len(found) == 23 and {f.name for f in found} <= before.keys(), "the same names"
     for name in TABLES:
         mine = tmp_path / "strange" / f"{name}.csv"
