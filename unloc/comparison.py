@@ -14,6 +14,7 @@ __all__ = ['TESTED', 'VERDICTS', 'PAIR', 'FEW', 'Comparison', 'compare', 'table'
 # %% ../nbs/16_comparison.ipynb #bf4ee583
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from unloc.statistics import (
     DASH, Undefined, adjusted, arms_cells, compare as compare_values, comparison_cells, mean_sd,
@@ -419,23 +420,22 @@ def mixed_cells(
 def slope_rows(
     tests:Comparison, # from compare_slopes
     frame, # pandas.DataFrame, whose slopes they are
-    keys, # in the order of the rows
+    groups:list, # values of each part of a key: a row for each combination, the last turns fastest
     x:str,
     y:str,
     lines:dict[str, str], # as for mixed_cells; the first one names the column that counts them
-    few:str, # in place of a slope that was not tested
     digits:int=3,
 )->tuple[list[dict], dict]: # rows of cells; key: why no mixed model could be fitted
     "Print slopes: the mean over lines with its tests, and that of a mixed model"
-    rows, unfitted, name = [], {}, next(iter(lines))
-    groups = dict(iter(frame.groupby(list(tests.by), sort=False)))
-    for key in keys:
+    rows, unfitted, name = [], {}, f'{next(iter(lines))}s'
+    runs, few = dict(iter(frame.groupby(list(tests.by), sort=False))), FEW.replace('pairs', name)
+    for key in product(*groups):
         test, row = tests.tests.get(key), dict(zip(tests.by, key))
         if test:
-            fit, why = mixed_cells(groups[key], x, y, lines, digits)
+            fit, why = mixed_cells(runs[key], x, y, lines, digits)
             if why: unfitted[key] = why
             slope, interval = (cells := tests.cells(key, digits)).pop(TESTED[0]).split(' ', 1)
-            row |= {'slope': slope, '95 %': interval} | cells | {f'{name}s': str(test.n)} | fit
+            row |= {'slope': slope, '95 %': interval} | cells | {name: str(test.n)} | fit
         rows.append(row if test else row | {'slope': few})
     return rows, unfitted
 

@@ -9,7 +9,7 @@ The manuscript reads those files, so no number in it is typed by hand."""
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'MODEL_NAME', 'CONVENTIONS', 'OF_TRADEOFF', 'IN_PRINT', 'INSIDE', 'write_whole',
            'set_look', 'look', 'save_figure', 'latex_table', 'save_table', 'label', 'printed', 'conventions',
            'pairs_told', 'tradeoff_told', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot', 'interval_panels',
-           'pair_dots', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panel']
+           'pair_dots', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os
@@ -548,16 +548,10 @@ def marks(
     legend_right(axis)
 
 # %% ../nbs/16_figures.ipynb #f17a0013
-def dose_panel(
-    axis, # matplotlib.axes.Axes
-    frame, # pandas.DataFrame, one row a run: objective, region, x and y
-    x:str, # column of the dose
-    y:str, # column of the response
-    objectives:list[str], # each in its colour
-    known:list[str], # regions whose dose is known
-    others:list[str], # localizers, each with its mark
-)->None:
-    "Draw a response against a dose"
+def _dose_panel(
+    axis, frame, x:str, y:str, objectives:list[str], known:list[str], others:list[str]
+)->None: # as for dose_panels
+    "Draw one response"
     import seaborn as sns
     frame, palette = frame.dropna(subset=y), sns.color_palette('colorblind', len(objectives))
     for objective, color in zip(objectives, palette):
@@ -571,3 +565,18 @@ def dose_panel(
             axis.scatter(mean[x], mean[y], s=24, color=color, marker=mark, edgecolors='black',
                 linewidths=.4, zorder=3, label=f"{label('localizer', localizer)}, {name}")
     _name_axes(axis, x, y)
+
+def dose_panels(
+    frame, # pandas.DataFrame, one row a run: objective, region, the dose and the responses
+    x:str, # column of the dose
+    responses:list[str], # columns, a panel each
+    objectives:list[str], # each in its colour
+    known:list[str], # regions whose dose is known
+    others:list[str], # localizers, each with its mark
+    height:float=2.3, # inches
+): # matplotlib.figure.Figure
+    "Draw responses against a dose"
+    figure, axes = panel_row(len(responses), height)
+    for axis, y in zip(axes, responses): _dose_panel(axis, frame, x, y, objectives, known, others)
+    legend_right(axes[-1])
+    return figure

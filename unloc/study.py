@@ -441,6 +441,18 @@ class Study(Descriptions):
         "Read the results of runs, without those that diverged"
         return runs.results(self.store, descriptions)
 
+    def starts(
+        self,
+        frame, # pandas.DataFrame, a row a run
+        names:list[str], # columns that name the origin of a run
+        describe:Callable, # of their values -> its description
+    )->dict[str, list[float]]: # FS_start and RS_start: one value a row
+        "Read where the origin of each run stood"
+        keys = [*frame[names].itertuples(index=False, name=None)]
+        found = self.results({key: describe(*key) for key in dict.fromkeys(keys)})
+        return {
+            f'{name}_start': [found[key]['original'][name] for key in keys] for name in ('FS', 'RS')}
+
     def known(
         self,
         origins:dict, # key: description of an injection or a teaching
