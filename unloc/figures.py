@@ -8,8 +8,8 @@ The manuscript reads those files, so no number in it is typed by hand."""
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'MODEL_NAME', 'CONVENTIONS', 'OF_TRADEOFF', 'IN_PRINT', 'INSIDE', 'write_whole',
            'set_look', 'look', 'save_figure', 'latex_table', 'save_table', 'label', 'printed', 'conventions',
-           'pairs_told', 'tradeoff_told', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot', 'interval_panels',
-           'pair_dots', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
+           'pairs_told', 'tradeoff_told', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot', 'difference_plot',
+           'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os
@@ -266,6 +266,9 @@ CONVENTIONS |= { # of what is still inside, and of doses and other injections
     'heads': (
         'at least one; rows of query, key and value and columns of the output projection of'
         ' attention'),
+    'base': 'first weights, data order, injection, target region and batch order of one seed',
+    'matched': 'by chance, as many value vectors in each layer as the localizer chose',
+    'restored': 'share recovered from the injection itself, taken back to the level',
 }
 
 # %% ../nbs/16_figures.ipynb #f16a0007
@@ -451,35 +454,35 @@ def interval_plot(
     return figure
 
 # %% ../nbs/16_figures.ipynb #f17a0005
-def interval_panels(
-    tests:dict, # label of the axis: unloc.comparison.Comparison
-    margins:list[float], # one for each
-    place:str, # part of a key that is the line
-    hue:str, # and the colour
-    **fixed:str, # other parts: only keys with this value are drawn
-)->dict: # as for interval_plot, lines with names in print
-    "Arrange comparisons as panels"
-    panels = {}
-    for (title, one), margin in zip(tests.items(), margins):
-        found = {}
-        for key, test in one.tests.items():
-            parts = dict(zip(one.by, key))
-            if fixed.items() <= parts.items():
-                found[label(place, parts[place]), parts[hue]] = test
-        panels[title] = margin, found
-    return panels
+def _panel_of(comparison, place:str, hue:str, fixed:dict)->dict: # (place, hue): test
+    "Choose the tests of a panel"
+    keys = {key: dict(zip(comparison.by, key)) for key in comparison.tests}
+    return {(parts[place], parts[hue]): comparison.tests[key] for key, parts in keys.items()
+            if fixed.items() <= parts.items()}
 
-def pair_dots(
-    figure, # matplotlib.figure.Figure, from interval_plot
-    tests:dict, # as for interval_panels
-    place:str,
-    places:list[str], # the lines, as for interval_plot
-)->None:
+def _pair_dots(axis, comparison, places:list[str], place:str)->None:
     "Draw the difference of each pair above its interval"
-    for axis, one in zip(figure.axes, tests.values()):
-        for key, (a, b) in one.values.items():
-            line = places.index(label(place, dict(zip(one.by, key))[place])) - .2
-            axis.scatter(a - b, [line] * len(a), s=9, color='.4')
+    for key, (a, b) in comparison.values.items():
+        line = places.index(dict(zip(comparison.by, key))[place]) - .2
+        axis.scatter(a - b, [line] * len(a), s=9, color='.4')
+
+def difference_plot(
+    tests:dict, # label of the axis: unloc.comparison.Comparison, a panel each
+    margins:list[float], # of the panels
+    places:tuple[str, list[str]], # part of a key that is the line; the lines, from the top
+    hues:tuple[str, list[str]], # part of a key that is the colour; its values
+    dots:bool=False, # whether to draw each pair
+    **fixed:str, # parts of a key: only tests with this value are drawn
+): # matplotlib.figure.Figure
+    "Draw comparisons by their intervals"
+    (place, lines), (hue, colors) = places, hues
+    panels = {title: (margin, _panel_of(one, place, hue, fixed))
+              for (title, one), margin in zip(tests.items(), margins)}
+    figure = interval_plot(panels, [*lines], [*colors])
+    figure.axes[0].set_yticks(range(len(lines)), [label(place, name) for name in lines])
+    if dots:
+        for axis, one in zip(figure.axes, tests.values()): _pair_dots(axis, one, [*lines], place)
+    return figure
 
 # %% ../nbs/16_figures.ipynb #f17a0008
 IN_PRINT = { # column: label of an axis

@@ -31,7 +31,7 @@ from .steps.judge import standard
 from .steps.localize import localization
 from .steps.supervise import supervision
 from .steps.teach import teaching
-from .steps.unlearn import localized_unlearning, unlearning
+from .steps.unlearn import ARMS, localized_unlearning, unlearning
 from .tradeoff import at, judged as judged_in_full, measures
 
 # %% ../nbs/19_study.ipynb #3f27f37e
@@ -199,6 +199,20 @@ class Descriptions(Origins):
     def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
         "Describe the attacks on a run"
         return attacking(run, self.attack | how, seed)
+
+    def through(
+        self,
+        injected:dict, # from injection
+        region:str, # an arm, a localizer, or 'LOCALIZER, matched', its control
+        objective:str, # a name in unlearn
+        seed:int,
+        rate:float=1., # learning rate, times that of the profile
+    )->dict:
+        "Describe an unlearning run through a region of the target's size, by the region's name"
+        if region in ARMS: return self.unlearning(injected, region, objective, rate)
+        name, fraction = region.removesuffix(', matched'), self.inject['fraction']
+        return self.localized(
+            injected, name, objective, seed, fraction, rate, matched=name != region)
 
     def attacked_arm(self, arch:str, objective:str, seed:int, arm:str, **how)->dict:
         "Describe the attacks on an arm, or, for Restore, on the injection itself"
@@ -402,6 +416,11 @@ class Runs(Saved):
         found = self.attacks(only).reindex(columns=[*self.names, *columns])
         return measured.merge(found, how, on=[*self.names])
 
+    def recovered(self, only:str)->str: # only: the attack
+        "Print the mean share that an attack recovered, over the runs at the level"
+        found = self.attacks(only).reindex(columns=['met', 'recovered'])
+        return number(found.recovered[found.met == True].mean(), '.2f')
+
     def levels(self)->list[dict]: # one for all seeds of an arm: how many at the level, mean FS, RS
         "Count the attacked runs that reached the level of forgetting"
         names = [name for name in self.names if name != 'seed']
@@ -457,7 +476,7 @@ class Study(Descriptions):
         self,
         origins:dict, # key: description of an injection or a teaching
         *models:str, # 'original' or 'retained'; of several, a number's name ends with it
-        names:tuple[str, ...]=('FS', 'RS', 'MU', 'FQ'), # those that were judged are given
+        names:tuple[str, ...]=('FS', 'RS'), # also MU and FQ; those that were judged are given
         form:str='.2f',
     )->dict[tuple, dict[str, str]]: # key: number: as printed
         "Print what models knew before anything was unlearned"
