@@ -299,10 +299,13 @@ OF_TRADEOFF = [ # what a table of AUES and MU95 says
 def tradeoff_told(
     values:dict, # parameters of the study
     runs:str, # what means and standard deviations are taken over, such as '3 seeds'
+    difference:str, # that is tested, such as 'arm − Oracle'
 )->str:
-    "Name the measures of a table of trade-offs, for a caption"
-    return ("AUES (rule: {rule}) and MU95 (rule: {rule_mu95}), mean ± standard deviation over "
-            .format_map(values) + runs)
+    "Explain a table of trade-offs, for a caption"
+    text = ("AUES (rule: {rule}) and MU95 (rule: {rule_mu95}), mean ± standard deviation over {}. ")
+    margin = '±{margin:g} AUES, ±{margin_mu95:g} MU95'.format_map(values)
+    told = pairs_told(difference, 'the rows of a metric', margin)
+    return text.format(runs, **values) + told
 
 # %% ../nbs/16_figures.ipynb #f16a0010
 def save(
