@@ -365,8 +365,8 @@ def between_table(
         for end in ends:
             models = own.groupby(pair)[end].first().dropna()
             row[end] = mean_sd(models, digits) if len(models) > 1 else DASH
-        row |= spreads(there, 'value', column, headings, digits, least=2)
-        rows.append(row | tests.cells(key, digits) | ({'verdict': 'ends alike'} if key in alike else {}))
+        row |= spreads(there, 'value', column, headings, digits, least=2) | tests.cells(key, digits)
+        rows.append(row | ({'verdict': 'ends alike'} if key in alike else {}))
     import pandas as pd
     return pd.DataFrame(rows)
 

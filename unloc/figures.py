@@ -572,6 +572,7 @@ def _dose_panel(
                 linewidths=.4, zorder=3, label=f"{label('localizer', localizer)}, {name}")
     _name_axes(axis, x, y)
 
+# %% ../nbs/16_figures.ipynb #f17b0001
 def dose_panels(
     frame, # pandas.DataFrame, one row a run: objective, region, the dose and the responses
     x:str, # column of the dose

@@ -191,10 +191,6 @@ class Descriptions(Origins):
         "Describe a direct-supervision run"
         return supervision(injected, arm, how, draw)
 
-    def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
-        "Describe the attacks on a run"
-        return attacking(run, self.attack | how, seed)
-
 # %% ../nbs/19_study.ipynb #a17b0003
 class Named(Descriptions):
     "Describe runs by the name of an arm or a region"
@@ -217,6 +213,10 @@ class Named(Descriptions):
         name, fraction = region.removesuffix(', matched'), self.inject['fraction']
         return self.localized(
             injected, name, objective, seed, fraction, rate, matched=name != region)
+
+    def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
+        "Describe the attacks on a run"
+        return attacking(run, self.attack | how, seed)
 
     def attacked_arm(self, arch:str, objective:str, seed:int, arm:str, **how)->dict:
         "Describe the attacks on an arm, or, for Restore, on the injection itself"
@@ -286,16 +286,6 @@ class Frames:
         points = self.points[[*names]].drop_duplicates()
         return [*points.itertuples(index=False, name=None)]
 
-    def means(
-        self,
-        frame, # pandas.DataFrame with the axes of this sweep
-        names:list[str], # columns
-        digits:int=2, # after the point
-    ): # pandas.DataFrame, a row a group
-        "Average over seeds, for a page to show"
-        axes = [name for name in self.names if name != 'seed']
-        return frame.groupby(axes, sort=False)[names].mean().round(digits)
-
     def rows(self, measure:Callable): # measure: of a Run -> dict or frame; gives a frame
         "Measure each run, and put its place on the axes before what was measured"
         import pandas
@@ -337,6 +327,16 @@ class Saved(Frames):
         "Measure the size of each run's region"
         return [_region(run).fraction for run in self.done.values()]
 
+    def means(
+        self,
+        frame, # pandas.DataFrame with the axes of this sweep
+        names:list[str], # columns
+        digits:int=2, # after the point
+    ): # pandas.DataFrame, a row a group
+        "Average over seeds, for a page to show"
+        axes = [name for name in self.names if name != 'seed']
+        return frame.groupby(axes, sort=False)[names].mean().round(digits)
+
 # %% ../nbs/19_study.ipynb #9b15ba86
 def _checkpoints(
     run, rule:str, rule_mu95:str
@@ -353,6 +353,13 @@ def _checkpoints(
         values |= {f'{name}_start': at(rows, name, 0), f'{name}_end': at(rows, name, -1)}
     return values | {name: value for name, value in result.items() if name not in values}, why
 
+# %% ../nbs/19_study.ipynb #a17b0008
+AT_LEVEL = [ # what was recovered, and the run at the level of the comparison
+    'attack', 'recovered', 'area', 'half', 'forgotten', 'resurfaced', 'retained', 'original',
+    'share', 'reached', 'met', 'RS', 'norm', 'largest', 'cosine_to_reversal', 'reversed',
+    'distance_to_retained', 'depth', 'lens', 'lens_last', 'probe', 'probe_control']
+
+# %% ../nbs/19_study.ipynb #a17b0007
 _ENDS = { # column of attacks.csv: its name on a page
     'end': 'recovered',
     'area': 'area',
@@ -361,11 +368,6 @@ _ENDS = { # column of attacks.csv: its name on a page
     'resurfaced': 'resurfaced',
     'end without': 'retained',
     'end at first': 'original'}
-
-AT_LEVEL = [ # what was recovered, and the run at the level of the comparison
-    'attack', 'recovered', 'area', 'half', 'forgotten', 'resurfaced', 'retained', 'original',
-    'share', 'reached', 'met', 'RS', 'norm', 'largest', 'cosine_to_reversal', 'reversed',
-    'distance_to_retained', 'depth', 'lens', 'lens_last', 'probe', 'probe_control']
 
 def _attacked(run, only:str): # pandas.DataFrame
     "Read what each attack on a run recovered"
@@ -462,8 +464,8 @@ class Begun(Named):
         "Read where the origin of each run stood"
         keys = [*frame[names].itertuples(index=False, name=None)]
         found = self.results({key: describe(*key) for key in dict.fromkeys(keys)})
-        return {
-            f'{name}_start': [found[key]['original'][name] for key in keys] for name in ('FS', 'RS')}
+        starts = [found[key]['original'] for key in keys]
+        return {f'{name}_start': [start[name] for start in starts] for name in ('FS', 'RS')}
 
     def known(
         self,
@@ -482,20 +484,6 @@ class Begun(Named):
                 cells |= {f'{name}{end}': number(result[model][name], form) for name in there}
         return found
 
-    @property
-    def standards(self)->dict[str, dict]: # architecture: how its retained model was judged
-        return self.results({arch: self.judged(arch) for arch in self.archs})
-
-    @property
-    def retained(self)->dict[str, dict]: # architecture: FS, RS, MU, FQ … of the retained model
-        nothing = dict.fromkeys(('MU', 'FQ'), float('nan'))
-        return {arch: nothing | found['retained'] for arch, found in self.standards.items()}
-
-    def missing(self, *measures:str)->dict: # measures: of RS, MU and FQ; all when empty
-        "Say which measures no judgement has, and why"
-        found = unjudged(self.standards)
-        return {key: why for key, why in found.items() if not measures or key[1] in measures}
-
 # %% ../nbs/19_study.ipynb #b90912df
 class Study(Begun):
     "A profile, the runs that it describes, and what they gave"
@@ -512,6 +500,20 @@ class Study(Begun):
         found = []
         for one in asked: found.append(Runs(one.names, {key: next(done) for key in one.points}))
         return found[0] if len(found) == 1 else tuple(found)
+
+    @property
+    def standards(self)->dict[str, dict]: # architecture: how its retained model was judged
+        return self.results({arch: self.judged(arch) for arch in self.archs})
+
+    @property
+    def retained(self)->dict[str, dict]: # architecture: FS, RS, MU, FQ … of the retained model
+        nothing = dict.fromkeys(('MU', 'FQ'), float('nan'))
+        return {arch: nothing | found['retained'] for arch, found in self.standards.items()}
+
+    def missing(self, *measures:str)->dict: # measures: of RS, MU and FQ; all when empty
+        "Say which measures no judgement has, and why"
+        found = unjudged(self.standards)
+        return {key: why for key, why in found.items() if not measures or key[1] in measures}
 
     def provenance(self, **more)->dict: # more: caption, seeds, conventions and what else matters
         "Say where numbers come from"
