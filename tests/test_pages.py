@@ -165,9 +165,6 @@ def test_a_method_fits_on_its_page(path):
 # --- width
 
 WIDTH = 100
-# Pages and tests that are still wide, or that have cells which are too long once re-flowed.
-# This list only shrinks: what has become narrow has to leave it.
-TO_BE_NARROWED = "31_injection",
 
 def sources(path): # the code of a page, and so of its module, or of a file
     if path.suffix == ".py": return [path.read_text("utf-8")]
@@ -191,12 +188,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 @each([*EVERY, *TESTS])
 def test_code_is_narrow_and_cells_are_short_once_reflowed(path):
-    found = wide(path) or too_long(path)
-    if name(path) not in TO_BE_NARROWED: assert found == []
-    else: assert found, f"{name(path)} is narrow: take it out of TO_BE_NARROWED"
-
-def test_what_is_to_be_narrowed_exists():
-    assert set(TO_BE_NARROWED) <= set(map(name, [*EVERY, *TESTS]))
+    assert (wide(path) or too_long(path)) == []
 
 # --- figure pages
 
@@ -207,17 +199,34 @@ def test_a_figure_page_has_one_cell_of_literal_parameters(path):
         "#|" in s for _, s, _ in cells(path)
     ), "papermill runs every cell: no nbdev directive"
     assert next(s for k, s, _ in cells(path) if k == "code") == tagged[0]
-    for line, node in zip(tagged[0].split("\n"), ast.parse(tagged[0]).body, strict=True):
+    lines, taken = tagged[0].split("\n"), []
+    for node in ast.parse(tagged[0]).body: # a value may span lines
+        line = lines[node.lineno - 1]
         assert isinstance(node, ast.AnnAssign) and node.annotation.id in (
             "str", "int", "float", "bool", "list", "dict"), line
         value = ast.literal_eval(node.value)
         assert type(value).__name__ == node.annotation.id, f"a literal of its type: {line}"
+        taken += range(node.lineno, node.end_lineno + 1)
+    assert taken == [*range(1, len(lines) + 1)], "a line holds one parameter, and nothing else"
 
 @each(FIGURES)
 def test_a_figure_page_has_prose_and_saves_what_it_shows(path):
     found = cells(path)
     assert sum(len(s.split()) for k, s, _ in found if k == "markdown") > 60
     assert artefacts(path), "it saves a figure or a table"
+
+RESULTS = [p for p in FIGURES if p.stem[:2] < "50"] # pages of results, before the findings
+
+def statements(path): # lines of code, without blank ones and comments that stand alone
+    lines = chain.from_iterable(source.split("\n") for source in sources(path))
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+@each(RESULTS)
+def test_a_result_page_has_at_most_60_lines_of_code(path):
+    n = len(statements(path))
+    assert n <= 60, f"{n} lines: move what is general"
+
+def test_there_are_result_pages(): assert len(RESULTS) >= 16
 
 # --- what is stored
 
