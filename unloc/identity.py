@@ -487,6 +487,7 @@ def shipment()->Shipment:
             except Exception as error: unsendable[what, name] = ' '.join(str(error).split())[:200]
     return Shipment(_here(), tuple(methods.executed().items()), entries, unsendable)
 
+# %% ../nbs/14_identity.ipynb #eb918a58
 def _pickled(entry)->bytes:
     "Pickle an entry with all code of the user's that it reads, by value"
     try: import cloudpickle
