@@ -9,9 +9,9 @@ Probabilities and scores are fractions in float64. Nothing is read off the sets 
 # %% auto #0
 __all__ = ['SLACK', 'conformal_level', 'conformal_rank', 'least_calibration', 'conformal_quantile', 'finite_quantile',
            'prediction_sets', 'Sets', 'Report', 'sets_of', 'summarised', 'conformal_report', 'coverage_p',
-           'Calibration', 'calibrate', 'parts', 'membership_sets', 'miacr', 'membership_classifier', 'Membership',
-           'membership_report', 'cpu_hinge', 'cpu_loss', 'candidate_probs', 'closed_probs', 'token_scores',
-           'token_sets']
+           'Calibration', 'calibrate', 'parts', 'facts_of', 'membership_sets', 'miacr', 'membership_classifier',
+           'Membership', 'membership_report', 'cpu_hinge', 'cpu_loss', 'candidate_probs', 'closed_probs',
+           'token_scores', 'token_sets']
 
 # %% ../nbs/11_conformal.ipynb #207318af
 import math
@@ -245,6 +245,19 @@ def parts(
         f"{n} facts cannot be parted into {k}; give at least one fact for each part")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return [part.sort().values for part in order.tensor_split(k)]
+
+# %% ../nbs/11_conformal.ipynb #0378ed68
+def facts_of(
+    listed:list, # [ids, start] of each fact
+    name:str, # of the option, for the error
+)->list[Example]:
+    "Read the facts of an option"
+    def fits(e): return isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(
+        e[0], (list, tuple)) and type(e[1]) is int and 0 < e[1] < len(e[0])
+    if bad := [e for e in listed if not fits(e)]: raise ValueError(
+        f"{name} holds {bad[0]!r:.60}; expected [ids, start] of each fact, token ids and "
+        "where the answer begins: give the examples that encode makes")
+    return [Example(list(ids), start) for ids, start in listed]
 
 # %% ../nbs/11_conformal.ipynb #36fafc06
 def membership_sets(
