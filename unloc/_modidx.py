@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'unloc.conformal._check_probs': ('conformal.html#_check_probs', 'unloc/conformal.py'),
                                  'unloc.conformal._check_threshold': ('conformal.html#_check_threshold', 'unloc/conformal.py'),
                                  'unloc.conformal._check_variant': ('conformal.html#_check_variant', 'unloc/conformal.py'),
+                                 'unloc.conformal._found': ('conformal.html#_found', 'unloc/conformal.py'),
                                  'unloc.conformal._over_tokens': ('conformal.html#_over_tokens', 'unloc/conformal.py'),
                                  'unloc.conformal._quantile': ('conformal.html#_quantile', 'unloc/conformal.py'),
                                  'unloc.conformal._too_few': ('conformal.html#_too_few', 'unloc/conformal.py'),

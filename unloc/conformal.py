@@ -62,13 +62,16 @@ def least_calibration(alpha:float)->int:
     return math.ceil((1 - alpha) / alpha)
 
 # %% ../nbs/11_conformal.ipynb #a6d8a4b5
+def _found(x)->str: # in one line
+    if not isinstance(x, Tensor): return f'{x!r:.60}' if isinstance(x, str) else type(x).__name__
+    odd = x[~x.isfinite()] if x.is_floating_point() else x[:0]
+    return f"{x.dtype} {tuple(x.shape)}{f' with {odd[0].item()}' if odd.numel() else ''}"
+
 def _check_fractions(name, values, shape:str)->None: # shape: as it is written, 'n' or 'n, C'
     "Demand a tensor of fractions, or say what was given instead"
     fits = isinstance(values, Tensor) and values.is_floating_point()
     if not fits or values.ndim != len(shape.split(',')):
-        found = f'{values.dtype} {tuple(values.shape)}' if isinstance(values, Tensor) else (
-            type(values).__name__)
-        raise ValueError(f'{name} must be a float tensor [{shape}], got {found}')
+        raise ValueError(f'{name} must be a float tensor [{shape}], got {_found(values)}')
     if not values.numel(): raise ValueError(
         f'{name} is empty, shape {tuple(values.shape)}: expected at least one; give more facts')
     inside = (values >= -1e-6) & (values <= 1 + 1e-6)
@@ -124,10 +127,8 @@ def _check_probs(probs, label)->None:
         "expected 1: take a softmax over the classes")
     n, classes = probs.shape
     if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (n,):
-        found = f'{label.dtype} {tuple(label.shape)}' if isinstance(label, Tensor) else (
-            type(label).__name__)
-        raise ValueError(f"label must be torch.int64 of shape ({n},), got {found}: one true "
-            "class a row of probs")
+        raise ValueError(f"label must be torch.int64 of shape ({n},), got {_found(label)}: one "
+            "true class a row of probs")
     if label.min() < 0 or label.max() >= classes: raise ValueError(
         f"label must lie in 0 to {classes - 1}, got {label.min().item()} to {label.max().item()}: "
         "number the classes as the columns of probs")
@@ -312,8 +313,9 @@ def _check_logprob(**given)->None:
     for name, x in given.items():
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 1 and len(x) > 0
         if fits and x.isfinite().all() and (x <= 1e-6).all(): continue
+        most = f', at most {x.max().item():.3g}' if fits else ''
         raise ValueError(f"{name} must be a float tensor [n] of finite log-probabilities, at most "
-            f"0 and at least one, got {x!r:.60}: give the mean over each answer, in nats")
+            f"0, n at least 1, got {_found(x)}{most}: give the mean over each answer, in nats")
 
 # %% ../nbs/11_conformal.ipynb #d347088e
 class Membership(NamedTuple):
@@ -377,7 +379,7 @@ def candidate_probs(
     fits = fits and wrong.shape[1] > 0 and bool(right.isfinite().all() & wrong.isfinite().all())
     if not fits: raise ValueError(
         f"right and wrong must be finite float tensors [n] and [n, k], n and k at least 1, got "
-        f"{right!r:.60} and {wrong!r:.60}: take the nll of the choices of one set")
+        f"{_found(right)} and {_found(wrong)}: take the nll of the choices of one set")
     return (-torch.cat([right[:, None], wrong], 1).double()).softmax(1)
 
 @measuring()

@@ -29,14 +29,14 @@ def MIACR(
 )->float:
     "Measure the share of forgotten facts that are settled to be strangers"
     members, why = measured.scores['retain'].nll, ''
-    if not holdout: why = 'there are no facts that no model has seen; give some as holdout'
-    elif min(len(holdout), len(members)) < 3: why = (
-        f"{len(members)} retain facts and {len(holdout)} of holdout cannot be parted into three; "
+    strangers = facts_of(holdout or [], 'holdout')
+    if not strangers: why = 'there are no facts that no model has seen; give some as holdout'
+    elif min(len(strangers), len(members)) < 3: why = (
+        f"{len(members)} retain facts and {len(strangers)} of holdout cannot be parted into three; "
         "give at least 3 of each, for a finite threshold more")
     if not why:
-        strangers = score(measured.model, facts_of(holdout, 'holdout')).nll
-        forgotten = measured.scores['forget'].nll
-        found = membership_report(-members, -strangers, -forgotten, alpha, variant, split)
+        never, forgotten = score(measured.model, strangers).nll, measured.scores['forget'].nll
+        found = membership_report(-members, -never, -forgotten, alpha, variant, split)
         why = found.calibration.why
     if why: warnings.warn(f'MIACR: {why}', stacklevel=2)
     return math.nan if why else found.MIACR
