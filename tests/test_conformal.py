@@ -378,6 +378,12 @@ def test_metrics_are_read_off_calibrated_sets(classes):
             assert point[f"{what}_{of}"] == pytest.approx(value, rel=1e-9, nan_ok=True), what
     assert point["CR_forget"] < point["CR_retain"] or classes == "vocabulary"
 
+def test_a_profile_may_name_both_kinds_of_classes():
+    name = "set_size_forget(classes='vocabulary')"
+    point = evaluate(small(), probe(40, **{"set_size_forget": {}, name: {}})).point
+    candidates = 1 + len(WORLD.forget[0].perturbed_answer)
+    assert point["set_size_forget"] <= candidates < point[name] <= 400
+
 def test_too_few_facts_leave_metrics_undefined_with_a_reason():
     why = "set: the threshold is infinite: 4 calibration scores"
     with pytest.warns(UserWarning, match=f"CR, forget {why}"), pytest.warns(
