@@ -433,7 +433,7 @@ LATE = {
     "objective": (
         "21_oracle_random",
         changed(unlearn={"simdpo": {"lr": 1e-3, "epochs": 1}}),
-        "ValueError: unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff"),
+        "ValueError: unknown objective 'simdpo'; known: ceu, cpu, dpo, ga, grad_diff"),
     "setting": (
         "21_oracle_random",
         changed(unlearn={"wga": {"coefficient": 1.}}),

@@ -9,6 +9,7 @@ from torch import nn
 from unloc import (
     checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics,
     steps, tokens, tradeoff, training)
+from unloc import conformal
 from unloc.asking import best_of, few_shot
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
@@ -456,6 +457,63 @@ DOORS = {
         dict(
             hidden=[NONE, TEXT, MATRIX], control=[NONE, torch.zeros(5)],
             answer_mask=[NONE, torch.ones(3)], average=[NONE, "x"]),
+    ),
+    "conformal.conformal_quantile": (
+        conformal.conformal_quantile,
+        dict(scores=torch.linspace(0, 1, 20), alpha=.1),
+        dict(
+            scores=[NONE, TEXT, LIST, MATRIX, torch.zeros(0), torch.tensor([NAN]),
+                torch.tensor([2.]), torch.tensor([1])],
+            alpha=[NONE, TEXT, 0, 1, NAN, NUMBER, True]),
+    ),
+    "conformal.conformal_report": (
+        conformal.conformal_report,
+        dict(probs=torch.full((3, 4), .25), label=torch.tensor([0, 1, 2]), qhat=.9),
+        dict(
+            probs=[NONE, TEXT, MATRIX, torch.zeros(0, 4), torch.full((3, 4), NAN), MATRIX[0]],
+            label=[NONE, LIST, torch.tensor([0, 1]), torch.tensor([0, 1, 4]),
+                torch.tensor([0., 1., 2.])],
+            qhat=[NONE, TEXT, NAN, NUMBER]),
+    ),
+    "conformal.calibrate": (
+        conformal.calibrate,
+        dict(scores=torch.linspace(0, 1, 20), fresh=torch.linspace(0, 1, 20)),
+        dict(
+            scores=[NONE, LIST, torch.zeros(0)], fresh=[NONE, torch.zeros(0), torch.tensor([NAN])],
+            alpha=[NONE, 0], level=[NONE, TEXT, NUMBER]),
+    ),
+    "conformal.miacr": (
+        conformal.miacr,
+        dict(p_member=torch.tensor([.5, .9]), qhat=.8),
+        dict(
+            p_member=[NONE, LIST, torch.tensor([1.5]), torch.zeros(0)], qhat=[NONE, NAN],
+            variant=[NONE, "x"]),
+    ),
+    "conformal.membership_report": (
+        conformal.membership_report,
+        dict(
+            members=-torch.rand(60), strangers=-2 - torch.rand(60), forgotten=-2 * torch.rand(9)),
+        dict(
+            members=[NONE, LIST, torch.ones(9), torch.zeros(0), -torch.rand(2)],
+            strangers=[NONE, torch.full((9,), NAN)], forgotten=[NONE, MATRIX],
+            alpha=[NONE, 2], variant=["x"]),
+    ),
+    "conformal.cpu_loss": (
+        conformal.cpu_loss,
+        dict(probs=torch.full((3, 4), .25), label=torch.tensor([0, 1, 2]), qhat=.9),
+        dict(
+            probs=[NONE, MATRIX], label=[NONE, torch.tensor([0, 1, 9])],
+            qhat=[NONE, float("inf"), NAN], delta=[NONE, NUMBER, NAN], variant=[NONE, "code"]),
+    ),
+    "conformal.token_scores": (
+        conformal.token_scores,
+        dict(model=model, examples=FORGET),
+        dict(model=[NONE, TEXT, nn.Linear(3, 3)], examples=[NONE, LIST, TEXT, WORLD.forget]),
+    ),
+    "conformal.closed_probs": (
+        conformal.closed_probs,
+        dict(model=model, asked=evaluation.choices(TOKENIZER, WORLD.forget)),
+        dict(model=[NONE, TEXT], asked=[NONE, LIST, FORGET], unit=[NONE, "byte"]),
     ),
     "figures.save_table": (
         figures.save_table,

@@ -263,8 +263,8 @@ def test_words_are_those_of_the_registers_and_the_steps():
         (
             lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "simdpo", {}),
             (
-                "unknown objective 'simdpo'; known: ceu, dpo, ga, grad_diff, npo, pdu, rmu, satimp,"
-                " simnpo, undial, wga; register it")),
+                "unknown objective 'simdpo'; known: ceu, cpu, dpo, ga, grad_diff, npo, pdu, rmu,"
+                " satimp, simnpo, undial, wga; register it")),
         (
             lambda: unlearning(injection(JUDGED, 0, INJECT), "oracle", "npo", UNLEARN),
             "unknown arm 'oracle'; known: Oracle, Random"),

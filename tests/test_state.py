@@ -11,6 +11,7 @@ from unloc import checkpoints, evaluation, masked, models, streaming, training
 from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
+from unloc.conformal import closed_probs, token_scores, token_sets
 from unloc.inside import final_norm, hidden_states, patched_logprob
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
@@ -174,6 +175,9 @@ LOOKING = {
     "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]),
     "methods.depth.unlearning_depth": lambda m: unlearning_depth(
         m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.),
+    "conformal.closed_probs": lambda m: closed_probs(m, PROBE.choices["forget"], "total"),
+    "conformal.token_scores": lambda m: token_scores(m, GET),
+    "conformal.token_sets": lambda m: tuple(token_sets(m, GET, .9)),
     "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight,
     "models.bend_of": lambda m: tuple(models.bend_of(m)),

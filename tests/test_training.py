@@ -120,6 +120,8 @@ def by_hand(objective, reference, model, forget, run, rows): # plain logits of s
     if objective == "ceu":
         value = teacher_loss(
             model, forget, lambda e: plain(model, e).double() - 1e30 * answer(e), skip=1)
+    if objective == "cpu": # against a threshold of 1
+        value = (torch.cat(lp).exp() + .01).mean()
     if objective == "pdu":
         value = torch.cat(
             [
@@ -186,8 +188,8 @@ def test_the_retain_terms_are_their_formulas():
 @pytest.mark.parametrize(
     "objective, passes",
     [
-        ("ga", 1), ("wga", 1), ("npo", 1), ("dpo", 1), ("simnpo", 1), ("satimp", 1), ("rmu", 2),
-        ("ceu", 2), ("pdu", 2), ("undial", 3)])
+        ("ga", 1), ("cpu", 1), ("wga", 1), ("npo", 1), ("dpo", 1), ("simnpo", 1), ("satimp", 1),
+        ("rmu", 2), ("ceu", 2), ("pdu", 2), ("undial", 3)])
 def test_a_step_asks_the_model_once(objective, passes, monkeypatch):
     model, asked = small(), []
     model.model.embed_tokens.register_forward_hook(
@@ -564,8 +566,8 @@ def test_a_diverging_run_leaves_the_locked_weights():
         (
             lambda: Recipe("npoo", 1e-3, 1),
             (
-                "unknown objective 'npoo'; known: ceu, dpo, ga, grad_diff, npo, pdu, rmu, satimp,"
-                " simnpo, undial, wga; register it")),
+                "unknown objective 'npoo'; known: ceu, cpu, dpo, ga, grad_diff, npo, pdu, rmu,"
+                " satimp, simnpo, undial, wga; register it")),
         (
             lambda: Recipe("npo", 1e-3, 1, retain="nl"),
             "unknown retain term 'nl'; known: embed_diff, kl, kl_all, nll, none"),
@@ -728,7 +730,9 @@ def test_an_objective_of_ones_own_says_what_it_keeps(monkeypatch):
     } | {"ga": "none", "ceu": "none", "undial": "none", "rmu": "embed_diff"}
 
 def test_published_recipes_are_those_of_their_papers(): # from the table in shared/spec/methods.md
-    weights = {"simnpo": (.125, 1.), "satimp": (.1, 1.), "undial": (1., 0.), "pdu": (1., 100.)}
+    weights = {
+        "simnpo": (.125, 1.), "satimp": (.1, 1.), "undial": (1., 0.), "pdu": (1., 100.),
+        "cpu": (.5, 1.)}
     for name in OBJECTIVES:
         recipe = Recipe.of(name, {"lr": 1e-3, "epochs": 1})
         assert (recipe.gamma, recipe.alpha) == weights.get(name, (1., 1.)), name
@@ -736,11 +740,12 @@ def test_published_recipes_are_those_of_their_papers(): # from the table in shar
         name: (r.lr, r.epochs) for name in OBJECTIVES for r in [Recipe.of(name, {})]
     } == dict.fromkeys(OBJECTIVES, (1e-5, 10)) | {
         "wga": (1e-5, 5),
+        "cpu": (1e-5, 20),
         "satimp": (1e-5, 5),
         "undial": (1e-4, 10)}
     defaults = {
         "simnpo": (4.5, 0.), "satimp": (5., 1.), "undial": (10.,), "ceu": (1,), "wga": (1.,),
-        "npo": (.1,), "dpo": (.1,)}
+        "npo": (.1,), "dpo": (.1,), "cpu": ("paper", .01, 1., None, .05)}
     for name, want in defaults.items():
         assert (
             tuple(default for _, default in find("objective", name).options.values()) == want), name
