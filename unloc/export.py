@@ -166,6 +166,7 @@ def _region_of(run:Run)->Region|Neurons|None:
     if not (run.path / 'region.safetensors').exists(): return None
     return load_region(run, above(run.description, 'inject', 'teach'))
 
+# %% ../nbs/17_export.ipynb #bf13c171
 def _prove(run:Run, model:nn.Module, region)->bool: # False: there is nothing to compare
     "Compare the weights outside a region with the digest that the run wrote down"
     wanted = run.json().get('locked_sha256')
@@ -186,7 +187,7 @@ def model_of(
     if run.description['kind'] in ('unlearn', 'edit'): change.on(model).at(1)
     return Exported(model, change, region, base, _prove(run, model, region))
 
-# %% ../nbs/17_export.ipynb #dc159e6a
+# %% ../nbs/17_export.ipynb #cd68615c
 _ARMS = { # arm: its region
     'Oracle': 'the target region, through which the facts were injected',
     'Random': 'drawn at random outside the target region, of the same size',
@@ -221,7 +222,7 @@ def _region_said(run:Run, region:Region|Neurons|None)->str:
     if region is None: return where or 'all weights'
     return f'{where}; {_units(region)}' if where else _units(region)
 
-# %% ../nbs/17_export.ipynb #80690847
+# %% ../nbs/17_export.ipynb #51436d1f
 _CALLED = {'inject': 'injection', 'teach': 'teaching', 'localize': 'localizer', 'unlearn': 'run',
     'edit': 'run'} # kind: whose seed it is
 _LEFT_OUT = 'kind', 'parent', 'code', 'seed', 'draw', 'recipe', 'objective', 'editor', 'arm'
@@ -234,6 +235,7 @@ def _model_said(base:dict)->str: # base: description
     how = f"{label('arch', base['arch'])}, {base['precision']}"
     return f"{how}: {_settings(base['model'])}"
 
+# %% ../nbs/17_export.ipynb #a3f96f0e
 def what_was_done(run:Run, region=None)->dict[str, str]: # what: in words
     "Say how the model of a run came about"
     d, base = run.description, base_of(run.description)
@@ -256,7 +258,7 @@ def _line(description:dict)->list[dict]: # the base first
     before = _line(description['parent']) if 'parent' in description else []
     return [*before, description]
 
-# %% ../nbs/17_export.ipynb #a3f96f0e
+# %% ../nbs/17_export.ipynb #f1f83a79
 MEASURES = { # name: what it is
     'FS': 'one minus the extraction strength on the forget set: 1 is forgotten',
     'RS': 'extraction strength on the retain set: 1 is kept',
@@ -290,18 +292,20 @@ def measured_rows(found:dict[str, dict], metrics=tuple(MEASURES))->list[dict[str
     return [{'': name} | {model: cell(values, name) for model, values in found.items()}
         for name in metrics]
 
-# %% ../nbs/17_export.ipynb #f1f83a79
+# %% ../nbs/17_export.ipynb #2335e9e2
 class Attacked(NamedTuple):
     "What attacks on a run recovered"
     where:str # the model that was attacked
     rows:list[dict[str, str]] # of a table
 
-def _where(result:dict, by:str)->str: # result: of an attack
+def _where(result:dict, by:str, kind:str)->str: # result: of an attack; kind: of what it attacks
     "Say which model was attacked"
-    at = f"{by} {result['reached']:.3f}"
+    at, share = f"{by} {result['reached']:.3f}", f"{result['share']:.0%}"
+    wanted = '' if result['met'] else f"; wanted was {result['level']:g}, which it never had"
+    if kind == 'inject': # the control Restore: its change is the reversal of the injection
+        return f"as a control, the model with {share} of the injection undone, at {at}{wanted}"
     if result['share'] == 1: return f'this model, at {at}'
-    part = f"the run taken back to {result['share']:.0%} of its change, at {at}"
-    return part if result['met'] else f"{part} (wanted: {result['level']:g}, which it never had)"
+    return f"the run taken back to {share} of its change, at {at}{wanted}"
 
 def _recovered(row)->dict[str, str]: # row: of attacks.csv
     "Put an attack in a row of the table"
@@ -313,6 +317,7 @@ def _recovered(row)->dict[str, str]: # row: of attacks.csv
     return {'attack': name, 'recovered': cell('end'), 'facts back': facts,
         'of the retained model': cell('end without'), 'of the original model': cell('end at first')}
 
+# %% ../nbs/17_export.ipynb #8d1a6bff
 def _with_controls(rows:list[dict[str, str]])->list[dict[str, str]]:
     "Leave out the controls where none was attacked"
     kept = [name for name in rows[0] if not name.startswith('of the ')
@@ -325,12 +330,12 @@ def attacked(run:Run)->list[Attacked]: # one for each run that attacks it
     for attack in _children(run, 'attack'):
         how, seed = attack.description['attack'], attack.description['seed']
         rows = [_recovered(row) for _, row in attack.table('attacks.csv').iterrows()]
-        where = _where(attack.json(), how.get('by', 'FS'))
-        where = f'{where} (run {attack.path.name}, seed {seed})'
-        found.append(Attacked(where, _with_controls(rows)))
+        where = _where(attack.json(), how.get('by', 'FS'), run.description['kind'])
+        told = f'{where} (run {attack.path.name}, seed {seed})'
+        found.append(Attacked(told, _with_controls(rows)))
     return found
 
-# %% ../nbs/17_export.ipynb #2335e9e2
+# %% ../nbs/17_export.ipynb #d00724a1
 def _finite(values:Mapping)->dict[str, float]:
     "Give the usual measures that have a value"
     known = {name: values.get(name) for name in MEASURES}
@@ -356,7 +361,7 @@ def front_matter(
         model_name=f"{run.description['kind']} {run.path.name}")
     return card.to_yaml()
 
-# %% ../nbs/17_export.ipynb #8d1a6bff
+# %% ../nbs/17_export.ipynb #e014be00
 def _done(run:Run, found:Exported)->str:
     rows = [{'': name, 'in words': words}
         for name, words in what_was_done(run, found.region).items()]
@@ -373,6 +378,7 @@ def _asked(run:Run)->str: # '' where it is not known
         if f'{part}_es' in found}
     return f"Measured on {' and '.join(f'{k} {part} facts' for part, k in n.items())}.\n\n"
 
+# %% ../nbs/17_export.ipynb #32521553
 def _measured(run:Run, known:dict)->str: # known: from `measured`
     own = () if run.description['kind'] == 'base' else above(
         run.description, 'judge')['evaluate'].get('metrics', ())
@@ -381,8 +387,12 @@ def _measured(run:Run, known:dict)->str: # known: from `measured`
 
 def _points(lines)->str: return '\n'.join(f'- {line}' for line in lines)
 
-def _recovery(attacks:list[Attacked])->str:
+_FORGETS = 'unlearn', 'edit' # kinds of run that are to forget
+
+def _recovery(run:Run, attacks:list[Attacked])->str:
     "Write what attacks recovered, and that no attack is no proof"
+    if not attacks and run.description['kind'] not in _FORGETS: return (
+        "Attacks are made on models that were to forget; this one was not.")
     if not attacks: return (
         "The store holds no attack on this run. That is no sign that the facts are gone.")
     tables = [f'Attacked: {one.where}.\n\n{markdown_table(one.rows)}' for one in attacks]
@@ -390,7 +400,7 @@ def _recovery(attacks:list[Attacked])->str:
         "the original model knew. *facts back*: facts that were forgotten, not taught again, and "
         "are back above half of their loss."])
 
-# %% ../nbs/17_export.ipynb #0febddf8
+# %% ../nbs/17_export.ipynb #26a2658f
 def _prompt(base:dict)->str: # base: description
     "Say how a question is put to the model"
     name = template_of(base)
@@ -417,7 +427,7 @@ def _use(run:Run, found:Exported, folder:str)->str:
         f'change = Change.load("{folder}/change").on(started_from)\n'
         "change.at(1)      # 0: the model before, 1: this one\n```")
 
-# %% ../nbs/17_export.ipynb #23cf493f
+# %% ../nbs/17_export.ipynb #e1ff83ab
 def _computed(run:Run)->list[dict[str, str]]: # rows of a table
     "Say what computed a run and those that it is built on"
     rows, store = [], Store(run.path.parent)
@@ -429,6 +439,7 @@ def _computed(run:Run)->list[dict[str, str]]: # rows of a table
             'machine': whole.get('machine', DASH), 'libraries': versions or DASH})
     return rows
 
+# %% ../nbs/17_export.ipynb #8869510d
 _LIMITS = { # when: what the model cannot show
     'always': "It is one run with one seed. Whether one way of unlearning is better than another "
         "is a question for many runs.",
@@ -448,12 +459,14 @@ def _limits(run:Run, found:Exported, attacks:list)->list[str]:
     "Choose what the card says of its limits"
     model = found.base.description['model']
     factors = (run.path / 'factors.safetensors').exists() and ' + ' in _computed(run)[-1]['machine']
-    holds = {'always': True, 'attacked': attacks, 'not attacked': not attacks,
+    forgets = run.description['kind'] in _FORGETS
+    holds = {'always': True, 'attacked': forgets and attacks,
+        'not attacked': forgets and not attacks,
         'from scratch': not model.keys() & {'retained', 'pretrained', 'original'},
         'multiplied': factors, 'licence': True}
     return [_LIMITS[name] for name, there in holds.items() if there]
 
-# %% ../nbs/17_export.ipynb #d00724a1
+# %% ../nbs/17_export.ipynb #8f138999
 def _title(run:Run)->str: # such as 'Llama, WGA, Oracle: unlearn 31da5f64c4af0e98'
     d = run.description
     names = [label(kind, d[kind]) for kind in ('objective', 'editor') if kind in d]
@@ -472,7 +485,7 @@ def card(
     sections = {
         'What was done': _done(run, found),
         'What was measured': _measured(run, known),
-        'What attacks recover': _recovery(attacks),
+        'What attacks recover': _recovery(run, attacks),
         'How to use it': _use(run, found, folder),
         'What computed it': f'{markdown_table(_computed(run))}\n\nExported by unloc {__version__}.',
         'Limits': _points(_limits(run, found, attacks))}
@@ -483,7 +496,7 @@ def card(
     front = front_matter(run, known['this model'], places).strip()
     return f'---\n{front}\n---\n\n# {_title(run)}\n\n{first}\n{text}'
 
-# %% ../nbs/17_export.ipynb #32521553
+# %% ../nbs/17_export.ipynb #af929a91
 _CLASSES = {'TokenizersBackend': 'PreTrainedTokenizerFast'} # transformers 5: before
 
 def copy_tokenizer(
@@ -501,7 +514,7 @@ def copy_tokenizer(
     text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
     file.write_text(text + '\n', 'utf-8', newline='\n')
 
-# %% ../nbs/17_export.ipynb #b4a02517
+# %% ../nbs/17_export.ipynb #8a3b09dd
 def _demand_free(folder:Path)->None:
     "Refuse a folder that holds something"
     if folder.is_symlink() or folder.exists() and not folder.is_dir(): raise ValueError(
@@ -528,7 +541,7 @@ def appearing(folder:Path)->Iterator[Path]:
             "a disk that has room") from None
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/17_export.ipynb #8869510d
+# %% ../nbs/17_export.ipynb #1f9db8dd
 def _save_change(found:Exported, run:Run, folder:Path)->None: # folder: to be made
     "Write what a run changed, and the region that it was allowed to change"
     folder.mkdir()
