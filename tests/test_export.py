@@ -359,7 +359,7 @@ def test_names_that_nobody_registered_are_written_as_they_are(store):
     assert found["facts"] == "mine" and found["model"].startswith("a_b, float32")
     assert found["objective"].startswith("SHOUT: lr 0.01") and found["region"] == "Corner"
     about = front_matter(Run(strange, run.path), {"FS": .5, "MU": float("nan"), "FQ": None})
-    assert "language" not in about and "datasets" not in about and about.count("value:") == 1
+    assert "datasets" not in about and about.count("value:") == 1
     tofu = strange | {"parent": {"kind": "base", "data": {"name": "tofu"}}}
     assert "datasets:\n- locuslab/TOFU" in front_matter(Run(tofu, run.path), {})
     assert "base_model: a/b" in front_matter(run, {}, {"retained": "a/b"})

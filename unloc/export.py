@@ -29,6 +29,7 @@ from .checkpoints import inspect, save_model
 from .figures import label, markdown_table
 from .masked import Neurons, locked_checksum, locked_digest
 from .regions import Region
+from .register import methods
 from .runs import DamagedRun, Run, Store, base_of, left_behind, run_id
 from .statistics import DASH, number
 from .steps.common import above, retained_model, template_of
@@ -349,16 +350,17 @@ def front_matter(
     "Write what a hub reads of a model card"
     from huggingface_hub import EvalResult, ModelCardData
     data = base_of(run.description)['data'].get('name', 'facts')
-    hub = {'tofu': 'locuslab/TOFU'}.get(data)
+    known = methods('dataset').get(data)
+    hub = known.about['hub'] if known else ''
     results = [EvalResult(task_type='text-generation', dataset_type=hub or data,
         dataset_name=label('dataset', data), metric_type=name, metric_value=round(float(x), 6))
         for name, x in _finite(end).items()]
     ids = [place for place in places.values() if not Path(place).exists()]
+    kind = run.description['kind']
     card = ModelCardData(library_name='transformers', pipeline_tag='text-generation',
-        language='en' if data in ('tofu', 'world') else None, datasets=[hub] if hub else None,
-        base_model=ids[0] if ids else None, eval_results=results or None,
-        tags=['unlearning', 'localized-unlearning', 'unloc', run.description['kind']],
-        model_name=f"{run.description['kind']} {run.path.name}")
+        datasets=[hub] if hub else None, base_model=ids[0] if ids else None,
+        eval_results=results or None, model_name=f'{kind} {run.path.name}',
+        tags=['unlearning', 'localized-unlearning', 'unloc', kind])
     return card.to_yaml()
 
 # %% ../nbs/17_export.ipynb #e014be00
