@@ -11,7 +11,7 @@ from unloc.cli import main
 from unloc.data import data_description
 from unloc.evaluation import score
 from unloc.export import (
-    KINDS, MEASURES, copy_tokenizer, export, find_run, front_matter, what_was_done)
+    KINDS, MEASURES, copy_tokenizer, export, find_run, front_matter, located, what_was_done)
 from unloc.figures import markdown_table
 from unloc.regions import Region
 from unloc.runs import DamagedRun, Run, Store, check_run, run_id
@@ -294,6 +294,14 @@ def test_a_card_says_what_was_measured(store, exported):
         for part in ("forget", "retain")}
     assert f"Measured on {n['forget']} forget facts and {n['retain']} retain facts." in found.text
 
+def test_a_base_is_measured_by_its_judgement(store, exported):
+    text = (exported("base") / "README.md").read_text("utf-8")
+    rows = {row[""]: row["this model"] for row in table_below(text, "What was measured")}
+    known = store[JUDGED].json()["retained"]
+    assert {name: float(x) for name, x in rows.items()} == {
+        name: pytest.approx(known[name], abs=5e-4) for name in MEASURES}
+    assert f"Measured by run `{run_id(JUDGED)}`." in text
+
 def test_a_card_says_what_was_done(exported):
     said = {name: {row[""]: row["in words"] for row in table_below(
         (exported(name) / "README.md").read_text("utf-8"), "What was done")} for name in RUNS}
@@ -307,8 +315,10 @@ def test_a_card_says_what_was_done(exported):
     assert "single weights, 10.0% of all" in said["single weights"]["region"]
     assert "WAGLE" in said["single weights"]["region"]
     assert "neurons and heads" in said["heads of oracle"]["region"]
-    assert said["all weights"]["region"] == "All weights: all weights"
+    assert said["all weights"]["region"] == "All weights: every weight may change"
     assert said["zeroed"]["editor"] == "Zeroing: keep 0.5"
+    title = "# Llama, WGA, Activations: unlearn"
+    assert title in (exported("taught, localized") / "README.md").read_text("utf-8")
     assert "region" not in said["base"] and said["base"]["seeds"] == "base 0"
 
 def test_a_card_says_what_attacks_recover(store, exported):
@@ -536,6 +546,17 @@ def test_checkpoints_are_named_by_a_person_and_compared(elsewhere, tmp_path, cap
     assert torch.equal(logits(loaded(tmp_path / "b")), logits(loaded(where / "taught")))
     text = (tmp_path / "a" / "README.md").read_text("utf-8")
     assert "trained from scratch" not in text and str(tmp_path) not in text
+
+def test_a_snapshot_of_the_hub_is_known_by_its_commit(store, exported, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = shutil.copytree(exported("base"), tmp_path / commit)
+    other = shutil.copytree(exported("base"), tmp_path / "other")
+    base = BASE | {"model": {"retained": f"theirs@{commit}"}}
+    run = Run(INJECTED | {"parent": JUDGED | {"parent": base}}, place(store, INJECTED))
+    model = located(run, {"retained": str(snapshot)}).description["parent"]["parent"]["model"]
+    assert model["_retained"] == str(snapshot)
+    with pytest.raises(ValueError, match="other is not the checkpoint that run"):
+        located(run, {"retained": str(other)})
 
 def test_models_in_the_store_are_not_asked_for(store, tmp_path):
     with pytest.raises(ValueError, match="reads no checkpoint 'retained' .*; leave out --model"):

@@ -100,8 +100,9 @@ _FIRST = {'base': 'retained', 'inject': 'retained', 'teach': 'original'} # what 
 def _is_same(place:str, described:str)->bool: # described: 'name@commit' or 'name@SHA-256'
     "Say whether a checkpoint is the one of a description"
     version, known = described.rpartition('@')[2], inspect(place)
-    # a snapshot in the hub's cache is named by its commit
-    return version in (known.commit, Path(place).name) or version == known.digest()
+    if known.commit: return version == known.commit
+    # a snapshot in the hub's cache is a folder named by its commit
+    return version in (Path(place).resolve().name, known.digest())
 
 def located(
     run:Run,
@@ -196,7 +197,7 @@ _ARMS = { # arm: its region
     'Wrong group': 'the region through which other facts were injected',
     'Corrupt': 'the target region, a share of it swapped for others',
     'Projections': 'all output projections',
-    'All weights': 'all weights',
+    'All weights': 'every weight may change',
 }
 
 def _settings(given:Mapping)->str: # such as 'lr 0.01, epochs 2'
@@ -373,8 +374,10 @@ def _done(run:Run, found:Exported)->str:
 
 def _asked(run:Run)->str: # '' where it is not known
     "Say on how many facts a run was judged"
-    file = {'inject': 'evaluation', 'teach': 'evaluation', 'base': ''}
-    if not (name := file.get(run.description['kind'], 'facts')): return ''
+    if run.description['kind'] == 'base':
+        judged = _children(run, 'judge')
+        return f'Measured by run `{judged[0].path.name}`.\n\n' if judged else ''
+    name = 'evaluation' if run.description['kind'] in ('inject', 'teach') else 'facts'
     found = run.tensors(f'{name}.safetensors')
     n = {part: found[f'{part}_es'].shape[-1] for part in ('forget', 'retain')
         if f'{part}_es' in found}
@@ -471,8 +474,9 @@ def _limits(run:Run, found:Exported, attacks:list)->list[str]:
 # %% ../nbs/17_export.ipynb #8f138999
 def _title(run:Run)->str: # such as 'Llama, WGA, Oracle: unlearn 31da5f64c4af0e98'
     d = run.description
-    names = [label(kind, d[kind]) for kind in ('objective', 'editor') if kind in d]
-    names += [d['arm']] if 'arm' in d else []
+    told = {'localizer': d.get('parent', {}).get('localizer')} | d
+    kinds = 'objective', 'editor', 'localizer', 'arm'
+    names = [label(kind, told[kind]) for kind in kinds if told.get(kind)]
     first = label('arch', base_of(d)['arch'])
     return f"{', '.join([first, *names])}: {d['kind']} {run.path.name}"
 
@@ -536,7 +540,8 @@ def appearing(folder:Path)->Iterator[Path]:
         _demand_free(folder)
         if folder.exists(): folder.rmdir()
         os.rename(partial, folder)
-    except ValueError as error: raise ValueError(str(error).replace(str(partial), str(folder)))
+    except ValueError as error: raise ValueError(
+        str(error).replace(str(partial), str(folder))) from None
     except (OSError, SafetensorError) as error:
         why = getattr(error, 'strerror', None) or ' '.join(str(error).split())
         raise ValueError(f"{folder} cannot be written ({why}); free space, or name a folder on "
