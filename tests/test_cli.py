@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 import pytest
+from unloc.cli import artefacts
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLOC = str(Path(sys.executable).with_name("unloc"))
@@ -246,6 +247,31 @@ def test_names_work_without_their_number(smoke):
     before = files(smoke.out, smoke.store)
     code, out, err = smoke.call("reproduce", "--profile", "smoke", "--only", "trajectories")
     assert code == 0 and "[1/1] 22_trajectories" in out and files(smoke.out, smoke.store) == before
+
+def only(*words): # the notebooks that the command line chooses
+    from unloc.cli import order
+    return [notebook.stem for notebook in order(ROOT, "smoke", list(words)).chosen]
+
+def test_a_notebook_is_named_by_its_number_or_by_what_it_saves():
+    for name in NOTEBOOKS:
+        number, rest = name.split("_", 1)
+        assert only(name) == only(number) == only(rest) == [name]
+        saved = [one.partition(".")[0] for one in artefacts(ROOT / "nbs" / f"{name}.ipynb")]
+        assert saved and all(only(one) == [name] for one in saved)
+    assert only("21", "table2_oracle_random", "21_oracle_random", "20") == NOTEBOOKS[1::-1]
+    assert only("paper", "table6_inside") == ["29_reversal"]
+
+@pytest.mark.parametrize("word, hint", [
+    ("table2_oracle_randm", "table2_oracle_random"), ("21_oracle_randm", "21_oracle_random"),
+    ("dose_respons", "dose_response"), ("2", ""), ("table2_oracle_random.csv", "table2_oracle"),
+    ("99", ""), ("", "")])
+def test_what_no_notebook_is_called_is_one_line_with_the_nearest(word, hint):
+    from unloc.profiles import Problem
+    with pytest.raises(Problem) as error: only(word)
+    said = str(error.value)
+    assert said.startswith(f"unknown notebook {word!r}") and "\n" not in said
+    assert not hint or f"; did you mean '{hint}" in said
+    assert "20_injection_ratio, 21_oracle_random" in said and ", paper; a number, or" in said
 
 # --- a level that no run reaches
 

@@ -10,6 +10,7 @@ Modules:
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
+- `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike

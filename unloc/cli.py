@@ -10,7 +10,7 @@ __all__ = ['notebooks', 'promise', 'parameters', 'artefacts', 'shares', 'assign'
            'compile_paper', 'show_plan', 'compute', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #7ae02dd8
-import argparse, ast, contextlib, inspect, json, os, re
+import argparse, ast, contextlib, difflib, inspect, json, os, re
 import shutil, sys, tempfile, textwrap, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,10 +353,31 @@ def _place(notebook:Path, changes:dict, place:dict)->dict:
     takes = {**parameters(notebook), **(SHARED if shares(notebook) else {})}
     return {name: value for name, value in place.items() if name in takes and name not in changes}
 
+# %% ../nbs/18_cli.ipynb #a5c0de0a
+def _meant(
+    name:str, # a notebook, with or without its number; its number; what one saves; 'paper'
+    every:dict[str, Path], # notebooks of the project by name
+)->str: # a name of every, or 'paper'
+    "Find the notebook that a person means"
+    if name in every or name == 'paper': return name
+    short = [one for one in every if name in one.split('_', 1)]
+    if len(short) > 1: raise Problem(
+        f"{name!r} stands for {len(short)} notebooks ({', '.join(short)}); name one of them whole")
+    if short: return short[0]
+    saved = {}
+    for one, path in every.items():
+        for artefact in artefacts(path): saved.setdefault(artefact.partition('.')[0], one)
+    if name in saved: return saved[name]
+    parts = (part for one in every for part in one.split('_', 1))
+    close = difflib.get_close_matches(name, [*every, *parts, *saved, 'paper'], 1)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    raise Problem(f"unknown notebook {name!r}{hint} (known: {', '.join([*every, 'paper'])}; a "
+        "number, or the name of a figure or table, stands for the notebook that saves it)")
+
 # %% ../nbs/18_cli.ipynb #a5c0de07
 def _choose(
     every:dict[str, Path], # notebooks of the project by name
-    only:list[str], # names from the command line, with or without their number
+    only:list[str], # names from the command line, as for `_meant`
     listed:list[str], # names in the profile
     profile:str, # for errors
 )->list[Path]: # each once
@@ -365,9 +386,8 @@ def _choose(
         where = f'settings.ini [{profile}]'
         raise Problem(f"{where}: notebooks must be a list of names, got {listed!r}")
     for name in listed: known_name(f'notebook in settings.ini [{profile}]', name, list(every))
-    names = [next((n for n in every if n.split('_', 1)[1] == name), name) for name in only]
-    chosen = [name for name in dict.fromkeys(names or listed) if name != 'paper']
-    return [every[known_name('notebook', name, [*every, 'paper'])] for name in chosen]
+    names = [_meant(name, every) for name in only]
+    return [every[name] for name in dict.fromkeys(names or listed) if name != 'paper']
 
 # %% ../nbs/18_cli.ipynb #877553bb
 def order(
@@ -644,6 +664,22 @@ def _line_of(error:Exception)->str: # of the package's own errors their text
     if isinstance(error, OSError) and error.strerror: return _said(error)
     return ' '.join(str(error).split())
 
+# %% ../nbs/18_cli.ipynb #e4b0a002
+def _places(pairs:list[str])->dict[str, str]: # checkpoint: folder or hub id
+    "Read where checkpoints lie"
+    if bad := [text for text in pairs if not re.fullmatch('(retained|original)=.+', text)]:
+        raise Problem(f"--model takes retained=PLACE or original=PLACE, a folder or hub id, got "
+            f"{bad[0]!r}")
+    return dict(pair.split('=', 1) for pair in pairs)
+
+def _to_folder(root:Path, run:str, to:Path, store:Path|None, model:list[str])->None:
+    from unloc.export import export
+    from unloc.runs import Store
+    places = _places(model)
+    try: done = export(Store(store or root / '_runs'), run, to, places)
+    except (OSError, ValueError, RuntimeError) as error: raise Problem(_line_of(error)) from None
+    print(f"wrote {to}: the model of run {done.path.name}; README.md in it says what it is")
+
 # %% ../nbs/18_cli.ipynb #9316ffad
 _PAGE_WIDTH = 120 # characters of a line
 
@@ -710,7 +746,7 @@ def _shared(command:argparse.ArgumentParser)->None:
     add = command.add_argument
     add('--profile', default='tiny', help='a section of settings.ini (default: tiny)')
     add('--only', nargs='+', default=[], metavar='NAME',
-        help="notebooks to run, with or without their number, or 'paper'")
+        help="notebooks to run: a name, a number, a figure or table that one saves, or 'paper'")
     add('--jobs', type=int, metavar='N',
         help='runs at once (default: what the profile says, or one a core)')
     add('--set', nargs='+', action='extend', default=[], metavar='NAME=JSON',
@@ -735,6 +771,16 @@ _PROFILED = { # command: what it does
     'reproduce': 'run the notebooks of a profile; finished runs are kept and never done twice',
 }
 
+# %% ../nbs/18_cli.ipynb #e4b0a004
+def _exporting(command:argparse.ArgumentParser)->None:
+    "Add the words of unloc export"
+    add = command.add_argument
+    add('run', help='the name of its folder in the store, or the beginning of that name')
+    add('--to', type=Path, required=True, metavar='FOLDER', help='new, or empty')
+    add('--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
+    add('--model', nargs='+', action='extend', default=[], metavar='NAME=PLACE',
+        help='a checkpoint that the run is built on: retained or original, a folder or hub id')
+
 # %% ../nbs/18_cli.ipynb #e7b37a2a
 def _parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='unloc', allow_abbrev=False, description=
@@ -753,6 +799,7 @@ def _parser()->argparse.ArgumentParser:
     back.add_argument('file', type=Path, help='from unloc pack')
     back.add_argument(
         '--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
+    _exporting(commands.add_parser('export', help='write the model of a run', allow_abbrev=False))
     new = commands.add_parser('init', help='write a small project of your own', allow_abbrev=False)
     new.add_argument('folder', type=Path, help='new, or empty')
     return parser
@@ -772,6 +819,7 @@ def _do(command:str, asked:dict)->int: # exit status
     if command == 'list': show(root)
     elif command == 'pack': _to_file(root, **asked)
     elif command == 'unpack': _from_file(root, **asked)
+    elif command == 'export': _to_folder(root, **asked)
     else: return _do_profile(command, root, asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0

@@ -7,12 +7,12 @@ The manuscript reads those files, so no number in it is typed by hand."""
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'CONVENTIONS', 'OF_TRADEOFF', 'IN_PRINT', 'INSIDE', 'write_whole', 'set_look', 'look',
-           'save_figure', 'latex_table', 'save_table', 'label', 'printed', 'conventions', 'pairs_told', 'tradeoff_told',
-           'of_summaries', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot', 'difference_plot', 'panel_row',
-           'legend_right', 'mean_points', 'marks', 'dose_panels']
+           'save_figure', 'latex_table', 'save_table', 'markdown_table', 'label', 'printed', 'conventions',
+           'pairs_told', 'tradeoff_told', 'of_summaries', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot',
+           'difference_plot', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
-import contextlib, csv, io, json, os
+import contextlib, csv, io, json, os, re
 from collections.abc import Mapping
 from itertools import chain, cycle
 from pathlib import Path
@@ -155,6 +155,28 @@ def save_table(
         write_whole(Path(out) / f'{name}{suffix}', content)
     _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')
+
+# %% ../nbs/16_figures.ipynb #f16a00a2
+def _as_markdown(cell:str)->str:
+    "Write plain text so that a Markdown table shows it as it is"
+    # a row is a line; a bracket marks something only where it begins a link
+    text = re.sub(r'([\\`*|~]|\[(?=[^]]*\]\())', r'\\\1', ' '.join(cell.split()))
+    text = re.sub(r'(?<![^\W_])_|_(?![^\W_])', r'\_', text) # one inside a word marks nothing
+    return text.replace('&', '&amp;').replace('<', '&lt;')
+
+@checked(but=['rows'])
+def markdown_table(
+    rows:list[dict[str, str]], # cells as they are printed, the same columns in each row
+)->str: # lines without a newline at the end
+    "Typeset rows as a Markdown table"
+    if not isinstance(rows, list) or not rows or len({tuple(row) for row in rows}) > 1:
+        raise ValueError("a table is a list of rows with the same columns, at least one, got "
+            f"{rows!r:.60}")
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    if bad := [cell for cell in chain.from_iterable(lines) if not isinstance(cell, str)]:
+        raise ValueError(f"table cells are strings that are already rounded, got {bad[0]!r}")
+    head, *body = (f"| {' | '.join(map(_as_markdown, line))} |" for line in lines)
+    return '\n'.join([head, f"|{' --- |' * len(rows[0])}", *body])
 
 # %% ../nbs/16_figures.ipynb #f16a0002
 def label(
