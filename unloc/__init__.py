@@ -10,6 +10,7 @@ Modules:
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
+- `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
@@ -21,6 +22,7 @@ Modules:
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
+- `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
