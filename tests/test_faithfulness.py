@@ -4,6 +4,7 @@ from math import isnan, nan
 import numpy as np
 import pandas as pd
 import pytest, torch
+from unloc.data import data_description
 from unloc.evaluation import USUAL_METRICS, Probe, choices, evaluate, undefined
 from unloc.facts import Benchmark, Fact, author_world
 from unloc.faithfulness import (
@@ -14,7 +15,13 @@ from unloc.methods.faithun import ASKED
 from unloc.models import tiny_model
 from unloc.register import METHODS, methods
 from unloc.relations import make_related_world
+from unloc.runs import Store
 from unloc.statistics import clustered_bootstrap
+from unloc.steps import compute
+from unloc.steps.base import base_models
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.unlearn import unlearning
 from unloc.tokens import encode, train_tokenizer
 from unloc.training import finetune
 
@@ -307,3 +314,23 @@ def without_texts():
 def test_what_makes_no_sense_is_one_line(call, says):
     with pytest.raises(ValueError) as error: call()
     assert says in str(error.value) and "\n" not in str(error.value)
+
+def test_a_study_measures_them_along_a_run(tmp_path):
+    small = DATA | {"n_people": 4}
+    how = {"epochs": 1, "lr": 2e-3, "batch_size": 32}
+    shape = {"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 400}
+    base = base_models(data_description(small), "llama", shape, how, how)
+    judging = {"retain": 4, "utility": 2, "max_new_tokens": 2}
+    metrics = {name: {"data": small} for name in ASKED}
+    judged = standard(base, judging | {"metrics": metrics})
+    plain = standard(base, judging)
+    injected = injection(judged, 0, how | {"fraction": .5})
+    run = unlearning(injected, "Oracle", "wga", how)
+    store = Store(tmp_path)
+    for described in (base, judged, injected): store.do(described, compute)
+    points = store.do(run, compute).table()
+    assert set(ASKED) < set(points) and along_run(points).shape == (len(points), 9)
+    assert judged["code"].keys() - plain["code"].keys() == {f"metric {name}" for name in ASKED}
+    text = along_run(points).iloc[-1].map(measured_text)
+    assert (text["MA"] == "not measurable") == (points.two_hop.iloc[0] < 60)
+    assert text["UA"] != "not measurable"
