@@ -57,7 +57,9 @@ def plain(field): # Python's type of a setting
 SETTINGS = {group: {name: plain(f) for name, f in found.items()} for group, found in FIELDS.items()}
 REQUIRED = {
     group: {name for name, f in found.items() if f.required} for group, found in FIELDS.items()}
-MAY_BE_ZERO = "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots"
+MAY_BE_ZERO = (
+    "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots", "n_new", "composed",
+    "aliased", "changed")
 def settings(group, given): return checked(GROUPS[group], given)
 
 def test_settings_name_real_parameters():
@@ -155,7 +157,8 @@ def test_a_wrong_type_is_named(group, name):
         assert (
             str(error.value) == f"{group}: {name} must be of type {wanted.__name__}, got {value!r}")
     if wanted is float:
-        found = settings(group, {k: 1 for k in REQUIRED.get(group, ())} | {name: 1})[name]
+        needed = {k: group if k == "name" else 1 for k in REQUIRED.get(group, ())}
+        found = settings(group, needed | {name: 1})[name]
         assert found == 1. and type(found) is float
 
 @pytest.mark.parametrize(
@@ -215,8 +218,10 @@ def test_words_are_those_of_the_registers_and_the_steps():
             for g in SETTINGS),
         (
             lambda: data_description({"name": "wmdp"}),
-            "data: name must be 'world', 'tofu' or 'file', got 'wmdp'"),
-        (lambda: data_description({}), "data: name must be 'world', 'tofu' or 'file', got None"),
+            "data: name must be 'world', 'tofu', 'file' or 'related_world', got 'wmdp'"),
+        (
+            lambda: data_description({}),
+            "data: name must be 'world', 'tofu', 'file' or 'related_world', got None"),
         (
             lambda: data_description({"name": "world", "forget": "forget10"}),
             "world has no setting 'forget'"),

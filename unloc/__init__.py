@@ -12,6 +12,7 @@ Modules:
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
+- `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
@@ -25,6 +26,7 @@ Modules:
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
+- `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
@@ -49,6 +51,7 @@ Modules:
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
+- `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
 - `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
