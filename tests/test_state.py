@@ -12,6 +12,7 @@ from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
 from unloc.conformal import closed_probs, token_scores, token_sets
+from unloc.faithfulness import answers_of
 from unloc.inside import final_norm, hidden_states, patched_logprob
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
@@ -178,6 +179,8 @@ LOOKING = {
     "conformal.closed_probs": lambda m: closed_probs(m, PROBE.choices["forget"], "total"),
     "conformal.token_scores": lambda m: token_scores(m, GET),
     "conformal.token_sets": lambda m: tuple(token_sets(m, GET, .9)),
+    "faithfulness.answers_of": lambda m: {
+        name: found.right for name, found in answers_of(m, TOKENIZER, WORLD).items()},
     "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight,
     "models.bend_of": lambda m: tuple(models.bend_of(m)),
@@ -256,9 +259,10 @@ def public():
             if inspect.isfunction(thing) and takes_a_model(thing):
                 yield f"{chapter.__name__.removeprefix('unloc.')}.{name}"
 
-# two named tuples; the others take a part of a model, and read its weights
+# two named tuples, and answers of an original model; the others take a part of a model, and read
+# its weights
 KNOWN_BY_NAME = {
-    "export.Exported.__new__", "streaming.Planted.__new__", "models.check_linear",
+    "faithfulness.faithfulness", "export.Exported.__new__", "streaming.Planted.__new__", "models.check_linear",
     "models.value_vectors", "models.ExpertProjection", "models.Experts"}
 def test_every_public_function_that_takes_a_model_is_tested_here():
     assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)

@@ -507,13 +507,13 @@ class Begun(Named):
 # %% ../nbs/19_study.ipynb #a47fd634
 def mean_of(
     results:dict, # key: result.json, as from Study.results
-    model:str, # whose numbers in it: 'original' or 'retained'
+    whose:str, # numbers in it: 'original' or 'retained'
     names:tuple[str, ...]=('FS', 'RS', 'MU', 'FQ'),
 )->dict[str, str]: # name: the mean over the results, with two digits; a dash where it is undefined
     "Print what the models of several results knew"
     found = {}
     for name in names:
-        values = [one[model].get(name, float('nan')) for one in results.values()]
+        values = [one[whose].get(name, float('nan')) for one in results.values()]
         found[name] = number(sum(values) / len(values), '.2f')
     return found
 
