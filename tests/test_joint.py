@@ -37,13 +37,13 @@ def beside(store, folder): # a store with the same base, without what was built 
     folder.mkdir()
     for run in store.root.iterdir():
         about = run / "description.json"
-        if about.exists() and json.loads(about.read_text())["description"]["kind"] in (
+        if about.exists() and json.loads(about.read_text("utf-8"))["description"]["kind"] in (
             "base", "judge"):
             os.symlink(run, folder / run.name)
     return Store(folder)
 
 def shared(run): # how many runs were computed with it
-    return json.loads((run.path / "description.json").read_text()).get("at_once", 1)
+    return json.loads((run.path / "description.json").read_text("utf-8")).get("at_once", 1)
 
 @pytest.fixture
 def four(monkeypatch): monkeypatch.setenv("UNLOC_AT_ONCE", "4")
@@ -78,7 +78,7 @@ def test_groups_give_what_runs_alone_give(store, judged, tmp_path, four):
         near(a, b) if a.description.get("arm") != "All weights" else None
     assert [shared(run) for run in joint] == [4, 4, 4, 4, 1, 2, 2, 1]
     assert all(shared(run) == 1 for run in alone)
-    sources = [json.loads((Store(tmp_path / "joint")[d].path / "result.json").read_text())
+    sources = [json.loads((Store(tmp_path / "joint")[d].path / "result.json").read_text("utf-8"))
         for d in injected]
     for d, found in zip(injected, sources):
         usual = store[d].json()
@@ -121,7 +121,7 @@ from unloc.training import Term
 def softened(run, facts, power:float=.5):
     "Lower the likelihood of answers, by a power of it"
     return Term([facts], lambda answers: (power * answers[0] * answers[1]).exp().mean())
-''')
+''', "utf-8")
     kept = dict(METHODS["objective"])
     try:
         execute_plugin(str(source), source.read_bytes())
@@ -139,7 +139,7 @@ KILLED = """
 import json, os, sys
 from unloc.runs import Store, sweep
 from unloc.joint import together
-sweep(Store(sys.argv[1]), json.loads(open(sys.argv[2]).read()), compute=together)
+sweep(Store(sys.argv[1]), json.loads(open(sys.argv[2], encoding="utf-8").read()), compute=together)
 """
 
 def test_a_killed_group_is_computed_again(store, judged, tmp_path, four):
@@ -148,7 +148,7 @@ def test_a_killed_group_is_computed_again(store, judged, tmp_path, four):
         "Oracle", "Random")]
     place, file = beside(store, tmp_path / "s"), tmp_path / "asked.json"
     place.do(injected, compute)
-    file.write_text(json.dumps(asked))
+    file.write_text(json.dumps(asked), "utf-8")
     process = subprocess.Popen([sys.executable, "-c", KILLED, place.root, file])
     while process.poll() is None and len(list(place.root.glob("*.partial"))) < 2: time.sleep(.05)
     assert process.poll() is None

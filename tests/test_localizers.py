@@ -839,9 +839,7 @@ def several(model, **options): "Take any options"
         (
             nothing,
             {"label": "Mine", "name": "wagle"},
-            (
-                "is registered twice, here and in wagle.py, line|is registered twice, here and in"
-                " wagle.ipynb, line|is registered twice"))])
+            r"has the name of the package's own \(unloc.methods.wagle\); give yours another name")])
 def test_a_method_that_does_not_say_what_it_is_is_refused(function, how, says):
     before = dict(METHODS["localizer"])
     with pytest.raises(ValueError, match=says) as error: localizer(**how)(function)

@@ -133,7 +133,7 @@ def _checked(self, options:Mapping)->dict:
             f"got {value!r:.60}") from None
     return found
 
-def _demanded(hint, error:msgspec.ValidationError)->str:
+def _demanded(hint, error:Exception)->str:
     "Say what a value had to be: of a type, one of some names, or within limits"
     if get_origin(hint) is Literal: return f"one of {', '.join(map(str, get_args(hint)))}"
     said = str(error).removeprefix('Expected ').replace('`', '')
