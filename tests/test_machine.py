@@ -337,7 +337,8 @@ print(*(page_digest(page) for page in sys.argv[1:]))
 PYTHONS = [PYTHON, *(f"python3.{minor}" for minor in range(11, 16))]
 
 def digests_of(python, folder, pages, env): # in a process of its own; digests need no library
-    (folder / "msgspec.py").write_text("class UnsetType: pass\n", "utf-8")
+    names = "UnsetType", "Meta"
+    (folder / "msgspec.py").write_text("".join(f"class {x}: pass\n" for x in names), "utf-8")
     path = os.pathsep.join([str(ROOT), *([] if python == PYTHON else [str(folder)])])
     asked = subprocess.run([python, "-c", DIGESTS, *pages], env=env | {"PYTHONPATH": path},
         capture_output=True, encoding="utf-8")

@@ -262,7 +262,8 @@ def public():
 # two named tuples, and answers of an original model; the others take a part of a model, and read
 # its weights
 KNOWN_BY_NAME = {
-    "faithfulness.faithfulness", "export.Exported.__new__", "streaming.Planted.__new__", "models.check_linear",
+    "faithfulness.faithfulness", "export.Exported.__new__", "streaming.Planted.__new__",
+    "models.check_linear",
     "models.value_vectors", "models.ExpertProjection", "models.Experts"}
 def test_every_public_function_that_takes_a_model_is_tested_here():
     assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
