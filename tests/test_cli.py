@@ -508,7 +508,12 @@ def test_a_damaged_run_is_named_and_kept(smoke):
     def through_an_arm(f):
         if not (f / "trajectory.csv").exists(): return False
         text = (f / "description.json").read_text("utf-8")
-        return json.loads(text)["description"].get("objective") == "rmu" and "arm" in text
+        run = json.loads(text)["description"]
+        origin, base = run["parent"], run
+        while "parent" in base: base = base["parent"]
+        usual = origin["kind"] == "inject" and not origin.keys() & {"others", "unit", "style"}
+        pair = run.get("objective") == "rmu" and run.get("arm") in ("Oracle", "Random")
+        return usual and pair and base["seed"] == 0
     run = next(filter(through_an_arm, smoke.store.iterdir()))
     path = run / "trajectory.csv"
     whole = path.read_bytes()
