@@ -44,8 +44,9 @@ def _in_full(name:str, value, kind:type):
     if value != 'all' or kind is not list: return value
     if name not in ALL: raise ValueError(f"parameter {name} cannot be \"all\"; name what it lists")
     found = names(ALL[name])
-    # each is compared with random
-    return [x for x in found if name != 'localizers' or x != 'random']
+    if ALL[name] != 'localizer': return list(found)
+    found = [x for x in found if find('localizer', x).about['unit'] == 'value vectors']
+    return [x for x in found if name == 'scored' or x != 'random'] # the others go beside random
 
 # %% ../nbs/19_study.ipynb #f86c8bd3
 def _parameters(
