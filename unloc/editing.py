@@ -9,14 +9,13 @@ An edit adds a matrix to `W` that turns given keys into wanted values. Every sol
 __all__ = ['rank_one', 'balanced', 'ridge', 'null_projector', 'in_null_space', 'check_layers', 'Memory', 'keys_and_values',
            'second_moments', 'editable', 'Edits']
 
-# %% ../nbs/11_editing.ipynb #c04e23c0
-from collections.abc import Callable, Iterable, Sequence
+# %% ../nbs/11_editing.ipynb #a493ca05
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
 from .change import Change, LowRank
 from .masked import Neurons, columns_of, put_columns
 from .models import measuring, output_projections, region_shape, value_vectors
@@ -78,7 +77,8 @@ def rank_one(
     key, = _columns(key=key[:, None])
     wanted, = _columns(wanted=wanted[:, None])
     if not key.any(): raise ValueError(
-        "the key is zero, so no weight reaches the output through it; choose another token or layer")
+        "the key is zero, so no weight reaches the output through it; "
+        "choose another token or layer")
     direction = key
     if moment is not None:
         whole = _square('second moment', moment, len(key))
@@ -165,7 +165,8 @@ def check_layers(
     if not layers: raise ValueError("no layer is named; name one at least")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n:
-            raise ValueError(f"layer {layer!r:.40} is not in the model; its layers are 0 to {n - 1}")
+            raise ValueError(
+                f"layer {layer!r:.40} is not in the model; its layers are 0 to {n - 1}")
     return sorted(set(layers))
 
 def _check_places(examples, places)->None:
