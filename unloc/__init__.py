@@ -20,11 +20,15 @@ Modules:
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
+- `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
+- `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
+- `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
+- `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
@@ -32,6 +36,7 @@ Modules:
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
+- `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
