@@ -144,7 +144,8 @@ def null_projector(
     if rank == len(values): raise ValueError(
         f"all {rank} directions are free ({bound}), so nothing is kept; lower the bound or the "
         "share, or give more facts to be kept")
-    return vectors[:, free] @ vectors[:, free].T
+    found = vectors[:, free] @ vectors[:, free].T
+    return (found + found.T) / 2 # rounding is not symmetric
 
 # %% ../nbs/11_editing.ipynb #9a15fcdb
 def in_null_space(
