@@ -8,6 +8,7 @@ Modules:
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
+- `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
@@ -60,6 +61,7 @@ Modules:
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
+- `unloc.tracing`: Which state carries a fact to the answer, how alike two facts' places are, and what a changed value vector says
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
