@@ -2,12 +2,14 @@
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.edit_metrics import (
-    edit_success, fluency, locality, mean_locality, ngram_entropy, portability, predicted_tokens)
+    edit_success, fluency, forget_efficacy, harmonic_utility, locality, mean_locality,
+    ngram_entropy, portability, predicted_tokens)
 from unloc.models import output_projections, tiny_model, value_vectors
 from unloc.scene import toy_facts
 from unloc.tracing import (
-    causal_trace, change_size, hit_at, mean_overlap, most_changed, rsim, top_layers,
+    causal_trace, change_size, hit_at, mean_overlap, most_changed, rsim, target_overlap, top_layers,
     vocabulary_ranks)
+from unloc.regions import Region
 
 def llama(): return tiny_model("llama", 60, d_model=32, n_layers=3, d_ff=48, n_heads=2)
 def olmo2(): return tiny_model("olmo2", 60, d_model=32, n_layers=3, d_ff=48, n_heads=2)
@@ -37,6 +39,40 @@ def test_the_golden_locality():
 def test_the_golden_similarities(candidates, every, found):
     assert abs(rsim(candidates, every) - found) < 1e-12
 
+# of a published run: five numbers of the forget set, six of the retain set, FE and utility
+UNIERASE = {
+    "8B before": (
+        (.9858070381, .9869735095, .5217822991, .9946046070, .97),
+        (.9903611910, .9849852087, .5341688282, .9665611272, .9935130134, .9833333333),
+        .1081665092, .8626741006),
+    "8B after": (
+        (.0234620393, .4325985551, .4746342253, .0513941981, .0033333333),
+        (.8706467613, .9419139878, .5243997327, .9651853901, .9176342028, .8),
+        .8029155298, .8007461907),
+    "1B after": (
+        (.0001111111, .0040674267, .3522490703, .0498688229, 0),
+        (.0104399172, .0226272580, .3069834910, .1940167592, .0693014581, .0033333333),
+        .9187407138, .0129639447)}
+MORE = ( # real authors, and the world, of "8B after"
+    .958, .4443061169, .5634950941, .9845376277, .9389540512, .74,
+    .9031339031, .5176208671, .6679759253, .9667055974, .9112362587, .6666666667)
+
+@pytest.mark.parametrize("run", UNIERASE)
+def test_the_golden_sums_of_unierase(run):
+    forget, retain, efficacy, utility = UNIERASE[run]
+    assert abs(forget_efficacy(forget) - efficacy) < 2e-10
+    assert abs(harmonic_utility(retain) - utility) < 2e-10
+
+def test_the_golden_utility_of_three_sets():
+    assert abs(harmonic_utility(UNIERASE["8B after"][1] + MORE) - .7449607966) < 2e-10
+    assert harmonic_utility([.5, 0.]) == 0
+
+def test_an_overlap_is_compared_with_two_kinds_of_chance():
+    size = torch.zeros(4, 100)
+    size[1, :40] = torch.arange(40., 0., -1)
+    found = target_overlap(size, Region(size > 0), range(20))
+    assert found.recall == 1 and abs(found.by_layer - .4) < .1 and abs(found.anywhere - .1) < .05
+
 def test_questions_count_alike_whatever_the_length_of_their_answers():
     assert edit_success([[1], [2, 3, 4, 0]], [[0], [2, 3, 4, 5]]) == .375
     assert portability({"reasoning": 1., "logical generalization": 0.}) == .5
@@ -56,6 +92,8 @@ def test_questions_count_alike_whatever_the_length_of_their_answers():
         (lambda: ngram_entropy([1, 2], 0), "n must be at least 1, got 0"),
         (lambda: rsim(.5, 1.), "all facts have the same layers"),
         (lambda: rsim(-.1, .5), "candidates must lie in [0, 1]"),
+        (lambda: forget_efficacy([]), "no number is given"),
+        (lambda: harmonic_utility([.5, float("nan")]), "must lie in [0, 1], got nan"),
         (lambda: mean_overlap([{1}]), "1 sets have no pair"),
         (lambda: top_layers(torch.ones(3, 2), 0), "k must be 1 to 3"),
         (lambda: hit_at(torch.ones(0), 5), "no rank is given"),

@@ -240,6 +240,14 @@ def test_an_editor_changes_one_projection_and_goes_by_shares(name, make, tmp_pat
     assert same(model, after)
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_editor_works_in_16_bits(name):
+    model = llama().to(torch.bfloat16)
+    before, change = bits(model), changed(name, model)
+    assert not same(model, before) and all(x.isfinite().all() for x in bits(model).values())
+    change.at(0)
+    assert same(model, before) and model.dtype == torch.bfloat16
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_editor_is_compared_with_a_reversal(name):
     original, retained = llama(), llama()
     with torch.no_grad(): output_projections(retained)[1].weight.mul_(.9)

@@ -7,7 +7,7 @@ The first three compare tokens under teacher forcing: what the model holds for m
 
 # %% auto #0
 __all__ = ['PORTABILITY', 'LOCALITY', 'predicted_tokens', 'edit_success', 'portability', 'locality', 'mean_locality',
-           'ngram_entropy', 'fluency']
+           'ngram_entropy', 'fluency', 'forget_efficacy', 'harmonic_utility']
 
 # %% ../nbs/12_edit_metrics.ipynb #88473935
 from collections import Counter
@@ -104,3 +104,22 @@ def fluency(
 )->float: # bits
     "Weigh the entropies of bigrams and trigrams (Zhang et al. 2024)"
     return (2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2
+
+# %% ../nbs/12_edit_metrics.ipynb #dcaba6d4
+def _shares(numbers:Sequence[float])->list[float]:
+    "Demand numbers of [0, 1]"
+    found = [float(x) for x in numbers]
+    if not found: raise ValueError("no number is given; expected some of [0, 1]")
+    if odd := [x for x in found if not 0 <= x <= 1]: raise ValueError(
+        f"numbers must lie in [0, 1], got {odd[0]!r:.40}; leave out what is undefined")
+    return found
+
+def forget_efficacy(numbers:Sequence[float])->float: # in [0, 1], high is forgotten
+    "Take the mean of what a model still knows of the forget set from 1"
+    found = _shares(numbers)
+    return 1 - sum(found) / len(found)
+
+def harmonic_utility(numbers:Sequence[float])->float: # in [0, 1]; 0 where one of them is 0
+    "Give the harmonic mean of what a model is still able to do"
+    found = _shares(numbers)
+    return len(found) / sum(1 / x for x in found) if all(found) else 0.

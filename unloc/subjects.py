@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .asking import few_shot
-from .editing import Memory, keys_and_values
+from .editing import KeysValues, keys_and_values
 from .tokens import Example, check_examples, encode
 
 # %% ../nbs/13_subjects.ipynb #8694b1a5
@@ -68,7 +68,7 @@ def _tokens_at(e:Example, start:int, end:int)->tuple[int, int]: # places among t
     if shift < 0: return -1, -1 # its letters were changed on the way
     ends = [len(read(n)) - shift for n in range(e.start + 1)]
     first = max(n for n, place in enumerate(ends) if place <= start)
-    return first, next(n for n, place in enumerate(ends) if place >= end)
+    return first, next((n for n, place in enumerate(ends) if place >= end), -1)
 
 def subject_spans(
     forget:Sequence[Example],
@@ -146,21 +146,21 @@ def variants(
     "Ask each question bare, and behind retain facts"
     if contexts and not len(retain): raise ValueError(
         f"{contexts} contexts need retain facts to stand in front; give some, or contexts=0")
-    generator = torch.Generator().manual_seed(seed)
-    found = []
+    generator, found = torch.Generator('cpu').manual_seed(seed), []
     for one in asked:
-        drawn = torch.randint(max(1, len(retain)), (contexts,), generator=generator).tolist()
+        drawn = torch.randint(
+            max(1, len(retain)), (contexts,), generator=generator, device='cpu').tolist()
         found.append([(one.asked, one.place), *(one.behind([retain[k]]) for k in drawn)])
     return found
 
-def averaged(model:nn.Module, rows:Variants, layer:int)->Memory: # one column a request
+def averaged(model:nn.Module, rows:Variants, layer:int)->KeysValues: # one column a request
     "Average the keys and values of a layer over the surroundings of each question"
     flat = [pair for one in rows for pair in one]
     memory = keys_and_values(model, *map(list, zip(*flat)), layer)
-    shares = torch.zeros(len(flat), len(rows)).to(memory.keys)
+    shares = memory.keys.new_zeros(len(flat), len(rows))
     at = 0
     for i, one in enumerate(rows):
         shares[at, i] = .5 if len(one) > 1 else 1.
         shares[at + 1:at + len(one), i] = .5 / max(1, len(one) - 1)
         at += len(one)
-    return Memory(memory.keys @ shares, memory.values @ shares)
+    return KeysValues(memory.keys @ shares, memory.values @ shares)

@@ -89,14 +89,19 @@ class _Rows:
 def _losses(self:_Rows, delta:Tensor, before:dict): # yields nll [n] and drift [n] of each batch
     "Measure how unlikely the new answers are, and how far what follows the subjects moved"
     for numbers, batch, logp in self.logprobs(delta):
-        nll, drift = (torch.zeros(self.n, dtype=torch.float64, device=logp.device) for _ in 'ab')
-        row = batch.answer.nonzero()[:, 0]
-        own = logp.gather(1, batch.ids[batch.answer][:, None])[:, 0]
-        for k, i in enumerate(numbers):
-            fact = self.facts[i]
-            if i < self.answers: nll[fact] = nll[fact] - own[row == k].mean() * self.share[fact]
-            else: drift[fact] = drift[fact] + (before[i].exp() * (before[i] - logp[row == k])).sum()
-        yield nll, drift
+        row, device = batch.answer.nonzero()[:, 0], logp.device
+        fact = torch.tensor([self.facts[i] for i in numbers], device=device)
+        asked = torch.tensor([i < self.answers for i in numbers], device=device)
+        share = self.share.to(device)[fact] / batch.answer.sum(1) # of each token
+        nll = -logp.gather(1, batch.ids[batch.answer][:, None])[:, 0].double() * share[row]
+        start = [before[i] for i in numbers if i >= self.answers]
+        drift = logp.new_zeros(self.n, dtype=torch.float64)
+        if start:
+            start = torch.cat(start)
+            moved = (start.exp() * (start - logp[~asked[row]])).sum(1).double()
+            drift = drift.index_add(0, fact[~asked], moved)
+        mine = asked[row]
+        yield torch.zeros_like(drift).index_add(0, fact[row][mine], nll[mine]), drift
 
 _Rows.losses = _losses
 
@@ -264,7 +269,7 @@ def tune_layer(
 )->Change: # on the model, which has its own weights
     "Fine-tune the value vectors of one layer"
     (index, columns), = editable(model, region, [layer]).values()
-    mask = torch.zeros(region_shape(model), dtype=torch.bool)
+    mask = torch.zeros(region_shape(model), dtype=torch.bool, device='cpu')
     mask[layer, index.cpu()] = True
     rate = 5e-4 * 4096 / columns.shape[1] if lr is None else lr
     if rate <= 0 or steps < 1 or bound <= 0: raise ValueError(

@@ -47,7 +47,7 @@ def _solver(edits:Edits, moments:dict, free, below, share:float, weight)->Callab
 # %% ../../nbs/methods/alphaedit.ipynb #cd24ad87
 @editor(label='AlphaEdit', passes=450,
     source='Fang et al. 2025, "AlphaEdit: null-space constrained knowledge editing", equation 14')
-@measuring()
+@measuring('on')
 def alphaedit(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector of the layers

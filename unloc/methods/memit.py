@@ -28,7 +28,7 @@ from ..values import Search, edit_layers, layers_for
 # %% ../../nbs/methods/memit.ipynb #9efb9e4b
 @editor(label='MEMIT', passes=450,
     source='Meng et al. 2023, "Mass-editing memory in a transformer", equations 14 and 20')
-@measuring()
+@measuring('on')
 def memit(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector of the layers

@@ -37,7 +37,7 @@ def _edit(edits:Edits, one:Request, rows:Variants, layer:int, kept, search:Searc
 # %% ../../nbs/methods/rome.ipynb #d05bc45d
 @editor(label='ROME', passes=450,
     source='Meng et al. 2022, "Locating and editing factual associations in GPT", equation 2')
-@measuring()
+@measuring('on')
 def rome(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector of the layer
