@@ -5,11 +5,12 @@ from unloc.edit_metrics import (
     edit_success, fluency, forget_efficacy, harmonic_utility, locality, mean_locality,
     ngram_entropy, portability, predicted_tokens)
 from unloc.models import output_projections, tiny_model, value_vectors
+from unloc.neurons import above_share, attribution, in_common
+from unloc.regions import Region
 from unloc.scene import toy_facts
 from unloc.tracing import (
     causal_trace, change_size, hit_at, mean_overlap, most_changed, rsim, target_overlap, top_layers,
     vocabulary_ranks)
-from unloc.regions import Region
 
 def llama(): return tiny_model("llama", 60, d_model=32, n_layers=3, d_ff=48, n_heads=2)
 def olmo2(): return tiny_model("olmo2", 60, d_model=32, n_layers=3, d_ff=48, n_heads=2)
@@ -166,3 +167,51 @@ def test_the_most_changed_value_vectors_are_found_and_read(make):
     head = model.get_output_embeddings().weight.detach()
     ranks = vocabulary_ranks(model, head[[4, 9]].T, 4)
     assert ranks[0] == 1 and ranks.shape == (2,) and hit_at(ranks, 60) == 1
+
+# --- knowledge neurons
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("make", [llama, olmo2, gpt2])
+def test_the_worth_of_neurons_adds_up_to_that_of_their_layer(make, layer):
+    model = make().double()
+    found = attribution(model, FACTS[0], layer, steps=200)
+    assert abs(float(found.scores.sum()) - found.whole) <= .01 * abs(found.whole)
+
+def test_one_step_is_the_gradient_in_the_middle_and_of_the_other_grid_at_zero():
+    model, e = llama().double(), FACTS[1]
+    layer, neuron, small = 1, 7, 1e-2 # norms are computed in 32 bits
+    ids = torch.tensor([e.ids[:e.start]])
+    own = []
+    def read(module, inputs): own.append(inputs[0][0, -1].clone())
+    projection = output_projections(model)[layer]
+    handle = projection.register_forward_pre_hook(read)
+    with torch.no_grad(): model(ids)
+    handle.remove()
+    def likely(share, more): # probability of the first token of the answer
+        def put(module, inputs):
+            new = inputs[0].clone()
+            new[0, -1] = share * own[0]
+            new[0, -1, neuron] += more
+            return (new,)
+        handle = projection.register_forward_pre_hook(put)
+        with torch.no_grad(): found = model(ids).logits[0, -1].softmax(-1)[e.ids[e.start]]
+        handle.remove()
+        return float(found)
+    short = type(e)([*e.ids[:e.start + 1], 1], e.start) # an answer of one token
+    for grid, share in (("midpoint", .5), ("ends", 0.)):
+        slope = (likely(share, small) - likely(share, -small)) / (2 * small)
+        found = attribution(model, short, layer, 1, grid).scores[neuron]
+        assert abs(float(found) - slope * float(own[0][neuron])) < 1e-8
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (lambda: attribution(llama(), FACTS[0], 3), "layer 3 is not in the model"),
+        (lambda: attribution(llama(), FACTS[0], 0, steps=0), "steps must be a whole number"),
+        (lambda: attribution(llama(), FACTS[0], 0, grid="even"), "unknown grid 'even'"),
+        (lambda: above_share(torch.zeros(2, 3)), "no score is above 0"),
+        (lambda: above_share(torch.full((2, 3), float("nan"))), "NaN or infinite"),
+        (lambda: in_common([Region(torch.ones(1, 2) > 0)], 0.), "share must lie in (0, 1]")])
+def test_neurons_that_cannot_be_chosen_are_one_line(bad, says):
+    with pytest.raises(ValueError) as error: bad()
+    assert says in str(error.value) and "\n" not in str(error.value)

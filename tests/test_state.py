@@ -23,6 +23,7 @@ from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
 from unloc.quantization import library_quantized, quantized
 from unloc.register import METHODS
+from unloc.neurons import attribution
 from unloc.scene import Scene
 from unloc.subjects import averaged, requests, variants
 from unloc.tracing import causal_trace, vocabulary_ranks
@@ -187,6 +188,7 @@ LOOKING = {
     "values.tune_layer": lambda m: tune_layer(
         m, GET, REGION, 1, lambda logits, batch, row: logits.square().mean(1), steps=2).end,
     "edit_metrics.predicted_tokens": lambda m: predicted_tokens(m, GET),
+    "neurons.attribution": lambda m: attribution(m, GET[0], 1, steps=3),
     "tracing.causal_trace": lambda m: causal_trace(m, GET[0], (1, 3)),
     "tracing.vocabulary_ranks": lambda m: vocabulary_ranks(m, HIDDEN[:2].T, 5),
     "methods.rome.rome": edited_by("rome"),

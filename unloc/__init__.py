@@ -44,6 +44,7 @@ Modules:
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
+- `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
