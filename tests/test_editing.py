@@ -2,7 +2,7 @@
 gives a change that stays in its region, goes by shares and comes back from disk."""
 import numpy as np
 import pytest, torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OlmoeConfig, OlmoeForCausalLM
 from unloc.change import Change, LowRank, compared, edited
 from unloc.data import data_description
 from unloc.editing import (
@@ -160,6 +160,14 @@ def gpt2(): # its projection has a bias, and its weight lies on its side
         for p in output_projections(model): p.bias.normal_()
     return model
 
+def olmoe(): # the value vectors of its experts lie side by side
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    experts = dict(intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    config = OlmoeConfig(
+        vocab_size=60, hidden_size=32, pad_token_id=0, eos_token_id=1, **sizes, **experts)
+    return OlmoeForCausalLM(config).eval()
+
 def bits(model): return {name: x.detach().clone() for name, x in model.state_dict().items()}
 def same(model, before):
     return all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -238,6 +246,26 @@ def test_an_editor_changes_one_projection_and_goes_by_shares(name, make, tmp_pat
     change.save(tmp_path)
     Change.load(tmp_path).on(model).at(1)
     assert same(model, after)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_editor_changes_experts_by_their_columns(name):
+    model = olmoe()
+    region_shape(model) # which puts the experts side by side
+    before, change = bits(model), changed(name, model)
+    (layer, (index, columns)), = change.end.items()
+    assert len(index) == 64 and columns.shape == (64, 32)
+    moved = [n for n in before if not torch.equal(before[n], bits(model)[n])]
+    assert moved == [f"model.layers.{layer}.mlp.experts.down_proj"]
+    change.at(0)
+    assert same(model, before)
+
+@pytest.mark.parametrize("name, more", [(name, {}) for name in NAMES] + [
+    ("alphaedit", {"block": 4})])
+def test_an_editor_tells_a_growing_share_of_its_work(name, more):
+    shares = []
+    METHODS["editor"][name](model=llama(), forget=FORGET, retain=RETAIN, region=None, seed=0,
+        options=options(name) | more, progress=shares.append)
+    assert shares == sorted(shares) and 0 <= shares[0] and shares[-1] <= 1 and len(shares) > 1
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_editor_works_in_16_bits(name):

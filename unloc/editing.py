@@ -132,7 +132,7 @@ def null_projector(
     below:float|None=None, # eigenvalues that count as zero, such as 0.02
     share:float|None=None, # or the share of all eigenvalues, lowest first, in (0, 1)
 )->Tensor: # [d_ff, d_ff] float64, symmetric and idempotent
-    "Project onto the directions that kept keys do not use (Fang et al. 2025, eq. 5)"
+    "Project onto the directions that kept keys do not use (Fang et al. 2025)"
     if (below is None) == (share is None): raise ValueError(
         "name either `below`, a bound of eigenvalues, or `share`, how many of them to take")
     moment, = _columns(moment=moment)
@@ -158,7 +158,7 @@ def in_null_space(
     weight:float, # λ, above 0
     before:Tensor|None=None, # [d_ff, d_ff] float, sum of k kᵀ over earlier edits
 )->LowRank: # [d_model, n] and [n, d_ff] float64
-    "Turn keys into values by directions that kept keys do not use (Fang et al. 2025, eq. 14)"
+    "Turn keys into values by directions that kept keys do not use (Fang et al. 2025)"
     keys, wanted = _columns(keys=keys, wanted=wanted)
     projector = _square('projector', projector, len(keys))
     if not _weight('weight', weight): raise ValueError("weight must be above 0, got 0")

@@ -25,12 +25,14 @@ from ..subjects import requests, variants
 from ..tokens import Example
 from ..values import Search, edit_layers, layers_for
 
-# %% ../../nbs/methods/alphaedit.ipynb #a29a18cd
-def _rounds(n:int, block:int)->list[slice]:
+# %% ../../nbs/methods/alphaedit.ipynb #3abc0efc
+def _rounds(n:int, block:int, progress:Progress): # yields the facts, and what is told of a share
     "Split facts into rounds"
     if block < 0: raise ValueError(f"block must be at least 0, got {block}")
     size = block or n
-    return [slice(i, i + size) for i in range(0, n, size)]
+    for i in range(0, n, size):
+        share = min(size, n - i) / n
+        yield slice(i, i + size), progress and (lambda done: progress(i / n + share * done))
 
 def _solver(edits:Edits, moments:dict, free, below, share:float, weight)->Callable:
     "Give what solves a layer, and remembers the keys that it was solved for"
@@ -46,7 +48,7 @@ def _solver(edits:Edits, moments:dict, free, below, share:float, weight)->Callab
 
 # %% ../../nbs/methods/alphaedit.ipynb #cd24ad87
 @editor(label='AlphaEdit', passes=450,
-    source='Fang et al. 2025, "AlphaEdit: null-space constrained knowledge editing", equation 14')
+    source='Fang et al. 2025, "AlphaEdit: null-space constrained knowledge editing"')
 @measuring('on')
 def alphaedit(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
@@ -76,6 +78,6 @@ def alphaedit(
     moments, search = second_moments(model, retain, chosen), Search(steps, rate, clamp, decay, kl)
     with Edits(model, region, chosen) as edits:
         solve = _solver(edits, moments, free, below, share, weight)
-        for part in _rounds(len(asked), block):
-            edit_layers(edits, asked[part], rows[part], search, solve, progress)
+        for part, told in _rounds(len(asked), block, progress):
+            edit_layers(edits, asked[part], rows[part], search, solve, told)
     return edits.change()

@@ -31,7 +31,7 @@ def _loss(logits:Tensor, batch:Batch, row:Tensor)->Tensor: # [k] nats
     return F.cross_entropy(logits[first[row]], batch.ids[batch.answer], reduction='none')
 
 @editor(label='FT-L', passes=75,
-    source='Meng et al. 2022, "Locating and editing factual associations in GPT"')
+    source='Zhang et al. 2024, arXiv 2401.01286')
 def ft_l(
     model:nn.Module, forget:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector of the layer

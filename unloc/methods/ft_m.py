@@ -29,7 +29,7 @@ def _loss(logits:Tensor, batch:Batch, row:Tensor)->Tensor: # [k] nats
     return F.cross_entropy(logits, batch.ids[batch.answer], reduction='none')
 
 @editor(label='FT-M', passes=75,
-    source='Zhang et al. 2024, "A comprehensive study of knowledge editing", arXiv 2401.01286')
+    source='Zhang et al. 2024, arXiv 2401.01286')
 def ft_m(
     model:nn.Module, forget:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector of the layer
