@@ -192,7 +192,7 @@ def test_an_editor_goes_where_arms_and_localizers_say(study):
 @pytest.mark.parametrize(
     "bad, says",
     [
-        (lambda d: editing(d, "rome"), "unknown editor 'rome'; known: "),
+        (lambda d: editing(d, "erase"), "unknown editor 'erase'; known: "),
         (
             lambda d: editing(d, "zeroing", options={"keep": "much"}),
             "editor zeroing: keep must be of type float"),

@@ -12,6 +12,8 @@ from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
 from unloc.conformal import closed_probs, token_scores, token_sets
+from unloc.edit_metrics import predicted_tokens
+from unloc.editing import Edits, check_layers, editable, keys_and_values, second_moments
 from unloc.faithfulness import answers_of
 from unloc.inside import final_norm, hidden_states, patched_logprob
 from unloc.methods.depth import unlearning_depth
@@ -23,7 +25,12 @@ from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
 from unloc.quantization import library_quantized, quantized
 from unloc.register import METHODS
+from unloc.neurons import attribution
 from unloc.scene import Scene
+from unloc.subjects import averaged, requests, variants
+from unloc.tracing import causal_trace, vocabulary_ranks
+from unloc.values import (
+    Search, find_values, layers_for, stream_at, tune_layer, writes_plainly)
 from unloc.facts import author_world
 from unloc.regions import Region
 from unloc.tokens import collate, encode, train_tokenizer
@@ -101,6 +108,13 @@ def scored_by(name):
 def place(method):
     return f"{method.function.__module__.removeprefix('unloc.')}.{method.function.__name__}"
 
+ASKED = requests(GET, KEEP, "I don't know.", "last")
+ROWS, PLACES = variants(ASKED, KEEP, 1), [e.start - 1 for e in GET]
+def edited_by(name):
+    options = {"steps": 2} | ({} if name[:3] == "ft_" else {"contexts": 1})
+    return lambda m: METHODS["editor"][name](
+        model=m, forget=GET, retain=KEEP, region=None, options=options).end
+
 LOOKING = {
     place(method): scored_by(name) for name, method in methods("localizer").items() if method.own
 } | { # name: a call that leaves the weights
@@ -162,6 +176,28 @@ LOOKING = {
     "change.Change": lambda m: len(Change(WHERE, WHERE, m).columns),
     "change.Change.of": lambda m: Change.of(m, WHERE).start,
     "change.Change.between": lambda m: Change.between(m, shifted(m)).end,
+    "editing.check_layers": lambda m: check_layers(m, [0]),
+    "editing.editable": lambda m: editable(m, REGION, [1]),
+    "editing.Edits": lambda m: Edits(m, None, [0]).layers,
+    "editing.keys_and_values": lambda m: keys_and_values(m, GET, PLACES, 1),
+    "editing.second_moments": lambda m: second_moments(m, KEEP, [0, 1]),
+    "subjects.averaged": lambda m: averaged(m, ROWS, 0),
+    "values.find_values": lambda m: find_values(
+        m, ASKED, ROWS, 0, torch.ones(6, device="cpu"), Search(steps=2)),
+    "values.stream_at": lambda m: stream_at(m, GET, PLACES, 0),
+    "values.writes_plainly": lambda m: writes_plainly(m, 0, GET[0]),
+    "values.layers_for": lambda m: layers_for(m, [0, 1], 4, 8, GET[0]),
+    "values.tune_layer": lambda m: tune_layer(
+        m, GET, REGION, 1, lambda logits, batch, row: logits.square().mean(1), steps=2).end,
+    "edit_metrics.predicted_tokens": lambda m: predicted_tokens(m, GET),
+    "neurons.attribution": lambda m: attribution(m, GET[0], 1, steps=3),
+    "tracing.causal_trace": lambda m: causal_trace(m, GET[0], (1, 3)),
+    "tracing.vocabulary_ranks": lambda m: vocabulary_ranks(m, HIDDEN[:2].T, 5),
+    "methods.rome.rome": edited_by("rome"),
+    "methods.memit.memit": edited_by("memit"),
+    "methods.alphaedit.alphaedit": edited_by("alphaedit"),
+    "methods.ft_l.ft_l": edited_by("ft_l"),
+    "methods.ft_m.ft_m": edited_by("ft_m"),
     "change.compared": lambda m: compared(m, shifted(m), m),
     "scene.Scene": (
         lambda m: Scene(m, m, m, {"forget": GET}, *[torch.ones(len(GET))] * 2).share(

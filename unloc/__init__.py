@@ -9,6 +9,8 @@ Modules:
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
+- `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
+- `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
@@ -22,6 +24,7 @@ Modules:
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
+- `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
@@ -29,7 +32,10 @@ Modules:
 - `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
+- `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
+- `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
+- `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.miacr`: Whether it is settled that a model was not trained on the facts it forgot
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
@@ -38,12 +44,14 @@ Modules:
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
+- `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
+- `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
@@ -60,10 +68,13 @@ Modules:
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
+- `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
+- `unloc.tracing`: Which state carries a fact to the answer, how alike two facts' places are, and what a changed value vector says
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
 - `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
 
 __version__ = "0.1.0"
