@@ -367,7 +367,7 @@ def test_names_that_nobody_registered_are_written_as_they_are(store):
     strange = renamed(run.description) | {"objective": "shout", "arm": "Corner"}
     found = what_was_done(Run(strange, run.path))
     assert found["facts"] == "mine" and found["model"].startswith("a_b, float32")
-    assert found["objective"].startswith("SHOUT: lr 0.01") and found["region"] == "Corner"
+    assert found["objective"].startswith("shout: lr 0.01") and found["region"] == "Corner"
     about = front_matter(Run(strange, run.path), {"FS": .5, "MU": float("nan"), "FQ": None})
     assert "datasets" not in about and about.count("value:") == 1
     tofu = strange | {"parent": {"kind": "base", "data": {"name": "tofu"}}}

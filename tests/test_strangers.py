@@ -323,8 +323,8 @@ def test_tables_show_them(drawn):
     assert {(row["localizer"], row["objective"]) for row in data} == {
         (where, how) for where in ("random", "shortest") for how in ("wga", "doubt")}
     table = drawn.rows("table1_localizers")
-    assert {row["region"] for row in table} == {"Random", "Shortest"} and "DOUBT" in table[0]
-    assert all(re.match(r"-?\d", row["DOUBT"]) for row in table if row["metric"] == "AUES")
+    assert {row["region"] for row in table} == {"Random", "Shortest"} and "Doubt" in table[0]
+    assert all(re.match(r"-?\d", row["Doubt"]) for row in table if row["metric"] == "AUES")
     of_norm = {row["localizer"]: row for row in drawn.rows("localization")}
     precision = {name: float(row["average_precision"]) for name, row in of_norm.items()}
     assert precision["shortest"] < precision["weight_norm"], "each is the other, upside down"

@@ -556,7 +556,8 @@ def mean_points(
         axis.set_yticks([])
         axis.text(.5, .5, empty, transform=axis.transAxes, ha='center')
         return
-    named, n = frame.assign(objective=frame.objective.str.upper()), frame.objective.nunique()
+    names = frame.objective.map(lambda name: label('objective', name))
+    named, n = frame.assign(objective=names), frame.objective.nunique()
     style = dict(linestyle='none', markersize=3, markers=[*'osD^vP'][:n], err_kws={'linewidth': 1})
     sns.pointplot(named, x=x, y=rows, order=order, hue='objective', seed=0, errorbar=('ci', 95),
         dodge=.4 if n > 1 else False, ax=axis, **style)
