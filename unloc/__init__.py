@@ -34,6 +34,7 @@ Modules:
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.klue`: Score value vectors by what they add to the answers of their own questions, and not to any answer
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
