@@ -36,8 +36,7 @@ def probability(model, e, scale=None): # scale: of layer, position and vector ->
 def by_autograd(model, e): # [n_layers, position, d_ff], positions before the last token
     n = len(e.ids) - 2
     scale = torch.ones(2, n, 24, dtype=torch.float64, requires_grad=True)
-    gradient, = torch.autograd.grad(probability(model, Example(e.ids, e.start), padded(scale)), scale)
-    return gradient
+    return torch.autograd.grad(probability(model, e, padded(scale)), scale)[0]
 
 def padded(scale): # the input has one position more, whose prediction nobody reads
     return torch.cat([scale, torch.ones(2, 1, 24, dtype=scale.dtype)], 1)
