@@ -1,14 +1,30 @@
 """KLUE against finite differences and plain autograd, pairs that never match, facts that are
 chosen anew in every epoch, and the sums of its benchmark."""
+import copy, math
 import pytest, torch
+from unloc import training
 from unloc.attributions import POOLED, answer_attributions
+from unloc.choosing import RULES
+from unloc.data import data_description
+from unloc.evaluation import Choices, Probe
 from unloc.faithfulness import multi_hop, overall
+from unloc.joint import grouped
+from unloc.many_descents import unlearn_many
 from unloc.methods.klue import klue, mismatched_pairs
 from unloc.models import output_projections, tiny_model
 from unloc.neurons import attribution
 from unloc.regions import Region
 from unloc.register import methods
-from unloc.tokens import Example
+from unloc.runs import Store, run_id, sweep
+from unloc.steps import compute, unlearn as unlearn_step
+from unloc.steps.base import base_models, models_of
+from unloc.steps.common import above
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.unlearn import PAIR, unlearning
+from unloc.streaming import planted
+from unloc.tokens import Example, train_tokenizer
+from unloc.training import Recipe, unlearn
 
 def facts(n, seed=0): # prompts of 1 to 6 tokens, answers of 1 to 6 and an end token
     g = torch.Generator().manual_seed(seed)
@@ -169,3 +185,152 @@ def test_a_pair_too_long_for_the_model_is_refused(): # each fact alone would fit
 def test_the_golden_sums():
     assert multi_hop(20., 90.) == 85.
     assert overall(40., 80., 70., multi_hop(20., 90.)) == 73.75
+
+# --- facts that are still known
+
+@pytest.fixture(scope="module")
+def taught(): return planted()
+
+def with_choices(some): # the answers of two other facts stand beside the right one
+    wrong = []
+    for i, e in enumerate(some):
+        for other in (some[(i + j) % len(some)] for j in (1, 2)):
+            wrong.append(Example([*e.ids[:e.start], *other.ids[other.start:]], e.start))
+    return Choices(list(some), wrong)
+
+TOKENIZER = train_tokenizer(["only full judgements generate with it"] * 2, vocab_size=300)
+def probe_of(toy, forget=None): # forget: other choices than all
+    own = {"forget": forget or with_choices(toy.forget), "retain": with_choices(toy.retain)}
+    return Probe(toy.forget, toy.retain, toy.retain, own, TOKENIZER, max_new_tokens=2)
+
+def run(toy, rule, objective="ga", lr=3e-2, epochs=6, progress=None, **more):
+    model = copy.deepcopy(toy.model)
+    probe = probe_of(toy)
+    recipe = Recipe(objective, lr, epochs, batch_size=2, choose=rule, **more)
+    refusals = [[5, 1], [6, 7, 1]]
+    trajectory, values = unlearn(model, toy.target, toy.forget, toy.retain, probe, recipe, 0,
+        refusals, progress=progress)
+    return trajectory, values, model
+
+def same(a, b): return all(torch.equal(x, y) for k in a for x, y in zip(a[k], b[k]))
+
+@pytest.mark.parametrize("objective", methods("objective"))
+def test_while_all_facts_are_known_a_rule_changes_no_bit(taught, objective):
+    how = dict(objective=objective, lr=1e-6, epochs=2)
+    plain, values, _ = run(taught, None, **how)
+    assert not {"known", "chosen"} & set().union(*plain.points)
+    for rule in RULES:
+        found, own, _ = run(taught, rule, **how)
+        assert [p["chosen"] for p in found.points[1:]] == [4, 4] == [
+            p["known"] for p in found.points[1:]]
+        assert same(own, values) and own.keys() == values.keys()
+        assert [p["loss"] for p in found.points[1:]] == [p["loss"] for p in plain.points[1:]]
+
+def seen(monkeypatch, toy, rule, **how): # the facts of each epoch, and what was known before it
+    drawn, shuffle, judge, known = [], training.shuffled, training.known_facts, []
+    def note(examples, *given):
+        drawn.append([toy.forget.index(e) for e in examples])
+        return shuffle(examples, *given)
+    def judged(*given):
+        known.append(judge(*given).tolist())
+        return judge(*given)
+    monkeypatch.setattr(training, "shuffled", note)
+    monkeypatch.setattr(training, "known_facts", judged)
+    return run(toy, rule, **how), drawn, known
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_epoch_trains_on_what_is_known_at_its_start(taught, rule, monkeypatch):
+    shares = []
+    (trajectory, _, model), drawn, known = seen(
+        monkeypatch, taught, rule, epochs=24, lr=2e-2, progress=shares.append)
+    assert known[0] == [True] * 4 and len(drawn) == len(known) == 24, "asked anew in every epoch"
+    for rows, right in zip(drawn, known):
+        kept = [i for i, x in enumerate(right) if x]
+        assert rows == (
+            [] if 3 * len(kept) <= 4 else kept if rule == "unforgotten" else [0, 1, 2, 3])
+    assert drawn[-1] == [], "it stops at chance"
+    points = trajectory.points
+    assert "chosen" not in points[0]
+    assert [p["chosen"] for p in points[1:]] == list(map(len, drawn))
+    assert [p["known"] for p in points[1:]] == list(map(sum, known))
+    still = [p for p in points[1:] if not p["chosen"]]
+    assert len(still) > 1 and all(math.isnan(p["loss"]) for p in still)
+    assert len({p["FS"] for p in still}) == 1, "no step is made any more"
+    assert shares[-1] == 1 and shares == sorted(shares)
+    if rule == "unforgotten": assert {0, 1, 2, 3} > set(drawn[-2]) or 2 in map(len, drawn)
+
+def test_a_batch_keeps_the_retain_facts_that_its_facts_had():
+    forget, retain = facts(7, 1), facts(5, 2)
+    every = training._beside(forget, list(range(7)), retain, 3, 4, 2)
+    partner = {i: e for rows, kept in every for i, e in zip(rows, kept)}
+    some = training._beside(forget, [1, 4, 6], retain, 3, 4, 2)
+    assert [sorted(rows) for rows, _ in some] == [[1, 4, 6]]
+    assert all(partner[i] is e for rows, kept in some for i, e in zip(rows, kept))
+    assert training._beside(forget, [], retain, 3, 4, 2) == []
+    assert training._beside(forget, [2], [], 3, 4, 2) == [([2], [])]
+
+def test_many_runs_at_once_are_each_chosen_for_alone(taught):
+    want = [run(taught, rule, epochs=3) for rule in RULES]
+    recipes = [Recipe("ga", 3e-2, 3, batch_size=2, choose=rule) for rule in RULES]
+    probe = probe_of(taught)
+    found = unlearn_many(copy.deepcopy(taught.model), [taught.target] * 2, taught.forget,
+        taught.retain, probe, recipes, [0, 0], at_once=2)
+    for (a, values, _), (b, own) in zip(want, found):
+        assert same(values, own)
+        assert [p["chosen"] for p in a.points[1:]] == [p["chosen"] for p in b.points[1:]]
+
+def test_what_nobody_can_judge_is_refused(taught):
+    recipe = Recipe("ga", 1e-3, 1, choose="unforgotten")
+    given = copy.deepcopy(taught.model), taught.target, taught.forget, taught.retain
+    some = Choices(taught.forget[1:], with_choices(taught.forget).wrong[2:])
+    for probe in (Probe(taught.forget, taught.retain), probe_of(taught, some)):
+        with pytest.raises(ValueError, match="fact 0 of the forget set has no wrong answers"):
+            unlearn(*given, probe, recipe, 0)
+    with pytest.raises(ValueError, match="unknown rule of choosing 'all'; known: unforgotten, "):
+        Recipe("ga", 1e-3, 1, choose="all")
+
+# --- in a study
+
+SIZES = dict(n_people=12, n_cities=4, n_countries=3, n_employers=3, n_new=0, forget=.1)
+
+@pytest.fixture(scope="module")
+def injected():
+    shape = {"d_model": 32, "n_layers": 2, "d_ff": 64, "n_heads": 2, "vocab_size": 400}
+    base = base_models(data_description({"name": "related_world"} | SIZES), "llama", shape,
+        {"epochs": 1, "lr": 5e-3, "batch_size": 32}, {"epochs": 2, "lr": 5e-3, "batch_size": 16})
+    judged = standard(base, {"retain": 5, "utility": 3, "max_new_tokens": 4})
+    how = {"fraction": .2, "epochs": 20, "lr": 2e-2, "batch_size": 8}
+    return injection(judged, 0, how)
+
+def test_a_run_without_a_rule_is_described_as_ever(injected):
+    how = {"lr": 5e-3, "epochs": 2}
+    assert unlearning(injected, "Oracle", "npo", how)["recipe"] == how
+    with_rule = unlearning(injected, "Oracle", "npo", how | {"choose": "unforgotten"})
+    assert with_rule["recipe"] == how | {"choose": "unforgotten"}
+    assert run_id(with_rule) != run_id(unlearning(injected, "Oracle", "npo", how))
+    with pytest.raises(ValueError, match="unlearn: unknown rule of choosing 'easy'; known: unf"):
+        unlearning(injected, "Oracle", "npo", how | {"choose": "easy"})
+
+def test_runs_with_a_rule_are_computed_alone(injected, monkeypatch):
+    monkeypatch.setenv("UNLOC_AT_ONCE", "4")
+    plain = [unlearning(injected, arm, "npo", {"lr": 5e-3, "epochs": 2}) for arm in PAIR]
+    ruled = [d | {"recipe": d["recipe"] | {"choose": "unforgotten"}} for d in plain]
+    assert [len(group) for group in grouped([*plain, *ruled])] == [1, 1, 2]
+
+def test_a_study_keeps_what_was_chosen(injected, tmp_path):
+    how = {"lr": 2e-2, "epochs": 3, "batch_size": 4, "choose": "unforgotten"}
+    wanted = [unlearning(injected, "Oracle", "grad_diff", how)]
+    run, = sweep(Store(tmp_path), wanted, compute=compute)
+    table = run.table()
+    assert table.chosen.isna().tolist() == [True, False, False, False]
+    assert (table.chosen[1:] <= table.known[1:]).all() and table.known[1] > 0
+    assert run.json()["locked_bit_equal"]
+
+def test_the_plan_counts_the_questions(injected, tmp_path):
+    d = unlearning(injected, "Oracle", "npo", {"lr": 5e-3, "epochs": 3})
+    models = models_of(above(d, "base"), tmp_path)
+    ruled = d | {"recipe": d["recipe"] | {"choose": "unforgotten"}}
+    plain, more = (unlearn_step.cost(models, x).flops for x in (d, ruled))
+    asked = unlearn_step.probe_for(models, d).choices["forget"]
+    each = models.over("score", [*asked.right, *asked.wrong]).flops
+    assert more - plain == pytest.approx(3 * each)
