@@ -627,3 +627,13 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
             "unknown localizer 'mine'; known: .*; register it in a file named by"
             " --plugin.*@localizer.label='…'.$")):
         localization(one, "mine")
+
+
+def test_a_method_keeps_its_digest_when_the_package_was_called():
+    from unloc.evaluation import score
+
+    space = {"__name__": "__main__", "score": score} # as in a notebook
+    exec("def mine(model, forget): return score(model, forget).extraction_strength", space)
+    before = digest_of("localizer", "mine", space["mine"])
+    with pytest.raises(ValueError, match="causal language model"): score("no model", [])
+    assert digest_of("localizer", "mine", space["mine"]) == before
