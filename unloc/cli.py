@@ -557,6 +557,7 @@ def reproduce(
     with _engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)), _drawn_inline():
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch:
+            if engine == 'local': _demand_memory(profile, asked, watch)
             _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
@@ -618,6 +619,18 @@ def _measure(notebook:Path, values:dict, watch:Watch)->None:
     except (ValueError, OSError, RuntimeError) as error:
         raise Problem(f'{notebook.stem} failed: {_line_of(error)}') from None
 
+# %% ../nbs/18_cli.ipynb #c4a1b2e0
+def _demand_memory(profile:str, asked, watch:Watch)->None: # asked: from order
+    "Say how many runs share a pass, and refuse runs that cannot fit, before anything is loaded"
+    devices = {values.get('device', 'cpu') for values in asked.chosen.values()}
+    if devices <= {'cpu'} and 'UNLOC_AT_ONCE' not in os.environ: return
+    from unloc.plan import pass_text, plan, too_large
+    found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    if not found.here or not found.here.device: return # all is done, or a later error says more
+    if lacking := too_large(found.rows, found.here, asked.jobs): raise Problem(lacking[0])
+    for row in found.rows:
+        if text := pass_text(row, found.here): watch.say(text)
+
 # %% ../nbs/18_cli.ipynb #4b250aae
 def compute(
     root:Path, # the checkout
@@ -635,6 +648,7 @@ def compute(
     from unloc.joint import together
     with (_engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)),
             Watch(root) as watch):
+        if engine == 'local': _demand_memory(profile, asked, watch)
         lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}
         found = [description for runs in lists.values() for description in runs]
         watch.label = profile
