@@ -241,7 +241,8 @@ def problems_of(rows:list[Row], here:Machine, jobs:int)->list[str]: # one line e
     return found
 
 # %% ../nbs/17_plan.ipynb #c4a1b2d1
-def _shares(row:Row, here:Machine)->tuple[float, float]: # bytes of the model, and of a run beside it
+def _shares(row:Row, here:Machine)->tuple[float, float]:
+    "Tell the bytes of the model, and those of a run beside it"
     models, _ = row.largest
     model = here.memory_of(models.weights * models.dtype.itemsize)
     return model, max(1., row.peak - model)
