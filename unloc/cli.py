@@ -802,6 +802,7 @@ def _parser()->argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'unloc {_version()}')
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('list', help='show notebooks, artefacts, methods and profiles')
+    commands.add_parser('pages', help='store on the result pages what figures/ holds')
     for name, text in _PROFILED.items():
         _shared(command := commands.add_parser(name, help=text, allow_abbrev=False))
         if name != 'plan': _where(command)
@@ -831,12 +832,19 @@ def _do(command:str, asked:dict)->int: # exit status
     if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists():
         os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
     if command == 'list': show(root)
+    elif command == 'pages': _store_results(root)
     elif command == 'pack': _to_file(root, **asked)
     elif command == 'unpack': _from_file(root, **asked)
     elif command == 'export': _to_folder(root, **asked)
     else: return _do_profile(command, root, asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
+
+def _store_results(root:Path)->None:
+    from unloc.results import store_results
+    changed = store_results(root)
+    for page in changed: print(f'wrote {page.relative_to(root)}')
+    if not changed: print('every page shows what figures/ holds')
 
 def _init(folder:Path)->int: # exit status
     try: made = init(folder)
