@@ -117,7 +117,9 @@ def sees_suppression(
     for name, called in names.items():
         left = distance_left(frame, name, retained.get(name, math.nan))
         found = rank_correlation(left, frame.recovered, frame[cluster])
-        if not found.n: found = found._replace(reason='original and retained model are alike to it')
+        if left.isna().all(): found = found._replace(
+            reason='original and retained model are alike to it')
+        elif not found.n: found = found._replace(reason='no model was attacked at the level')
         rows.append({'metric': called, 'rho': found.value, **found._asdict()})
     return pandas.DataFrame(rows).drop(columns='value')
 
