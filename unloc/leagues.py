@@ -34,6 +34,7 @@ def _spearman(a, b)->float: # NaN where one of them is constant
     size = math.prod(np.linalg.norm(x) for x in ranks)
     return float(np.clip(ranks[0] @ ranks[1] / size, -1, 1)) if size else math.nan
 
+# %% ../nbs/16_leagues.ipynb #6a010019
 def rank_correlation(
     a:Sequence[float], # [n] one metric, of n models
     b:Sequence[float], # [n] another one
