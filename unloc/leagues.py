@@ -74,6 +74,7 @@ def rank_correlations(
                 **found._asdict()})
     return pandas.DataFrame(rows).drop(columns='value')
 
+# %% ../nbs/16_leagues.ipynb #6a010029
 def correlation_grid(
     pairs, # pandas.DataFrame from rank_correlations
 ): # matplotlib.figure.Figure
