@@ -109,12 +109,19 @@ def assigned(tree):
             (x.targets[0].attr, made, call))
     return found
 
-def value(node, comments):
-    "Document a constant that is exported: {name} = ..."
-    name = ast.unparse(node.targets[0])
-    text = ast.unparse(node.value)
-    short = [f"`{text}`"] if len(text) <= 80 and "`" not in text else []
-    return directive("data", name, [escaped(comments.get(node.lineno, "")), "", *short], 1)
+def values(node):
+    "Find what an assignment names: {name: value}"
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    target, value = targets[0], node.value
+    if not isinstance(target, ast.Tuple): return {ast.unparse(target): value}
+    parts = value.elts if isinstance(value, ast.Tuple) else [None] * len(target.elts)
+    return dict(zip(map(ast.unparse, target.elts), parts))
+
+def constant(name, value, comment):
+    "Document a constant that is exported"
+    text = ast.unparse(value) if value else ""
+    short = [f"`{text}`"] if 0 < len(text) <= 80 and "`" not in text else []
+    return directive("data", name, [escaped(comment), "", *short], 1)
 
 def reference(module, source, page, title):
     "Write the reference of a module as a page of MyST Markdown"
@@ -128,10 +135,11 @@ def reference(module, source, page, title):
         f"```{{py:module}} {module}", "```", ""]
     added = assigned(tree)
     for x in tree.body:
-        name = getattr(x, "name", None)
-        if isinstance(x, ast.Assign): name = ast.unparse(x.targets[0])
-        if name not in exported: continue
-        if isinstance(x, ast.FunctionDef): lines += function(x, comments)
-        elif isinstance(x, ast.ClassDef): lines += class_(x, comments, added.get(name, []))
-        else: lines += value(x, comments)
+        if isinstance(x, (ast.Assign, ast.AnnAssign)):
+            comment = comments.get(x.lineno, "")
+            for name, value in values(x).items():
+                if name in exported: lines += constant(name, value, comment)
+        elif getattr(x, "name", None) not in exported: continue
+        elif isinstance(x, ast.FunctionDef): lines += function(x, comments)
+        else: lines += class_(x, comments, added.get(x.name, []))
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import api
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-PROFILES = "tiny", "cost", "many" # where a page's figures are taken from, the first that has them
+FIRST = "tiny" # the profile whose figures a page shows, where it has them
 TEXTS = {"README.md": "guide", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
 KINDS = {
     "localizer": "Localizers", "objective": "Objectives", "retain_term": "Retain terms",
@@ -47,7 +47,7 @@ class Page:
 
     @property
     def profile(self):
-        return folder_of(self.artefacts[0]).name if self.artefacts else "tiny"
+        return folder_of(self.artefacts[0]).name if self.artefacts else FIRST
 
     @property
     def command(self):
@@ -57,17 +57,15 @@ class Page:
         return f".venv/bin/nbdev-test --path nbs/{self.name}.ipynb"
 
 def folder_of(artefact):
-    places = [ROOT / "figures" / profile for profile in PROFILES]
+    places = sorted(ROOT.glob("figures/*"), key=lambda p: (p.name != FIRST, p.name))
     return next((p for p in places if (p / f"{artefact}.json").is_file()), None)
 
 # --- links
 
 class Site:
-    "The folder that Sphinx reads"
+    "The folder that Sphinx reads, new"
     def __init__(self, folder):
         self.folder = Path(folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
 
     def write(self, name, text):
         path = self.folder / name
@@ -164,18 +162,19 @@ def cell(kind, text, given=None, tags=()):
     return kept
 
 def only_imports(text):
-    return all(re.match(r"(import|from)\s|    |\)|$", line) for line in text.split("\n"))
+    return all(re.match(r"(import|from)\s|    |\)|#|$", line) for line in text.split("\n"))
 
 def staged(site, page):
     "Give the cells of a page as the site shows them"
     found = []
     for kind, text, given in page.cells:
         if re.match(r"#\|\s*(hide|default_exp)", text): continue
+        imports = text.startswith("#| export") and only_imports(text)
         text = re.sub(r"^#\|.*\n?", "", text, flags=re.M)
         if kind == "markdown": text = site.relinked(text, page.name, page.path.parent)
         if text.startswith("## What we find"):
             found += [cell("markdown", part) for part in results(site, page)]
-        fold = page.is_result or page.name == "index" or only_imports(text)
+        fold = page.is_result or page.name == "index" or imports
         found.append(cell(kind, text, given, ["hide-input"] * (fold and kind == "code")))
     if page.name != "index":
         first = found[0]["source"]
