@@ -241,7 +241,7 @@ def reference(site, pages):
     names = [f"{name} <{module}>" for module, name in called.items()]
     site.write("api/index.md", "\n".join(
         ["# Reference", "", "> Every public name, with what its parameters and results are", "",
-            *lines, "", tree(names)]))
+            "In the order of the alphabet: {ref}`genindex`.", "", *lines, "", tree(names)]))
 
 def stage(folder):
     "Write all that Sphinx reads into a folder"

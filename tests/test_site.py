@@ -154,14 +154,16 @@ def tab(browser, served): # a page of the browser, what it complained about, and
     page, errors = browser.new_page(), []
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(f"failed: {request.url}"))
+    page.on("requestfailed", lambda r: None if "ABORTED" in r.failure else errors.append(
+        f"{r.failure}: {r.url}")) # a page that is left stops loading its icon
     page.on("request", lambda r: None if r.url.startswith((served, "data:")) else errors.append(
         f"another machine: {r.url}"))
     yield page, errors
     page.close()
 
 STATE = """() => ({
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    wide: Math.max(...['html', '.page', '.main', '.content'].map(
+        name => document.querySelector(name)).map(e => e ? e.scrollWidth - e.clientWidth : 0)),
     blank: [...document.images].filter(i => !i.naturalWidth).map(i => i.src)})"""
 
 def test_every_page_is_whole_on_a_phone(tab, served, pages):
