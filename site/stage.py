@@ -47,14 +47,18 @@ class Page:
 
     @property
     def profile(self):
-        return folder_of(self.artefacts[0]).name if self.artefacts else FIRST
+        "Name the profile whose figures the page shows, or else the one that it tells of"
+        if self.artefacts: return folder_of(self.artefacts[0]).name
+        text = "\n".join(text for kind, text, _ in self.cells if kind == "markdown")
+        named = re.search(r"--profile ([\w.-]+)", text)
+        return named[1] if named else FIRST
 
     @property
     def command(self):
         "Give the command that reproduces the page"
         if self.is_result:
             return f".venv/bin/unloc reproduce --profile {self.profile} --only {self.path.stem}"
-        return f".venv/bin/nbdev-test --path nbs/{self.name}.ipynb"
+        return f".venv/bin/nbdev-test nbs/{self.name}.ipynb"
 
 def folder_of(artefact):
     places = sorted(ROOT.glob("figures/*"), key=lambda p: (p.name != FIRST, p.name))
@@ -272,6 +276,7 @@ def stage(folder):
     gallery(site, found)
     reference(site, pages)
     index = next(p for p in pages if p.name == "index")
-    write_page(site, index, tree(start, "Start"), tree(["results", "gallery"], "The study"),
+    write_page(site, index, tools(site, index), tree(start, "Start"),
+        tree(["results", "gallery"], "The study"),
         tree(["chapters", "methods", "steps", "api/index"], "The package"),
         tree(["contributing", "changelog"], "The project"))

@@ -5,6 +5,8 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin
 import pytest
 
+from unloc.profiles import profiles
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 for name in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
@@ -54,14 +56,31 @@ def test_every_notebook_is_a_page_to_read_and_to_download(site, pages, name):
     text = pages[f"{name}.html"]
     heading = re.search(r"<h1>(.*?)<a class=\"headerlink\"", text, re.S)[1]
     assert html.unescape(re.sub(r"<[^>]+>", "", heading)) == title.replace("`", "")
-    if name == "index": return
     place, = re.findall(rf'href="([^"]*_downloads/[^"]*/{NOTEBOOKS[name].name})"', text)
     file = site / unquote(urljoin(f"{name}.html", place))
     assert file.read_bytes() == NOTEBOOKS[name].read_bytes()
-    if '"cell_type": "code"' not in NOTEBOOKS[name].read_text("utf-8"): return # has no command
-    tools = re.search(r'<div class="page-tools.*?</pre>', text, re.S)[0]
-    command = re.sub(r"<[^>]+>", "", tools).split("notebook", 1)[1]
-    assert ".venv/bin/" in command and NOTEBOOKS[name].stem in command
+
+def command(pages, name): # that a page shows at its top
+    shown = re.search(r'class="page-tools.*?<pre>(.*?)</pre>', pages[f"{name}.html"], re.S)[1]
+    return html.unescape(re.sub(r"<[^>]+>", "", shown)).strip()
+
+def has_code(name): return '"cell_type": "code"' in NOTEBOOKS[name].read_text("utf-8")
+
+@pytest.mark.parametrize("name", filter(has_code, NOTEBOOKS))
+def test_every_page_says_how_to_reproduce_it(pages, name):
+    program, *words = command(pages, name).split()
+    if not re.match(r"[2-9]\d_", name):
+        assert (program, words) == (".venv/bin/nbdev-test", [f"nbs/{name}.ipynb"])
+        return
+    profile = words.pop(2)
+    assert [program, *words] == [".venv/bin/unloc", "reproduce", "--profile", "--only", name]
+    assert name in profiles(ROOT)[profile]["notebooks"]
+
+def test_the_command_of_a_page_works(pages, nbdev):
+    program, *words = command(pages, "methods/weight_norm").split()
+    program = nbdev.with_name(Path(program).name)
+    done = subprocess.run([program, *words], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and "Success" in done.stdout + done.stderr
 
 def ids(text): return set(re.findall(r'\bid="([^"]+)"', text))
 
