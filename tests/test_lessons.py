@@ -18,7 +18,10 @@ TRAINED = (
     *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps"))
 PAGES = {
     p.relative_to(NBS).with_suffix("").as_posix(): p
-    for p in [*sorted(NBS.glob("[01][0-9]_*.ipynb")), *sorted(NBS.glob("[a-z]*/*.ipynb"))]
+    for p in [
+        NBS / "index.ipynb",
+        *sorted(NBS.glob("[01][0-9]_*.ipynb")),
+        *sorted(NBS.glob("[a-z]*/*.ipynb"))]
     if p.parent.name != "tutorials"} # these have a test of their own
 
 
