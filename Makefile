@@ -6,11 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-<<<<<<< HEAD
-.PHONY: reproduce test lab export pages
-=======
-.PHONY: reproduce test lab site export
->>>>>>> site
+.PHONY: reproduce test lab site export pages
 reproduce: $(VENV)/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
