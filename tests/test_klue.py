@@ -1,13 +1,14 @@
 """KLUE against finite differences and plain autograd, pairs that never match, facts that are
 chosen anew in every epoch, and the sums of its benchmark."""
 import copy, math
-import pytest, torch
+import pandas, pytest, torch
 from unloc import training
 from unloc.attributions import POOLED, answer_attributions
 from unloc.choosing import RULES
 from unloc.data import data_description
 from unloc.evaluation import Choices, Probe
-from unloc.faithfulness import multi_hop, overall
+from unloc.faith import faith_table, faithful_ends, mean_over
+from unloc.faithfulness import NOT_MEASURABLE, PARTS, multi_hop, overall
 from unloc.joint import grouped
 from unloc.many_descents import unlearn_many
 from unloc.methods.klue import klue, mismatched_pairs
@@ -334,3 +335,38 @@ def test_the_plan_counts_the_questions(injected, tmp_path):
     asked = unlearn_step.probe_for(models, d).choices["forget"]
     each = models.over("score", [*asked.right, *asked.wrong]).flops
     assert more - plain == pytest.approx(3 * each)
+
+# --- the page
+
+def points(two_hop=70., chosen=(math.nan, 9, 0)): # the original model, on the way, the end
+    rows = [[two_hop, 100., 90., 95., 95., 80., 75.], [math.nan] * 7,
+        [50., 30., 40., 80., 70., 20., 90.]]
+    return pandas.DataFrame(rows, columns=["two_hop", *PARTS]).assign(chosen=chosen)
+
+def test_the_end_of_a_run_is_that_of_its_last_judgement():
+    found = faithful_ends(points())
+    assert (found["UA"], found["MA"], found["Score"], found["stopped"]) == (30., 85., 73.75, 1.)
+    assert (found["UA original"], found["MA original"]) == (100., 47.5)
+    assert faithful_ends(points(chosen=(math.nan, 9, 4)))["stopped"] == 0.
+    assert "stopped" not in faithful_ends(points().drop(columns="chosen"))
+
+@pytest.mark.parametrize("two_hop, measurable", [(59.9, False), (60., True)])
+def test_each_run_is_measurable_by_its_own_original_model(two_hop, measurable):
+    runs = [{"arch": "llama", "region": "klue", "seed": seed} | faithful_ends(points(x))
+        for seed, x in enumerate((80., two_hop))]
+    table = faith_table(pandas.DataFrame(runs), ["arch"], {"region": "original"})
+    assert table.region.tolist() == ["original", "klue"]
+    assert [*table][2:4] == ["two-hop, original", "UA"], "the two-hop accuracy comes first"
+    end = table.iloc[1]
+    assert end.Score == ("73.8 [73.8, 73.8]" if measurable else "73.8 [–, –] (1 of 2)")
+    assert end.SA == "70.0 [70.0, 70.0]" and end.stopped == "2 of 2" and not table.stopped[0]
+    none = faith_table(pandas.DataFrame(runs[1:]), ["arch"], {"region": "original"})
+    assert (none.Score[1] == NOT_MEASURABLE) != measurable
+
+def test_an_interval_over_seeds_is_students():
+    from scipy.stats import t
+    x = [70., 72., 77.]
+    low, high = t.interval(.95, 2, sum(x) / 3, torch.tensor(x).std() / 3 ** .5)
+    found = mean_over([*x, math.nan])
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-5)
+    assert (found.n, found.of) == (3, 4) and mean_over([0., 100.])[1:3] == (0., 100.)

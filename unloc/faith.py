@@ -23,12 +23,14 @@ ENDS = *PARTS, *COMBINED # what a table shows
 
 def faithful_ends(
     points, # pandas.DataFrame, a trajectory: two_hop and PARTS, NaN where they are not measured
-)->dict[str, float]: # 'two_hop' of the original model, ENDS of the last, '… original' of the first
+)->dict[str, float]: # 'two_hop' of the original model, ENDS of the last, '… original' of the first;
+    # 'stopped' where facts were chosen, 1: no fact was left to train on
     "Read how faithfully a run forgot"
     full = points.dropna(subset=['UA']) if 'UA' in points else points
     found = along_run(full)
     first, last = found.iloc[0], found.iloc[-1]
     ends = {name: float(last[name]) for name in ENDS}
+    if 'chosen' in full: ends['stopped'] = float(full.chosen.iloc[-1] == 0)
     return {'two_hop': float(first.two_hop)} | ends | {
         f'{name} original': float(first[name]) for name in ENDS}
 
@@ -75,4 +77,6 @@ def faith_table(
         found.append(dict(zip(by, key)) | dict(rows) | cells(start, ' original'))
         for names, own in group.groupby([*rows], sort=False):
             found.append(dict(zip(by, key)) | dict(zip(rows, names)) | cells(own))
-    return pandas.DataFrame(found)
+            if 'stopped' in own:
+                found[-1]['stopped'] = f'{int(own.stopped.sum())} of {len(own)}'
+    return pandas.DataFrame(found).fillna('')
