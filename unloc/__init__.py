@@ -9,6 +9,7 @@ Modules:
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
+- `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
@@ -28,6 +29,8 @@ Modules:
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
+- `unloc.methods.criticality`: Score value vectors, or single weights, by how much the loss on the forget set would change without them
+- `unloc.methods.deletion`: Cross where weights are chosen with what is done to them, next to exact retraining
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
@@ -43,6 +46,7 @@ Modules:
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
+- `unloc.methods.reset`: Put a region back to a fresh start, and teach what is to be kept once more
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
