@@ -2,12 +2,12 @@
 chosen and nothing else, and has a control with as many members in each layer."""
 import copy, math
 from dataclasses import replace
-import pytest, torch
+import pandas, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import edited
 from unloc.deletion import (
-    CRITERIA, STARTS, WAYS, ablation, channel_scores, first_spread, holding, judged, region_named,
-    relabelled, reset_values, shuffled, taught_again, unlearned_by)
+    CRITERIA, STARTS, WAYS, ablation, channel_scores, first_spread, from_retained, holding, judged,
+    region_label, region_named, relabelled, reset_values, shuffled, taught_again, unlearned_by)
 from unloc.evaluation import score
 from unloc.facts import author_world
 from unloc.masked import Neurons, columns_of, locked_digest, put_columns
@@ -314,3 +314,22 @@ def test_the_measurement_is_the_ablation(scene):
     got = METHODS["measurement"]["deletion"](scene=scene, options=options)
     want = ablation(scene, ["criticality"], ["reset"], [.2], most=6, epochs=1, facts=8)
     assert str(got) == str(want)
+
+# --- distances from retraining
+
+def test_differences_are_retained_less_measured():
+    rows = []
+    for seed in (0, 1):
+        ends = ("original", math.nan, 90.), ("retained", "", 80. + seed), ("all", "reset", 70.)
+        rows += [{"region": r, "way": w, "share": .1, "test": x, "seed": seed} for r, w, x in ends]
+    found = from_retained(pandas.DataFrame(rows), ["seed"])
+    assert found["Δ test"].tolist() == [-10, 10, -9, 11]
+    assert found.way.tolist() == ["", "reset"] * 2 and "Δ share" not in found
+    with pytest.raises(ValueError, match="way names several retained models together"):
+        from_retained(pandas.DataFrame(rows), ["way"])
+
+@pytest.mark.parametrize("name, want", [
+    ("criticality", "Criticality"), ("criticality, matched", "Criticality, matched"),
+    ("criticality(criterion='gradient'), retain", "Criticality (criterion gradient), retain"),
+    ("deepest", "Deepest"), ("retained", "Retained")])
+def test_regions_have_names(name, want): assert region_label(name) == want

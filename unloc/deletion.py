@@ -7,7 +7,8 @@ of the most critical channels gets fresh values and learns the retain set alone;
 
 # %% auto #0
 __all__ = ['CRITERIA', 'STARTS', 'WHOLE', 'WAYS', 'channel_scores', 'first_spread', 'reset_values', 'holding', 'taught_again',
-           'shuffled', 'region_named', 'relabelled', 'unlearned_by', 'judged', 'ablation']
+           'shuffled', 'region_named', 'relabelled', 'unlearned_by', 'judged', 'ablation', 'region_label',
+           'from_retained']
 
 # %% ../nbs/14_deletion.ipynb #4af0803a
 import math
@@ -263,3 +264,25 @@ def _about(region, scene, name, way)->dict:
     return {'region': name, 'way': way, 'share': region.fraction, 'recall': recall}
 
 def _members(region)->str: return ' '.join(str(len(row)) for row in region.index)
+
+# %% ../nbs/14_deletion.ipynb #0c58b57f
+def region_label(name:str)->str:
+    "Give the name of a region in tables"
+    plain, mark, more = name.partition(', ')
+    if plain not in (*_PLACES, *WHOLE, 'original', 'retained'):
+        plain = find('localizer', plain).label
+    return plain[0].upper() + plain[1:] + mark + more
+
+def from_retained(
+    frame, # pandas.DataFrame, rows of ablation, of one model or several
+    by:Sequence[str], # columns that name a model
+): # pandas.DataFrame without the retained model, and with a column 'Δ …' for each measure
+    "Subtract what is measured from what the retained model has"
+    ends = {'region', 'way', 'share', 'recall', 'members', *by}
+    names = [name for name in frame if name not in ends]
+    goal = frame[frame.region == 'retained'].set_index([*by])[names]
+    if goal.index.has_duplicates: raise ValueError(f"{', '.join(by)} names several "
+        "retained models together; name the columns that tell measured models apart")
+    rows = frame[frame.region != 'retained'].fillna({'way': ''})
+    wanted = rows[[*by]].join(goal, on=[*by])
+    return rows.assign(**{f'Δ {name}': wanted[name] - rows[name] for name in names})
