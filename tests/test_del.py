@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import edited
+from unloc.data import data_description
 from unloc.deletion import (
     CRITERIA, STARTS, WAYS, ablation, channel_scores, first_spread, from_retained, holding, judged,
     region_label, region_named, relabelled, reset_values, shuffled, taught_again, unlearned_by)
@@ -15,7 +16,15 @@ from unloc.methods.criticality import criticality, criticality_weights
 from unloc.models import output_projections, region_shape, tiny_model, value_vectors
 from unloc.register import METHODS, find
 from unloc.regions import Region
+from unloc.runs import Store
 from unloc.scene import Scene, toy_facts
+from unloc.steps import compute
+from unloc.steps.base import base_models
+from unloc.steps.edit import editing
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.localize import localization
+from unloc.steps.measure import measuring
 from unloc.streaming import check_scores, planted
 from unloc.tokens import encode, train_tokenizer
 
@@ -333,3 +342,25 @@ def test_differences_are_retained_less_measured():
     ("criticality(criterion='gradient'), retain", "Criticality (criterion gradient), retain"),
     ("deepest", "Deepest"), ("retained", "Retained")])
 def test_regions_have_names(name, want): assert region_label(name) == want
+
+# --- as runs
+
+def test_the_localizer_the_editor_and_the_measurement_are_steps_of_a_study(tmp_path):
+    world = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 1}
+    model = {"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
+    how = {"epochs": 1, "lr": 4e-3, "batch_size": 64}
+    base = base_models(data_description(world), "llama", model, how, how)
+    judge = standard(base, {"retain": 5, "utility": 2, "max_new_tokens": 4})
+    injected = injection(judge, 0, {"fraction": .25, "epochs": 1, "lr": 1e-2, "batch_size": 8})
+    options = {"epochs": 1, "batch_size": 32}
+    found = localization(injected, "criticality")
+    edits = [editing(injected, "reset", options=options),
+        editing(found, "reset", options=options, fraction=.25)]
+    asked = {"regions": ["criticality", "target"], "ways": ["reset"], "shares": [.25], **options}
+    store = Store(tmp_path)
+    for description in edits:
+        run = store.do(description, compute)
+        assert run.json()["locked_bit_equal"] and run.json()["region"] == 16
+    table = store.do(measuring(injected, "deletion", asked), compute).table("measures.csv")
+    assert table.region.tolist() == ["original", "retained", "criticality", "target"]
+    assert table.recall.iloc[3] == 1 and table.members.iloc[2].count(" ") == 1
