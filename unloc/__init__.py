@@ -19,6 +19,7 @@ Modules:
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
+- `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
@@ -61,6 +62,7 @@ Modules:
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
 - `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
+- `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
