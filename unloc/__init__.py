@@ -35,6 +35,7 @@ Modules:
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.layer_gradients`: Compare how strongly facts of each kind pull at each layer, and train the layers that this chooses next to others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
@@ -49,6 +50,7 @@ Modules:
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
+- `unloc.methods.tgl`: Choose the layers that some facts pull at more strongly than ordinary text does, and train those
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
