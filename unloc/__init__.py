@@ -35,6 +35,7 @@ Modules:
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
 - `unloc.methods.layer_gradients`: Compare how strongly facts of each kind pull at each layer, and train the layers that this chooses next to others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
@@ -46,6 +47,7 @@ Modules:
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
+- `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and ask again
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
