@@ -74,6 +74,7 @@ Modules:
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
 - `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
 - `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
 
