@@ -1,6 +1,6 @@
 """A method says what it is where it is defined: its label, its options, its source, and what it costs
 
-A *method* is a function of a kind: a localizer, an objective, a retain term, an editor, an attack, a metric, a summary, a data set or an architecture. A decorator notes it under its own name.
+A *method* is a function of a kind: a localizer, an objective, a retain term, an editor, an attack, a measurement, a metric, a summary, a data set or an architecture. A decorator notes it under its own name.
 No list of methods exists anywhere else: the study, its plan, figures, settings and tests ask here. Methods of the package are the modules of `unloc.methods`;
 a user's come from plugin files and from entry points of the group `unloc.methods`."""
 
@@ -8,9 +8,9 @@ a user's come from plugin files and from entry points of the group `unloc.method
 
 # %% auto #0
 __all__ = ['GIVEN', 'METHODS', 'RECOVERED', 'WATCHERS', 'Method', 'register', 'localizer', 'objective', 'retain_term', 'editor',
-           'attack', 'metric', 'dataset', 'architecture', 'summary', 'source_digest', 'executed', 'execute_plugin',
-           'plugin_files', 'load_plugins', 'offered', 'load', 'methods', 'at_hand', 'registered_name', 'decorator_of',
-           'find', 'label']
+           'attack', 'measurement', 'metric', 'dataset', 'architecture', 'summary', 'source_digest', 'executed',
+           'execute_plugin', 'plugin_files', 'load_plugins', 'offered', 'load', 'methods', 'at_hand', 'registered_name',
+           'decorator_of', 'find', 'label']
 
 # %% ../nbs/00_register.ipynb #269e0d37
 import ast
@@ -41,6 +41,7 @@ GIVEN = { # kind: the arguments that the study gives; a method takes those that 
     'retain': ('run', 'facts'),
     'editor': ('model', 'forget', 'retain', 'region', 'retained', 'seed', 'progress'),
     'attack': ('scene', 'seed', 'progress'),
+    'measurement': ('scene', 'seed', 'progress'),
     'metric': ('measured',),
     'summary': ('points',),
     'dataset': ('source',),
@@ -291,6 +292,15 @@ def attack(
 ):
     "Register what tries to get forgotten facts back"
     return _decorator('attack', label=label, passes=passes, margin=margin, **more)
+
+def measurement(
+    label:str,
+    passes:float=1, # over the forget set
+    gradients:bool=False, # whether passes are backward as well
+    **more, # source, name
+):
+    "Register what is measured once, of a stored model, as a table"
+    return _decorator('measurement', label=label, passes=passes, gradients=gradients, **more)
 
 def metric(
     label:str,

@@ -33,6 +33,7 @@ from .steps.edit import editing
 from .steps.inject import injection
 from .steps.judge import standard
 from .steps.localize import localization
+from .steps.measure import measuring
 from .steps.supervise import supervision
 from .steps.teach import teaching
 from .steps.unlearn import ARMS, localized_unlearning, unlearning
@@ -235,6 +236,10 @@ class Named(Descriptions):
     def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
         "Describe the attacks on a run"
         return attacking(run, self.attack | how, seed)
+
+    def measuring(self, run:dict, name:str, seed:int=0, **options)->dict: # options: its own
+        "Describe a measurement of the model of a run"
+        return measuring(run, name, options, seed)
 
     def attacked_arm(self, arch:str, objective:str, seed:int, arm:str, **how)->dict:
         "Describe the attacks on an arm, or, for Restore, on the injection itself"
