@@ -7,7 +7,8 @@ The token takes a row of the vocabulary that no text uses: the model keeps its s
 
 # %% auto #0
 __all__ = ['Protection', 'spare_row', 'TokenRow', 'token_of', 'refused', 'behind_token', 'leading_to', 'Stage', 'stages',
-           'teach_token', 'protected', 'rounds', 'Chain', 'token_chain', 'moved_vectors', 'recall_beside_chance']
+           'teach_token', 'protected', 'rounds', 'other_layers', 'Chain', 'token_chain', 'moved_vectors',
+           'recall_beside_chance']
 
 # %% ../nbs/13_unlearning_token.ipynb #f81ddc91
 import hashlib
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .change import Change, LowRank
-from .editing import Edits, balanced, floor_of, in_null_space, null_projector, ridge
+from .editing import (
+    Edits, balanced, floor_of, in_null_space, null_projector, ridge, second_moments)
 from .evaluation import score
 from .models import (
     answer_logits, check_limits, head_of, measuring, output_projections, region_shape,
@@ -265,7 +267,7 @@ Protection = Literal['null space', 'ridge', 'nothing']
 
 def protected(
     edits:Edits,
-    moments:dict[int, Tensor], # layer: [d_ff, d_ff], as from second_moments
+    retain:Sequence[Example], # whose keys are kept
     protect:Protection='null space', # of kept keys; 'ridge': weigh them; 'nothing': ignore them
     free:float=.5, # of the null space: share of all directions, lowest eigenvalues first
     below:float|None=None, # or a bound of the eigenvalues, such as 0.02
@@ -273,7 +275,8 @@ def protected(
     weight:float|None=None, # or λ itself, such as 10; of 'ridge': the weight of kept keys
 )->Callable: # layer, keys [k, n], wanted [d_model, n] -> LowRank, for edit_layers
     "Give what solves a layer, and remembers the keys that it was solved for"
-    kept = {i: edits.block(i, moments[i]) for i in edits.layers}
+    moments = second_moments(edits.model, retain, edits.layers)
+    kept = {i: edits.block(i, x) for i, x in moments.items()}
     if protect == 'ridge': return lambda layer, *pair: _weighed(*pair, kept[layer], weight)
     if protect == 'null space':
         usable = {'share': free} if below is None else {'below': below}
@@ -307,6 +310,19 @@ def rounds(
     for i in range(0, n, size):
         share = min(size, n - i) / n
         yield slice(i, i + size), progress and (lambda done: progress(i / n + share * done))
+
+# %% ../nbs/13_unlearning_token.ipynb #fdc72691
+def other_layers(
+    chosen:Sequence[int],
+    n:int, # layers of the model
+    seed:int=0,
+)->list[int]: # ascending, as many
+    "Draw other layers in place of chosen ones"
+    others = [layer for layer in range(n) if layer not in chosen]
+    pool = others if len(others) >= len(chosen) else [*range(n)]
+    generator = torch.Generator('cpu').manual_seed(seed)
+    order = torch.randperm(len(pool), generator=generator, device='cpu').tolist()
+    return sorted(pool[i] for i in order[:len(chosen)])
 
 # %% ../nbs/13_unlearning_token.ipynb #475fca28
 class Chain(NamedTuple):
