@@ -31,6 +31,7 @@ Modules:
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
+- `unloc.methods.forget_and_utility`: Sum up what a model has forgotten, and what it is still able to do, as UniErase does
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
@@ -41,6 +42,7 @@ Modules:
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
+- `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
@@ -48,6 +50,7 @@ Modules:
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
+- `unloc.methods.token_links`: Measure whether questions lead to the unlearning token, and the token to a refusal
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
