@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: reproduce test lab export
+.PHONY: reproduce test lab export pages
 reproduce: $(VENV)/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
@@ -20,6 +20,10 @@ lab: $(VENV)/lab
 export: $(VENV)/installed
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+
+# After new figures: show them on the result pages.
+pages: $(VENV)/installed
+	$(BIN)/unloc pages
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'unloc needs Python 3.11 or later; name one with: make PYTHON=python3.11')"

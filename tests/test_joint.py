@@ -15,6 +15,7 @@ from unloc.steps.judge import standard
 from unloc.steps.localize import localization
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import localized_unlearning, unlearning
+from unloc.profiles import project_root
 from unloc.joint import MOST, at_once, grouped, together
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 2}
@@ -193,3 +194,36 @@ def test_a_gpu_shares_passes_unasked(tmp_path, monkeypatch):
     asked = [unlearning(injection(judged, seed, INJECT), arm, "wga", HOW)
         for seed in range(2) for arm in ("Oracle", "Random")]
     assert [shared(run) for run in sweep(Store(tmp_path), asked, compute=together)] == [4] * 4
+
+
+# --- what fits is said before anything is loaded
+
+def small_plan(monkeypatch, tmp_path, memory, at_once="8"):
+    from unloc import plan
+    monkeypatch.setenv("UNLOC_AT_ONCE", at_once)
+    here = plan.Machine("cpu", 2, memory, 2**40, 2**28, 1e11, 1e-4)
+    page = next(project_root().glob("nbs/21_*.ipynb"))
+    values = {"profile": "smoke", "seeds": 4}
+    found = plan.plan("smoke", {page: values}, tmp_path / "runs", here=here)
+    return {row.kind: row for row in found.rows}, here, plan.text_of(found)
+
+def test_a_plan_says_how_many_regions_fit_into_one_pass(monkeypatch, tmp_path):
+    from unloc import plan
+    rows, here, text = small_plan(monkeypatch, tmp_path, 2**36)
+    assert "unlearn: 8 runs in one pass need" in text and "fit, so" not in text
+    row = rows["unlearn"]
+    model, beside = plan._shares(row, here)
+    assert model + beside == pytest.approx(row.peak)
+    rows, here, text = small_plan(monkeypatch, tmp_path, model + 3.5 * beside)
+    line = next(line for line in text.splitlines() if line.startswith("unlearn: 8 runs"))
+    assert line.endswith("are free; 3 fit, so a pass holds 3")
+
+def test_too_little_memory_for_one_run_stops_the_command_at_once(monkeypatch, tmp_path, capsys):
+    from unloc import cli, plan
+    monkeypatch.setenv("UNLOC_AT_ONCE", "8")
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2.**20)
+    place = ["--store", str(tmp_path / "runs")]
+    assert cli.main(["run", "--profile", "smoke", "--only", "21", *place]) == 1
+    said = capsys.readouterr().err
+    assert "a run needs" in said and "1 MiB are free" in said
+    assert not [*(tmp_path / "runs").glob("*")], "nothing was begun"

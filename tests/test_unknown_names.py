@@ -630,12 +630,15 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
 
 
 def test_a_method_keeps_its_digest_when_the_package_was_called():
-    from unloc.evaluation import score
-    from unloc.tokens import Example
-
-    space = {"__name__": "__main__", "score": score} # as in a notebook
-    exec("def mine(model, forget): return score(model, forget).extraction_strength", space)
-    before = digest_of("localizer", "mine", space["mine"])
-    model = models.tiny_model("llama", 60, d_model=16, n_layers=1, d_ff=16, n_heads=1)
-    score(model, [Example([4, 5, 6, 1], 2)])
-    assert digest_of("localizer", "mine", space["mine"]) == before
+    code = """if True:
+        from unloc.evaluation import score
+        from unloc.identity import digest_of
+        from unloc.models import tiny_model
+        from unloc.tokens import Example
+        def mine(model, forget): return score(model, forget).extraction_strength
+        before = digest_of('localizer', 'mine', mine)
+        model = tiny_model('llama', 60, d_model=16, n_layers=1, d_ff=16, n_heads=1)
+        mine(model, [Example([4, 5, 6, 1], 2)])
+        print(digest_of('localizer', 'mine', mine) == before)"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"

@@ -557,6 +557,7 @@ def reproduce(
     with _engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)), _drawn_inline():
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root) as watch:
+            if engine == 'local': _demand_memory(profile, asked, watch)
             _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
@@ -618,6 +619,18 @@ def _measure(notebook:Path, values:dict, watch:Watch)->None:
     except (ValueError, OSError, RuntimeError) as error:
         raise Problem(f'{notebook.stem} failed: {_line_of(error)}') from None
 
+# %% ../nbs/18_cli.ipynb #c4a1b2e0
+def _demand_memory(profile:str, asked, watch:Watch)->None: # asked: from order
+    "Say how many runs share a pass, and refuse runs that cannot fit, before anything is loaded"
+    devices = {values.get('device', 'cpu') for values in asked.chosen.values()}
+    if devices <= {'cpu'} and 'UNLOC_AT_ONCE' not in os.environ: return
+    from unloc.plan import pass_text, plan, too_large
+    found = plan(profile, asked.chosen, asked.store, asked.jobs)
+    if not found.here or not found.here.device: return # all is done, or a later error says more
+    if lacking := too_large(found.rows, found.here, asked.jobs): raise Problem(lacking[0])
+    for row in found.rows:
+        if text := pass_text(row, found.here): watch.say(text)
+
 # %% ../nbs/18_cli.ipynb #4b250aae
 def compute(
     root:Path, # the checkout
@@ -635,6 +648,7 @@ def compute(
     from unloc.joint import together
     with (_engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)),
             Watch(root) as watch):
+        if engine == 'local': _demand_memory(profile, asked, watch)
         lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}
         found = [description for runs in lists.values() for description in runs]
         watch.label = profile
@@ -788,6 +802,7 @@ def _parser()->argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'unloc {_version()}')
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('list', help='show notebooks, artefacts, methods and profiles')
+    commands.add_parser('pages', help='store on the result pages what figures/ holds')
     for name, text in _PROFILED.items():
         _shared(command := commands.add_parser(name, help=text, allow_abbrev=False))
         if name != 'plan': _where(command)
@@ -817,12 +832,19 @@ def _do(command:str, asked:dict)->int: # exit status
     if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists():
         os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
     if command == 'list': show(root)
+    elif command == 'pages': _store_results(root)
     elif command == 'pack': _to_file(root, **asked)
     elif command == 'unpack': _from_file(root, **asked)
     elif command == 'export': _to_folder(root, **asked)
     else: return _do_profile(command, root, asked)
     sys.stdout.flush() # a reader that is gone is noticed here
     return 0
+
+def _store_results(root:Path)->None:
+    from unloc.results import store_results
+    changed = store_results(root)
+    for page in changed: print(f'wrote {page.relative_to(root)}')
+    if not changed: print('every page shows what figures/ holds')
 
 def _init(folder:Path)->int: # exit status
     try: made = init(folder)

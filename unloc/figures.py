@@ -7,13 +7,14 @@ The manuscript reads those files, so no number in it is typed by hand."""
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'CONVENTIONS', 'OF_TRADEOFF', 'IN_PRINT', 'INSIDE', 'write_whole', 'set_look', 'look',
-           'save_figure', 'latex_table', 'save_table', 'markdown_table', 'label', 'printed', 'conventions',
+           'Shown', 'save_figure', 'latex_table', 'save_table', 'markdown_table', 'label', 'printed', 'conventions',
            'pairs_told', 'tradeoff_told', 'of_summaries', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot',
            'difference_plot', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os, re
 from collections.abc import Mapping
+from html import escape
 from itertools import chain, cycle
 from pathlib import Path
 
@@ -72,6 +73,45 @@ def look():
     finally:
         for letter, color in letters.items(): colorConverter.colors[letter] = color
 
+# %% ../nbs/16_figures.ipynb #5a0e0002
+def _html_table(rows:list[dict[str, str]])->str:
+    "Typeset rows for a browser; a wide table scrolls"
+    def line(tag, cells):
+        return f"<tr>{''.join(f'<{tag}>{escape(x)}</{tag}>' for x in cells)}</tr>"
+    body = '\n'.join(line('td', row.values()) for row in rows)
+    return (f'<div style="overflow-x: auto"><table>\n<thead>{line("th", rows[0])}</thead>\n'
+        f'<tbody>\n{body}\n</tbody>\n</table></div>')
+
+class Shown:
+    "A saved figure or table, as a page shows it"
+    def __init__(self,
+        folder:str|Path, # where it was saved
+        name:str, # of its files, without suffix
+    ):
+        self.path = Path(folder) / name
+        self.about = json.loads(self.path.with_name(f'{name}.json').read_text('utf-8'))
+
+    @property
+    def told(self)->str: # its caption, and where it comes from
+        parts = [self.about.get('caption', ''), f"Profile {self.about.get('profile', '?')}"]
+        if behind := computed_text(self.about.get('computed', [])): parts[1] += f', {behind}'
+        return ' '.join(f"{part.rstrip('.')}." for part in parts if part)
+
+    def bundles(self)->list[dict[str, str]]: # of each output: type of content, content
+        "Give what a notebook stores"
+        below = {'text/html': f'<p>{escape(self.told)}</p>', 'text/plain': self.told}
+        if (drawn := self.path.with_name(f'{self.path.name}.svg')).exists():
+            image = drawn.read_text('utf-8')
+            return [{'image/svg+xml': image, 'text/plain': f'figure {self.path.name}'}, below]
+        rows = self.about['rows']
+        return [{'text/html': _html_table(rows), 'text/plain': markdown_table(rows)}, below]
+
+    def _ipython_display_(self):
+        from IPython.display import display
+        for bundle in self.bundles(): display(bundle, raw=True)
+
+    def __repr__(self): return '\n\n'.join(bundle['text/plain'] for bundle in self.bundles())
+
 # %% ../nbs/16_figures.ipynb #0b64a735
 def _note_machine(out:str|Path, name:str, about:dict)->None: # folder; figure or table
     "Say in machine.json which kind of machine a figure or table comes from"
@@ -83,6 +123,10 @@ def _note_machine(out:str|Path, name:str, about:dict)->None: # folder; figure or
     if known.get(name) != kind:
         write_whole(path, json.dumps(known | {name: kind}, indent=1, sort_keys=True) + '\n')
 
+def _close(figure)->None:
+    import matplotlib.pyplot as plt
+    plt.close(figure)
+
 @checked
 def save_figure(
     figure, # matplotlib.figure.Figure
@@ -90,7 +134,7 @@ def save_figure(
     name:str, # of the files, without suffix
     data, # pandas.DataFrame, the numbers that are drawn
     about:dict, # caption, profile, models, data, seeds, conventions
-)->None:
+)->'Shown':
     "Save a figure as SVG and PDF with the data behind it"
     for suffix, metadata in (
         ('svg', {'Date': None}),
@@ -102,6 +146,8 @@ def save_figure(
         Path(out) / f'{name}.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
     _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '.{svg,pdf,csv,json}')
+    _close(figure) # or a page would show it twice
+    return Shown(out, name)
 
 # %% ../nbs/16_figures.ipynb #01fc2c27
 _LATEX = str.maketrans({
@@ -130,7 +176,7 @@ def save_table(
     name:str, # of the files, without suffix
     data, # pandas.DataFrame, the unrounded numbers behind the cells
     about:dict, # caption, profile, models, data, seeds, conventions
-)->None:
+)->'Shown':
     "Save a table as JSON, CSV and LaTeX, with the numbers behind it"
     if not isinstance(rows, list) or not rows or len({tuple(r) for r in rows}) > 1:
         raise ValueError(
@@ -155,6 +201,7 @@ def save_table(
         write_whole(Path(out) / f'{name}{suffix}', content)
     _note_machine(out, name, about)
     report(artefact=str(Path(out).resolve() / name) + '{.json,.csv,.tex,_data.csv}')
+    return Shown(out, name)
 
 # %% ../nbs/16_figures.ipynb #f16a00a2
 def _as_markdown(cell:str)->str:
@@ -343,18 +390,16 @@ def save(
     says:list[str]=(), # keys of CONVENTIONS
     why:list[dict]=(), # key: why a cell is a dash, or a comparison
     **more, # whatever else the JSON file must hold
-): # the table with names in print, for the page to show; of a figure None
+)->Shown: # for the page to show
     "Save a figure or a table with its data, its conventions and where it comes from"
     values = study.values | {'margins': study.margins}
     found = conventions(says, values) | more.pop('conventions', {})
     about = noted(
         study.provenance(caption=caption, **more, **({'conventions': found} if found else {})), *why
     )
-    if behind := computed_text(about.get('computed', [])): print(behind)
     if hasattr(what, 'savefig'): return save_figure(what, study.folder, name, data, about)
     table = printed(what.fillna(DASH))
-    save_table(table.to_dict('records'), study.folder, name, data, about)
-    return table
+    return save_table(table.to_dict('records'), study.folder, name, data, about)
 
 # %% ../nbs/16_figures.ipynb #f16a0013
 def _half_interval(values)->float: # NaN for fewer than two

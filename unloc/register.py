@@ -312,6 +312,7 @@ def metric(
     "Register a number that is measured along a run"
     return _decorator('metric', label=label, needs=needs, margin=margin, full=full, **more)
 
+# %% ../nbs/00_register.ipynb #0fb9b9ad
 def dataset(
     label:str,
     origin:str='', # for people: 'your own, from {path}', of its options and its {source}

@@ -91,6 +91,8 @@ class Settings:
         "Read the parameters of a page, and those of its profile"
         study, kinds = cls.__new__(cls), dict(page.get('__annotations__', {}))
         study.profile = page.get('profile', 'smoke')
+        if 'smoke' in study.profile: print(f'Profile {study.profile} checks that everything runs; '
+            'nothing on this page is a result.')
         own = {name: page[name] for name in kinds if name in page and name != 'profile'}
         changes = {name: page[name] for name in SHARED if name in page and name not in own}
         study.values = _parameters(study.profile, own, kinds, changes)

@@ -1,0 +1,65 @@
+"""Result pages show what the committed profiles found, and nothing else"""
+import json, shutil
+from pathlib import Path
+
+import pytest
+
+from unloc.figures import Shown
+from unloc.profiles import project_root
+from unloc.project import pages_of
+from unloc.results import saved_by, store_results, with_results
+from unloc.study import Settings
+
+ROOT = project_root(Path(__file__).parent)
+PAGES = pages_of(ROOT)
+each = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+
+@each
+def test_a_page_shows_what_the_saved_files_hold(page):
+    assert with_results(page, ROOT) == page.read_text("utf-8"), "call: make pages"
+
+@each
+def test_only_cells_that_save_are_tagged_and_show_something(page):
+    for cell in json.loads(page.read_text("utf-8"))["cells"]:
+        saves = cell["cell_type"] == "code" and bool(saved_by("".join(cell["source"])))
+        assert saves == ("results" in cell["metadata"].get("tags", []))
+        assert saves or not cell.get("outputs")
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copy(ROOT / "nbs/25_localizers.ipynb", tmp_path / "nbs")
+    for name in ("table1_localizers", "table1_own_units"):
+        (tmp_path / "figures/tiny").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"figures/tiny/{name}.json", tmp_path / "figures/tiny")
+    return tmp_path
+
+def test_new_numbers_are_stored_and_a_second_time_changes_nothing(project):
+    page = project / "nbs/25_localizers.ipynb"
+    before = page.read_text("utf-8")
+    file = project / "figures/tiny/table1_localizers.json"
+    about = json.loads(file.read_text("utf-8"))
+    assert [store_results(project), page.read_text("utf-8")] == [[], before]
+    about["rows"][0] |= {about["columns"][-1]: "0.123456"}
+    file.write_text(json.dumps(about), "utf-8")
+    assert store_results(project) == [page]
+    assert "0.123456" in page.read_text("utf-8") and "0.123456" not in before
+    assert store_results(project) == []
+
+def test_what_no_profile_saved_leaves_its_cell_empty(project):
+    for file in project.glob("figures/tiny/*"): file.unlink()
+    [page] = store_results(project)
+    assert not any(c.get("outputs") for c in json.loads(page.read_text("utf-8"))["cells"])
+
+def test_a_table_shows_its_caption_profile_and_machine_as_plain_text():
+    shown = Shown(ROOT / "figures/tiny", "table1_localizers")
+    text = repr(shown)
+    assert text.startswith("| ") and "Profile tiny" in text
+    assert shown.about["caption"][:40] in text
+    assert all("<script" not in bundle.get("text/html", "") for bundle in shown.bundles())
+
+@pytest.mark.parametrize("profile, says", [("smoke", True), ("tiny", False)])
+def test_a_page_at_smoke_size_says_that_nothing_in_it_is_a_result(profile, says, capsys):
+    Settings.of_page({"profile": profile})
+    assert ("nothing on this page is a result" in capsys.readouterr().out) == says
