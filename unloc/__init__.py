@@ -43,6 +43,7 @@ Modules:
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
+- `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
