@@ -287,7 +287,8 @@ def protected(
     if protect == 'null space':
         usable = {'share': free} if below is None else {'below': below}
         space = {i: null_projector(x, **usable) for i, x in kept.items()}
-    elif protect == 'nothing': space = {i: torch.eye(len(x)).to(x) for i, x in kept.items()}
+    elif protect == 'nothing':
+        space = {i: torch.ones_like(x[0]).diag() for i, x in kept.items()}
     else: raise ValueError(
         f"unknown protection {protect!r:.40}; known: null space, ridge, nothing")
     earlier = {i: torch.zeros_like(x) for i, x in kept.items()}
