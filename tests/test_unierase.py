@@ -336,6 +336,12 @@ def test_chance_draws_as_many_vectors_of_each_layer_as_the_edit_moved():
     assert not found["highest"].any() and not found["random, as many per layer"].any()
     assert found["random"].any()
 
+@pytest.mark.parametrize("seed", range(4))
+def test_chance_is_never_the_draw_that_made_the_target(seed):
+    target = Region.sample((2, 200), .1, seed)
+    found = recall_beside_chance(torch.rand(2, 200), target, 30)
+    assert found["random"].max() < .5 and abs(found["random"].mean() - .1) < .04
+
 TARGET = Region.sample((2, 48), .2, 0)
 
 @pytest.mark.parametrize("ask, says", [

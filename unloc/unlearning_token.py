@@ -405,6 +405,8 @@ def moved_vectors(
     return torch.stack(found)
 
 # %% ../nbs/13_unlearning_token.ipynb #b74c8b2a
+_FIRST = 10**6 # seed of chance: those of target regions and arms are small
+
 def _drawn(chosen:Region, seed:int)->Region: # as many in each layer
     generator, mask = torch.Generator('cpu').manual_seed(seed), torch.zeros_like(chosen.mask)
     for own, columns in zip(mask, chosen.columns):
@@ -422,8 +424,9 @@ def recall_beside_chance(
     if not scores.any(): raise ValueError(
         "no value vector has a score above 0, so none is chosen; give a model that was changed")
     top = Region.top(scores, target.fraction)
-    layers = [_drawn(top, seed) for seed in range(draws)]
-    anywhere = [Region.sample(top.shape, target.fraction, seed) for seed in range(draws)]
+    seeds = range(_FIRST, _FIRST + draws)
+    layers = [_drawn(top, seed) for seed in seeds]
+    anywhere = [Region.sample(top.shape, target.fraction, seed) for seed in seeds]
     groups = {'highest': [top], 'random, as many per layer': layers, 'random': anywhere}
     return {name: torch.tensor([r.recall(of=target) for r in some], dtype=torch.float64)
         for name, some in groups.items()}
