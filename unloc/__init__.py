@@ -27,6 +27,7 @@ Modules:
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
+- `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
@@ -34,6 +35,7 @@ Modules:
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.knowledge_neurons`: Score value vectors by what they add to the probability of an answer, and erase or rewrite those of a fact
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
