@@ -26,6 +26,7 @@ Modules:
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
+- `unloc.methods.causal_traces`: In which layer a state carries the answer of a fact, and whether facts differ in it
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
@@ -49,6 +50,7 @@ Modules:
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
+- `unloc.methods.single_edits`: Edit facts of a stored model one at a time, and measure success, portability, locality and fluency of each edit
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership

@@ -6,7 +6,7 @@ An edit gives one fact of a cluster a new answer. *Success* and *portability* co
 
 # %% auto #0
 __all__ = ['Pair', 'edited_clusters', 'other_answer', 'what_follows', 'what_stays', 'differing', 'Asking', 'edit_numbers',
-           'tokens_before']
+           'tokens_before', 'continued', 'all_vectors', 'hits']
 
 # %% ../nbs/14_follows.ipynb #a102cb18
 import random
@@ -15,12 +15,15 @@ from dataclasses import replace
 from math import nan
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .edit_metrics import edit_success, locality, predicted_tokens
 from .facts import Fact
+from .models import measuring, output_projections, value_vectors
 from .relations import Cluster, RelatedBenchmark, Relation
 from .tokens import Example, Template, encode
+from .tracing import change_size, hit_at, most_changed, vocabulary_ranks
 
 # %% ../nbs/14_follows.ipynb #9d2fb0c6
 def edited_clusters(
@@ -132,3 +135,26 @@ def tokens_before(model:nn.Module, asking:Asking, stays:Mapping[str, Sequence[Fa
     "Predict, before an edit, what should stay"
     found = {name: asking.encode(facts) for name, facts in stays.items()}
     return {name: (e, predicted_tokens(model, e) if e else []) for name, e in found.items()}
+
+# %% ../nbs/14_follows.ipynb #afb0ff3b
+@measuring()
+def continued(model:nn.Module, e:Example, n:int)->list[int]:
+    "Continue a question greedily, without its end"
+    ids = torch.tensor([e.ids[:e.start]], device=model.device)
+    for _ in range(n):
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1].clone()
+        logits[e.ids[-1]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    return ids[0, e.start:].tolist()
+
+def all_vectors(model)->list[torch.Tensor]:
+    return [value_vectors(p).detach().clone() for p in output_projections(model)]
+
+def hits(model, before, after, token:int)->dict[str, float]: # {} where nothing moved
+    "Read the most changed value vectors through the vocabulary, before and after"
+    places = most_changed(change_size(before, after), 5)
+    if not places: return {}
+    def hit(vectors):
+        rows = torch.stack([vectors[layer][:, column] for layer, column in places], 1)
+        return hit_at(vocabulary_ranks(model, rows, token), 10)
+    return {'hit_before': hit(before), 'hit_after': hit(after)}

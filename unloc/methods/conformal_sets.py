@@ -51,8 +51,9 @@ def _logprobs(model:nn.Module, scene:Scene, facts:Sequence[Fact])->dict[str, lis
 
 # %% ../../nbs/methods/conformal_sets.ipynb #565725d6
 def _read(found:Calibration, sets:Sets, alone:bool)->dict:
-    "Read a row off prediction sets; nothing where the calibration does not hold"
-    report = summarised(sets)._asdict() if not found.why else dict.fromkeys(Report._fields, math.nan)
+    "Read a row off prediction sets; NaN where the calibration does not hold"
+    nothing = dict.fromkeys(Report._fields, math.nan)
+    report = nothing if found.why else summarised(sets)._asdict()
     qhat = found.qhat if found.qhat < math.inf else math.nan
     return report | dict(qhat=qhat, fresh=found.coverage, p=found.p, why=found.why,
         n=len(sets.covered), one_answer=alone)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..editing import editable
 from ..masked import Neurons
-from ..models import output_projections, region_shape, value_vectors
+from ..models import output_projections, value_vectors
 from ..neurons import above_share, attribution, in_common
 from ..regions import Region
 from ..register import editor, localizer
