@@ -74,12 +74,17 @@ def what_follows(
             c.question.format(subject=cluster.subject))
         pair = new(f, cluster.subject, chain.statement, _known(facts, chain.second, answer))
         if pair[0].answer != pair[1].answer: found['two_hop'].append(pair)
-    if relation.backwards:
+    if relation.backwards and (partner := _partner(facts, relation, answer)):
         question, text = relation.backwards
-        old = Fact(question.format(subject=answer), '', author=answer)
-        said = text.format(subject=answer, answer=cluster.subject)
-        found['reverse'] = [(old, replace(old, answer=said))]
+        def said(name): return text.format(subject=answer, answer=name)
+        old = Fact(question.format(subject=answer), said(partner), author=answer)
+        found['reverse'] = [(old, replace(old, answer=said(cluster.subject)))]
     return found
+
+def _partner(facts:RelatedBenchmark, relation:Relation, name:str)->str: # '': there is none
+    "Look up who belongs to whom, from either side"
+    pairs = [(c.subject, c.answer) for c in facts.clusters if c.relation == relation.name]
+    return next((b if a == name else a for a, b in pairs if name in (a, b)), '')
 
 # %% ../nbs/14_follows.ipynb #a2fc6e50
 def what_stays(
@@ -109,7 +114,7 @@ class Asking(NamedTuple):
     template:str|Template='plain'
 
     def encode(self, facts:Sequence[Fact])->list[Example]:
-        return [encode(self.tokenizer, f.question, f.answer or ' ', self.template) for f in facts]
+        return [encode(self.tokenizer, f.question, f.answer, self.template) for f in facts]
 
 def edit_numbers(
     model:nn.Module, # edited
