@@ -88,7 +88,7 @@ def test_nothing_is_read_off_a_calibration_that_does_not_hold():
 
 @pytest.mark.parametrize("how, message", [
     (dict(calibration=900), "kept facts cannot be parted into 900"),
-    (dict(alpha=1.5), "alpha must lie between 0 and 1"),
+    (dict(alpha=1.5, calibration=30), "alpha must lie between 0 and 1"),
 ], ids=["too many", "alpha"])
 def test_options_that_cannot_be(scene, how, message):
     with pytest.raises(ValueError, match=message): conformal_sets(scene, **how)
