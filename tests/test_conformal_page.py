@@ -120,6 +120,7 @@ def test_a_profile_judges_by_it_and_others_keep_their_names(tmp_path, monkeypatc
     study = Study("related-smoke", store=str(tmp_path), jobs=1)
     assert "metric MIACR" in study.judged("llama")["code"]
     assert "metric MIACR" not in Study("smoke").judged("llama")["code"]
+    study.sweep([study.judged("llama")])
     assert "MIACR" in study.retained["llama"]
 
 # --- the tables

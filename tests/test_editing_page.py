@@ -161,6 +161,39 @@ def test_scores_are_one_a_value_vector_and_leave_the_model_alone(toys, name):
     assert bool(scores.isfinite().all()) and same(before, all_vectors(model))
     assert len(value_vectors(output_projections(model)[0])) == before[0].shape[0]
 
+ALONE = {"edit_size": {"steps": 2}, "knowledge_neurons": {"steps": 2}, "traced": {}}
+
+@pytest.mark.parametrize("name", ALONE)
+def test_progress_rises_to_one_and_an_empty_set_is_refused(toys, name):
+    (model, facts, others), seen = toys, []
+    given = dict(model=model, retain=others, seed=0, options=ALONE[name])
+    find("localizer", name)(forget=facts[:3], progress=seen.append, **given)
+    assert seen == sorted(seen) and seen[-1] == 1 and len(seen) >= 3
+    with pytest.raises(ValueError, match="the forget set is empty"):
+        find("localizer", name)(forget=[], **given)
+
+@pytest.mark.parametrize("name", ALONE)
+def test_training_mode_and_gradients_are_left_as_they_were(toys, name):
+    model, facts, others = toys
+    given = dict(forget=facts[:2], retain=others, seed=0, options=ALONE[name])
+    want = find("localizer", name)(model=model, **given)
+    model.train()
+    try:
+        with torch.no_grad(): got = find("localizer", name)(model=model, **given)
+        assert model.training and all(p.grad is None and p.requires_grad for p in
+            model.parameters())
+    finally: model.eval()
+    assert torch.equal(got, want) and not got.requires_grad
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_score_that_is_no_number_is_refused(name):
+    model = tiny_model("llama", 60, d_model=16, n_layers=2, d_ff=24, n_heads=2)
+    facts, others = toy_facts(2, 11, 12), toy_facts(6, 13, 14)
+    with torch.no_grad(): output_projections(model)[1].weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match="NaN|no number"):
+        find("localizer", name)(model=model, forget=facts, retain=others, seed=0,
+            options=ALONE[name])
+
 def test_a_trace_needs_a_subject(toys):
     model, facts, others = toys
     with pytest.raises(ValueError, match="has no subject"):

@@ -11,12 +11,13 @@ __all__ = ['edit_size']
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..editing import Edits, balanced, floor_of, ridge, second_moments
 from ..models import measuring, output_projections, value_vectors
 from ..register import localizer
-from ..streaming import Progress
+from ..streaming import Progress, finite
 from ..subjects import requests, variants
 from ..tokens import Example
 from ..tracing import change_size
@@ -53,4 +54,4 @@ def edit_size(
             floor = floor_of(weight * moments[layer] + keys @ keys.T)
             return ridge(keys, wanted, moments[layer], weight, floor)
         edit_layers(edits, asked, rows, Search(steps, .1, .75, .5), solve, progress)
-        return change_size(before, _columns(model)).float().cpu()
+        return torch.stack(finite(change_size(before, _columns(model))))

@@ -22,7 +22,7 @@ from ..models import output_projections, value_vectors
 from ..neurons import above_share, attribution, in_common
 from ..regions import Region
 from ..register import editor, localizer
-from ..streaming import Progress
+from ..streaming import Progress, finite
 from ..subjects import requests
 from ..tokens import Example, check_examples
 
@@ -46,7 +46,7 @@ def knowledge_neurons(
     for done, e in enumerate(forget, 1):
         total = total + _scores(model, e, steps, grid)
         if progress: progress(done / len(forget))
-    return (total / len(forget)).float()
+    return torch.stack(finite(total / len(forget)))
 
 # %% ../../nbs/methods/knowledge_neurons.ipynb #fa37efcd
 def _moved(model, e:Example, tokens:Sequence[int])->Tensor: # [d_model], in the output embeddings

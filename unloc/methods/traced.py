@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..editing import keys_and_values
 from ..models import output_projections, value_vectors
 from ..register import localizer
-from ..streaming import Progress
+from ..streaming import Progress, finite
 from ..subjects import subject_spans
-from ..tokens import Example
+from ..tokens import Example, check_examples
 from ..tracing import causal_trace
 
 # %% ../../nbs/methods/traced.ipynb #1eb3c36b
@@ -33,6 +33,7 @@ def traced(
     progress:Progress=None,
 )->Tensor: # [n_layers, d_ff] float32, probability; the effect of a layer, shared out
     "Share the traced effect of each layer out among its value vectors"
+    check_examples(forget, 'forget')
     own = at == 'subject'
     spans = subject_spans(forget, retain, subjects) if own else [(0, e.start) for e in forget]
     total = 0.
@@ -45,4 +46,4 @@ def traced(
         writes = lengths * torch.cat(keys, 1).T.abs().cpu()
         total = total + effect.clamp(min=0)[:, None] * writes / writes.sum(1, keepdim=True)
         if progress: progress((i + 1) / len(forget))
-    return (total / len(forget)).float()
+    return torch.stack(finite(total / len(forget)))
