@@ -496,6 +496,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'unloc.facts.own_facts': ('facts.html#own_facts', 'unloc/facts.py'),
                              'unloc.facts.tofu': ('facts.html#tofu', 'unloc/facts.py')},
             'unloc.faith': { 'unloc.faith.Mean': ('faith.html#mean', 'unloc/faith.py'),
+                             'unloc.faith.against_each': ('faith.html#against_each', 'unloc/faith.py'),
                              'unloc.faith.faith_table': ('faith.html#faith_table', 'unloc/faith.py'),
                              'unloc.faith.faithful_ends': ('faith.html#faithful_ends', 'unloc/faith.py'),
                              'unloc.faith.mean_over': ('faith.html#mean_over', 'unloc/faith.py'),
