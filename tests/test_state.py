@@ -31,6 +31,8 @@ from unloc.neurons import attribution
 from unloc.scene import Scene
 from unloc.subjects import averaged, requests, variants
 from unloc.tracing import causal_trace, vocabulary_ranks
+from unloc.unlearning_token import (
+    TokenRow, moved_vectors, spare_row, stages, teach_token, token_chain, token_of, token_rows)
 from unloc.values import (
     Search, find_values, layers_for, stream_at, tune_layer, writes_plainly)
 from unloc.facts import author_world
@@ -116,6 +118,9 @@ def edited_by(name):
     options = {"steps": 2} | ({} if name[:3] == "ft_" else {"contexts": 1})
     return lambda m: METHODS["editor"][name](
         model=m, forget=GET, retain=KEEP, region=None, options=options).end
+def token_taught(m):
+    with TokenRow(m, 5) as rows:
+        return teach_token(m, rows, stages(GET, ["No."], 5, [0], (1, 0, 1)))
 
 LOOKING = {
     place(method): scored_by(name) for name, method in methods("localizer").items() if method.own
@@ -198,6 +203,14 @@ LOOKING = {
     "methods.rome.rome": edited_by("rome"),
     "methods.memit.memit": edited_by("memit"),
     "methods.alphaedit.alphaedit": edited_by("alphaedit"),
+    "methods.unierase.unierase": edited_by("unierase"),
+    "unlearning_token.spare_row": lambda m: spare_row(m, GET),
+    "unlearning_token.TokenRow": lambda m: TokenRow(m, 5).change(),
+    "unlearning_token.token_rows": lambda m: token_rows(None, m),
+    "unlearning_token.token_of": lambda m: token_of(None, m),
+    "unlearning_token.teach_token": token_taught,
+    "unlearning_token.token_chain": lambda m: tuple(token_chain(m, GET, 5)),
+    "unlearning_token.moved_vectors": lambda m: moved_vectors(m, shifted(m)),
     "methods.ft_l.ft_l": edited_by("ft_l"),
     "methods.ft_m.ft_m": edited_by("ft_m"),
     "change.compared": lambda m: compared(m, shifted(m), m),
