@@ -1,7 +1,8 @@
 """Deletion by example localization gives the printed scores of a worked case, resets what was
 chosen and nothing else, and has a control with as many members in each layer."""
-import copy, math
+import copy, json, math
 from dataclasses import replace
+from pathlib import Path
 import pandas, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import edited
@@ -364,3 +365,39 @@ def test_the_localizer_the_editor_and_the_measurement_are_steps_of_a_study(tmp_p
     table = store.do(measuring(injected, "deletion", asked), compute).table("measures.csv")
     assert table.region.tolist() == ["original", "retained", "criticality", "target"]
     assert table.recall.iloc[3] == 1 and table.members.iloc[2].count(" ") == 1
+
+# --- what the page says it finds
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "figures" / "related"
+saved = pytest.mark.skipif(not HERE.exists(), reason="no figure of the profile is saved")
+
+@saved
+def test_the_page_says_what_its_tables_hold():
+    cells = json.loads((ROOT / "nbs/53_deletion.ipynb").read_text("utf-8"))["cells"]
+    text = " ".join("".join(cells[-1]["source"]).split())
+    assert text.startswith("## What we find")
+    data = pandas.read_csv(HERE / "table_deletion_data.csv").fillna({"way": ""})
+    far = data.assign(distance=data["Δ accuracy"].abs()).groupby(["region", "way"]).distance.mean()
+    def left(region, way): return f"{far[region, way]:.1f}"
+    pairs = pandas.DataFrame(json.loads((HERE / "table_deletion_pairs.json").read_text())["rows"])
+    tests = pairs.set_index(["way", "region"])
+    near = tests.loc["reset", "Criticality, matched"]
+    assert f"({data.seed.nunique()} injections)".replace("5", "five") in text
+    for part in (
+        f"answers {left('original', '')} points more",
+        f"reset, {left('criticality', 'reset')} points are left",
+        f"by chance, {left('criticality, matched', 'reset')} "
+        f"({near['difference [95 %]'].split()[0]}, p Holm {near['p Holm']})",
+        f"leave {left('target', 'reset')} (target)",
+        f"criticality leaves {left('criticality', 'fine-tune')} and even the target "
+        f"{left('target', 'fine-tune')}",
+        f"through criticality ends {left('criticality', 'relabel')} points away",
+        f"overshoots by {left('all', 'relabel')}",
+        f"({left('criticality_weights', 'reset')} against {left('criticality', 'reset')})",
+        f"at {left('criticality, retain', 'reset')} points"): assert part in text, part
+    assert (data[data.region.eq("all") & data.way.eq("relabel")]["Δ accuracy"] > 0).all()
+    assert float(near["p Holm"]) < .05
+    assert float(tests.loc["reset", "Criticality, weights"]["p Holm"]) > .05
+    assert far["criticality_weights", "reset"] < far["criticality", "reset"]
+    assert data["Δ member"].abs().max() < .01
