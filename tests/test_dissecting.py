@@ -1,5 +1,5 @@
-"""Restoring parts of the original model: worked cases of the score, what must come back and what must
-not, on every layout of weights; no weight is touched."""
+"""Restoring parts of the original model: worked cases of the score, what must come back and what
+must not, on every layout of weights; no weight is touched."""
 import copy, math, warnings
 from functools import cache
 import pytest, torch
@@ -41,7 +41,8 @@ def changed(name, unless): # noise in every weight whose name holds none of some
     return model, original
 
 def bits(model): return {name: x.clone() for name, x in model.state_dict().items()}
-def same(model, before): return all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+def same(model, before):
+    return all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 # --- the score
 
