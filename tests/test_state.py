@@ -17,10 +17,16 @@ from unloc.edit_metrics import predicted_tokens
 from unloc.editing import Edits, check_layers, editable, keys_and_values, second_moments
 from unloc.faithfulness import answers_of
 from unloc.inside import final_norm, hidden_states, patched_logprob
+from unloc.layerwise import (
+    attention_of, compare_layer_training, finetune_layers, layer_gradient_norms, layer_weights,
+    mean_nll)
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
 from unloc.relearn import relearn
+from unloc.restoring import (
+    CONTROLS, Restoring, check_alike, coefficient_weights, continued, drifts, krs_curves,
+    logit_distance, suppressed, wholly_right)
 from unloc.asking import best_of
 from unloc.methods.reset import reset
 from unloc.methods.restore import restore
@@ -60,6 +66,7 @@ PROBE = evaluation.Probe(
     max_new_tokens=5)
 REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:3] if (e := encode(TOKENIZER, "", text))]
 BATCH, REGION = collate(GET), Region.sample((2, 64), .2, 0)
+RATES = torch.tensor([1., .5]) # of the two layers
 
 def small(): # every dropout of GPT-2, and strong
     torch.manual_seed(0)
@@ -200,6 +207,21 @@ LOOKING = {
     "neurons.attribution": lambda m: attribution(m, GET[0], 1, steps=3),
     "tracing.causal_trace": lambda m: causal_trace(m, GET[0], (1, 3)),
     "tracing.vocabulary_ranks": lambda m: vocabulary_ranks(m, HIDDEN[:2].T, 5),
+    "layerwise.attention_of": lambda m: len(attention_of(m)),
+    "layerwise.layer_weights": lambda m: [len(ps) for ps in layer_weights(m, "mlp")],
+    "layerwise.layer_gradient_norms": lambda m: layer_gradient_norms(m, GET),
+    "layerwise.mean_nll": lambda m: mean_nll(m, GET),
+    "layerwise.compare_layer_training": lambda m: compare_layer_training(
+        m, GET, {"taught": GET}, {"one": RATES}, 1, 1e-3, 3, 0),
+    "restoring.check_alike": lambda m: check_alike(m, shifted(m)),
+    "restoring.Restoring": lambda m: restored(m),
+    "restoring.logit_distance": lambda m: logit_distance(m, shifted(m), GET),
+    "restoring.krs_curves": lambda m: krs_curves(m, shifted(m), GET).restored,
+    "restoring.continued": lambda m: [e.ids for e in continued(m, GET, 4)],
+    "restoring.coefficient_weights": lambda m: len(coefficient_weights(m, 1)),
+    "restoring.suppressed": lambda m: weights(suppressed(m, GET, KEEP, CONTROLS[1], 1, 2)),
+    "restoring.wholly_right": lambda m: wholly_right(m, GET),
+    "restoring.drifts": lambda m: drifts(m, shifted(m), {"forget": GET}),
     "methods.rome.rome": edited_by("rome"),
     "methods.memit.memit": edited_by("memit"),
     "methods.alphaedit.alphaedit": edited_by("alphaedit"),
@@ -266,6 +288,7 @@ LOOKING = {
 }
 TRAINING = { # name: a call that changes weights
     "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0),
+    "layerwise.finetune_layers": lambda m: finetune_layers(m, GET, RATES, 2, 1e-3, 3, 0),
     "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0),
     "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
     "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0),
@@ -283,6 +306,8 @@ MORE = { # other ways of the same functions
     "finetune some weights": lambda m: training.finetune(
         m, GET, 2, 1e-3, 3, 0, [m.transformer.wte.weight, m.transformer.h[1].mlp.c_fc.weight]),
 }
+def restored(m):
+    with Restoring(m, shifted(m))("both", [1]): return evaluation.score(m, GET)
 def unlocked(m):
     with masked.unlock(m, REGION) as columns: return taught(m, columns)
 def everything(): return LOOKING | TRAINING | MORE

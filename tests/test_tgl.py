@@ -1,5 +1,5 @@
-"""Gradient localization: worked cases of the ratio, norms against plain autograd, frozen layers that
-stay bit-identical, arms at one budget."""
+"""Gradient localization: worked cases of the ratio, norms against plain autograd, frozen layers
+that stay bit-identical, arms at one budget."""
 import copy, math
 from itertools import chain
 import pytest, torch

@@ -308,6 +308,7 @@ def drift_sets(
     return found
 
 # %% ../nbs/13_layerwise.ipynb #3920744c
+@measuring('on')
 def compare_layer_training(
     model:nn.Module, # at time 0; stays as it is
     corpus:Sequence[Example],

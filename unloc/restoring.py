@@ -222,6 +222,7 @@ def coefficient_weights(model:nn.Module, layer:int)->list[nn.Parameter]:
         f"{d_ff} outputs, so nothing that computes its coefficients was found")
 
 # %% ../nbs/13_restoring.ipynb #84a0c985
+@measuring('on')
 def suppressed(
     original:nn.Module, # stays as it is
     forget:Sequence[Example],
