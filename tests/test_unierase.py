@@ -4,6 +4,7 @@ import copy, json
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import Change, edited
+from unloc.data import data_description
 from unloc.editing import Edits, in_null_space, keys_and_values, null_projector
 from unloc.facts import author_world
 from unloc.methods.forget_and_utility import forget_and_utility, word_entropy
@@ -14,7 +15,14 @@ from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.register import METHODS, find
 from unloc.relations import make_related_world
+from unloc.runs import Store
 from unloc.scene import Scene, toy_facts, toy_model
+from unloc.steps import compute
+from unloc.steps.base import base_models
+from unloc.steps.edit import editing
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.measure import measuring
 from unloc.tokens import Example, encode, train_tokenizer
 from unloc.unlearning_token import (
     Stage, TokenRow, behind_token, moved_vectors, other_layers, protected, recall_beside_chance,
@@ -426,3 +434,31 @@ def test_strangers_are_refused_and_nothing_else_changes():
     assert found.things["newcomer"] == plain.things["newcomer"][:3]
     assert {f.author for f in found.holdout} == set(found.things["newcomer"])
     with pytest.raises(ValueError, match="from 1 to the 5 new people"): with_strangers(plain, 6)
+
+# --- as a run
+
+def test_an_edit_and_what_is_measured_of_it_are_runs_like_any_other(tmp_path):
+    learn = {"epochs": 1, "lr": 4e-3, "batch_size": 16}
+    shape = {"d_model": 48, "n_layers": 2, "d_ff": 96, "n_heads": 2, "vocab_size": 400}
+    world = dict(n_people=8, n_cities=3, n_countries=3, n_employers=3, n_new=1, strangers=1)
+    data = data_description({"name": "refusing_world"} | world)
+    judged = standard(
+        base_models(data, "llama", shape, learn, learn),
+        {"retain": 7, "utility": 3, "max_new_tokens": 4})
+    injected = injection(judged, 0, {"fraction": .3, "epochs": 2, "lr": 2e-2, "batch_size": 4})
+    store = Store(tmp_path)
+    quick = {"at": "last", "steps": 2, "contexts": 1, "epochs": [1, 0, 1]}
+    erased = editing(injected, "unierase", "All weights", quick)
+    run = store.do(erased, compute)
+    assert len(run.table()) == 2 and run.table().FS.notna().all()
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert names < set(Change.load(run.path).end)
+    held = store.do(editing(injected, "unierase", "Oracle", quick | {"token": "none"}), compute)
+    assert [f.name for f in held.path.glob("columns*")] == ["columns.safetensors"]
+    tables = {name: store.do(measuring(erased, name), compute).table("measures.csv")
+        for name in ("token_links", "recall_of_edit", "forget_and_utility")}
+    assert set(tables["token_links"].model) == {"prompted only", "unlearned"}
+    assert tables["recall_of_edit"].recall.between(0, 1).all()
+    assert tables["forget_and_utility"].FE.between(0, 1).all()
+    plain = store.do(measuring(injected, "token_links"), compute).table("measures.csv")
+    assert set(plain.model) == {"unlearned"} # an injection sets no row
