@@ -279,7 +279,7 @@ def test_words_are_those_of_the_registers_and_the_steps():
             lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"coefficient": 1.}),
             (
                 "unlearn has no setting 'coefficient'; known: lr, epochs, batch_size, retain,"
-                " gamma, alpha, full_every, beta")),
+                " gamma, alpha, full_every, choose, beta")),
         (
             lambda: unlearning(
                 injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN),

@@ -13,9 +13,9 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 TRAINED = (
     "10_training",
     "11_scene", "12_asking", "12_edit_metrics", "12_inside", "12_quantization", "12_relearn",
-    "13_neurons", "13_tracing", "13_unlearning_token", "13_values",
-    *(f"methods/{name}" for name in (
-        "alphaedit", "forget_and_utility", "ft_l", "ft_m", "memit", "rome", "unierase")),
+    "13_neurons", "13_tracing", "13_unlearning_token", "13_values", "14_deletion",
+    *(f"methods/{name}" for name in ("alphaedit", "deletion", "forget_and_utility", "ft_l", "ft_m",
+        "memit", "reset", "rome", "unierase")),
     *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps"))
 PAGES = {
     p.relative_to(NBS).with_suffix("").as_posix(): p

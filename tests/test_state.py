@@ -12,6 +12,7 @@ from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
 from unloc.conformal import closed_probs, token_scores, token_sets
+from unloc.deletion import first_spread, holding, judged, reset_values, taught_again
 from unloc.edit_metrics import predicted_tokens
 from unloc.editing import Edits, check_layers, editable, keys_and_values, second_moments
 from unloc.faithfulness import answers_of
@@ -21,6 +22,7 @@ from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
 from unloc.relearn import relearn
 from unloc.asking import best_of
+from unloc.methods.reset import reset
 from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
 from unloc.quantization import library_quantized, quantized
@@ -218,6 +220,13 @@ LOOKING = {
     "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
     "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end,
     "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end,
+    "methods.reset.reset": lambda m: reset(m, KEEP, REGION, epochs=2).end,
+    "deletion.first_spread": first_spread,
+    "deletion.reset_values": lambda m: reset_values(m, REGION),
+    "deletion.taught_again": lambda m: taught_again(m, REGION, KEEP, epochs=2),
+    "deletion.holding": lambda m: within(lambda m: holding(m, reset_values(m, REGION)))(m),
+    "deletion.judged": lambda m: judged(
+        m, Scene(m, m, m, {"forget": GET, "retain": KEEP}, *[torch.ones(len(GET))] * 2)),
     "inside.final_norm": lambda m: type(final_norm(m)).__name__,
     "inside.hidden_states": lambda m: hidden_states(m, GET),
     "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET),

@@ -11,26 +11,41 @@ __all__ = ['MIACR']
 # %% ../../nbs/methods/miacr.ipynb #73944192
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 from ..conformal import facts_of, membership_report
+from ..data import benchmark
 from ..evaluation import Measured, score
 from ..register import metric
+from ..tokens import Example, encode
+
+# %% ../../nbs/methods/miacr.ipynb #a51c0d01
+def _strangers(measured:Measured, holdout:list|None, data:dict|None)->Sequence[Example]:
+    "Take the facts that no model has seen from an option"
+    if holdout is not None or data is None: return facts_of(holdout or [], 'holdout')
+    facts, texts = benchmark(data), measured.probe.forget[0].texts
+    if texts is None or texts.question not in {f.question for f in facts.forget}: raise ValueError(
+        f"the judgement forgets other facts than {facts.name}; expected one data set for both: "
+        "give the metric MIACR the settings of the profile, data={'name': …}")
+    rows = [(f.question, f.answer) for f in facts.holdout]
+    return [encode(texts.tokenizer, *row, texts.template) for row in rows]
 
 # %% ../../nbs/methods/miacr.ipynb #1a785a83
 @metric(label='MIACR', full=True, needs=('retain',),
     source='arXiv 2501.19403; logistic regression on log-probabilities of answers')
 def MIACR(
     measured:Measured,
-    holdout:list|None=None, # [ids, start] of facts that no model has seen; None: undefined
+    holdout:list|None=None, # [ids, start] of facts that no model has seen
+    data:dict|None=None, # or the data set that holds them out; neither: undefined
     alpha:float=.05, # share of fresh facts outside their sets
     variant:Literal['paper', 'release']='paper', # 'release': an empty set counts as well
     split:int=0, # seed of the thirds
 )->float:
     "Measure the share of forgotten facts that are settled to be strangers"
     members, why = measured.scores['retain'].nll, ''
-    strangers = facts_of(holdout or [], 'holdout')
-    if not strangers: why = 'there are no facts that no model has seen; give some as holdout'
+    strangers = _strangers(measured, holdout, data)
+    if not strangers: why = 'there are no facts that no model has seen; give data or holdout'
     elif min(len(strangers), len(members)) < 3: why = (
         f"{len(members)} retain facts and {len(strangers)} of holdout cannot be parted into three; "
         "give at least 3 of each, for a finite threshold more")
