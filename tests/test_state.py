@@ -38,7 +38,7 @@ from unloc.scene import Scene
 from unloc.subjects import averaged, requests, variants
 from unloc.tracing import causal_trace, vocabulary_ranks
 from unloc.unlearning_token import (
-    TokenRow, moved_vectors, spare_row, stages, teach_token, token_chain, token_of, token_rows)
+    TokenRow, spare_row, stages, teach_token, token_chain, token_of, token_rows)
 from unloc.values import (
     Search, find_values, layers_for, stream_at, tune_layer, writes_plainly)
 from unloc.facts import author_world
@@ -232,7 +232,6 @@ LOOKING = {
     "unlearning_token.token_of": lambda m: token_of(None, m),
     "unlearning_token.teach_token": token_taught,
     "unlearning_token.token_chain": lambda m: tuple(token_chain(m, GET, 5)),
-    "unlearning_token.moved_vectors": lambda m: moved_vectors(m, shifted(m)),
     "methods.ft_l.ft_l": edited_by("ft_l"),
     "methods.ft_m.ft_m": edited_by("ft_m"),
     "change.compared": lambda m: compared(m, shifted(m), m),

@@ -1,9 +1,11 @@
 """UniErase: the golden cases of its algebra and of its two sums, the row that its token takes, and
 what each of its options changes."""
 import copy, json
+from dataclasses import replace
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import Change, edited
+from unloc.data import data_description
 from unloc.editing import Edits, in_null_space, keys_and_values, null_projector
 from unloc.facts import author_world
 from unloc.methods.forget_and_utility import forget_and_utility, word_entropy
@@ -14,11 +16,18 @@ from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.register import METHODS, find
 from unloc.relations import make_related_world
+from unloc.runs import Store
 from unloc.scene import Scene, toy_facts, toy_model
+from unloc.steps import compute
+from unloc.steps.base import base_models
+from unloc.steps.edit import editing
+from unloc.steps.inject import injection
+from unloc.steps.judge import standard
+from unloc.steps.measure import measuring
 from unloc.tokens import Example, encode, train_tokenizer
 from unloc.unlearning_token import (
-    Stage, TokenRow, behind_token, moved_vectors, other_layers, protected, recall_beside_chance,
-    refused, rounds, spare_row, stages, teach_token, token_chain, token_of, token_rows)
+    Stage, TokenRow, behind_token, other_layers, protected, refused, rounds, spare_row, stages,
+    teach_token, token_chain, token_of, token_rows)
 
 SHAPE = dict(d_model=32, n_layers=2, d_ff=48, n_heads=2)
 def llama(seed=0, vocab=60): return tiny_model("llama", vocab, **SHAPE, seed=seed)
@@ -316,41 +325,37 @@ def test_rounds_cover_all_facts_once():
 
 # --- measurements
 
-def test_recall_finds_a_planted_change_and_chance_its_share():
-    original, changed = llama(), llama()
-    target = Region.sample(region_shape(original), .25, seed=2)
+def planted(original, target, columns):
+    changed = copy.deepcopy(original)
     with torch.no_grad():
-        for p, mask in zip(output_projections(changed), target.mask): p.weight[:, mask] += 1
-    scene = Scene.of(changed, original, original, {"forget": FORGET}, target=target)
-    rows = {row["choice"]: row for row in recall_of_edit(scene, draws=40)}
-    assert rows["highest"]["recall"] == 1. and rows["highest"]["draws"] == 1
-    assert abs(rows["random"]["recall"] - .25) < .05 and rows["random"]["sd"] > 0
-    assert [*rows] == ["highest", "random, as many per layer", "random"]
-    assert torch.equal(moved_vectors(original, changed) > 0, target.mask)
+        for p, mask in zip(output_projections(changed), columns): p.weight[:, mask] += 1
+    return Scene.of(changed, original, original, {"forget": FORGET}, target=target)
 
-def test_chance_draws_as_many_vectors_of_each_layer_as_the_edit_moved():
-    scores = torch.zeros(2, 48)
-    scores[1, :12] = 1 # all of them in the second layer
-    target = Region(torch.arange(96).view(2, 48) < 12) # the first layer's
-    found = recall_beside_chance(scores, target)
-    assert not found["highest"].any() and not found["random, as many per layer"].any()
-    assert found["random"].any()
+def recalls(scene, **how):
+    return {row["choice"]: row["recall"] for row in recall_of_edit(scene, **how)}
 
 @pytest.mark.parametrize("seed", range(4))
-def test_chance_is_never_the_draw_that_made_the_target(seed):
-    target = Region.sample((2, 200), .1, seed)
-    found = recall_beside_chance(torch.rand(2, 200), target, 30)
-    assert found["random"].max() < .5 and abs(found["random"].mean() - .1) < .04
+def test_recall_finds_a_planted_change_and_chance_its_share(seed):
+    original = llama()
+    target = Region.sample(region_shape(original), .25, seed) # no draw of chance is this one
+    found = recalls(planted(original, target, target.mask), draws=40)
+    assert [*found] == ["highest", "random, as many per layer", "random"]
+    assert found["highest"] == 1. and abs(found["random"] - .25) < .05
 
-TARGET = Region.sample((2, 48), .2, 0)
+def test_chance_draws_as_many_vectors_of_each_layer_as_the_edit_moved():
+    moved = torch.arange(96).view(2, 48) >= 84 # all of them in the second layer
+    target = Region(torch.arange(96).view(2, 48) < 12) # the first layer's
+    found = recalls(planted(llama(), target, moved))
+    assert found["highest"] == found["random, as many per layer"] == 0 < found["random"]
 
-@pytest.mark.parametrize("ask, says", [
-    (lambda: recall_beside_chance(torch.zeros(2, 48), TARGET), "no value"),
-    (lambda: recall_beside_chance(torch.ones(2, 48), TARGET, 2), "at least 3"),
-    (lambda: moved_vectors(llama(), tiny_model("llama", 60, d_model=32, d_ff=40, n_layers=2,
-        n_heads=2)), "give two of one shape")])
-def test_what_cannot_be_measured_is_one_line(ask, says):
-    with pytest.raises(ValueError, match=says): ask()
+def test_what_no_edit_can_be_compared_with_is_one_line():
+    original, target = llama(), Region.sample((2, 48), .2, 0)
+    scene = planted(original, target, target.mask)
+    other = tiny_model("llama", 60, d_model=32, d_ff=40, n_layers=2, n_heads=2)
+    for odd, says in (
+        (dict(target=None), "no target region"), (dict(attacked=original), "no value vector moved"),
+        (dict(attacked=other), "give two of one shape")):
+        with pytest.raises(ValueError, match=says): recall_of_edit(replace(scene, **odd))
 
 def test_the_links_of_the_chain_are_probabilities_of_the_model():
     model, row = llama(), 2
@@ -426,3 +431,31 @@ def test_strangers_are_refused_and_nothing_else_changes():
     assert found.things["newcomer"] == plain.things["newcomer"][:3]
     assert {f.author for f in found.holdout} == set(found.things["newcomer"])
     with pytest.raises(ValueError, match="from 1 to the 5 new people"): with_strangers(plain, 6)
+
+# --- as a run
+
+def test_an_edit_and_what_is_measured_of_it_are_runs_like_any_other(tmp_path):
+    learn = {"epochs": 1, "lr": 4e-3, "batch_size": 16}
+    shape = {"d_model": 48, "n_layers": 2, "d_ff": 96, "n_heads": 2, "vocab_size": 400}
+    world = dict(n_people=8, n_cities=3, n_countries=3, n_employers=3, n_new=1, strangers=1)
+    data = data_description({"name": "refusing_world"} | world)
+    judged = standard(
+        base_models(data, "llama", shape, learn, learn),
+        {"retain": 7, "utility": 3, "max_new_tokens": 4})
+    injected = injection(judged, 0, {"fraction": .3, "epochs": 2, "lr": 2e-2, "batch_size": 4})
+    store = Store(tmp_path)
+    quick = {"at": "last", "steps": 2, "contexts": 1, "epochs": [1, 0, 1]}
+    erased = editing(injected, "unierase", "All weights", quick)
+    run = store.do(erased, compute)
+    assert len(run.table()) == 2 and run.table().FS.notna().all()
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert names < set(Change.load(run.path).end)
+    held = store.do(editing(injected, "unierase", "Oracle", quick | {"token": "none"}), compute)
+    assert [f.name for f in held.path.glob("columns*")] == ["columns.safetensors"]
+    tables = {name: store.do(measuring(erased, name), compute).table("measures.csv")
+        for name in ("token_links", "recall_of_edit", "forget_and_utility")}
+    assert set(tables["token_links"].model) == {"prompted only", "unlearned"}
+    assert tables["recall_of_edit"].recall.between(0, 1).all()
+    assert tables["forget_and_utility"].FE.between(0, 1).all()
+    plain = store.do(measuring(injected, "token_links"), compute).table("measures.csv")
+    assert set(plain.model) == {"unlearned"} # an injection sets no row

@@ -7,8 +7,7 @@ The token takes a row of the vocabulary that no text uses: the model keeps its s
 
 # %% auto #0
 __all__ = ['Protection', 'spare_row', 'TokenRow', 'token_rows', 'token_of', 'refused', 'behind_token', 'leading_to', 'Stage',
-           'stages', 'teach_token', 'protected', 'rounds', 'other_layers', 'Chain', 'token_chain', 'chain_table',
-           'moved_vectors', 'recall_beside_chance']
+           'stages', 'teach_token', 'protected', 'rounds', 'other_layers', 'Chain', 'token_chain', 'chain_table']
 
 # %% ../nbs/13_unlearning_token.ipynb #f81ddc91
 import hashlib
@@ -25,9 +24,7 @@ from .editing import (
     Edits, balanced, floor_of, in_null_space, null_projector, ridge, second_moments)
 from .evaluation import score
 from .models import (
-    answer_logits, check_limits, head_of, measuring, output_projections, region_shape,
-    value_vectors, vocabulary)
-from .regions import Region
+    answer_logits, check_limits, head_of, measuring, output_projections, value_vectors, vocabulary)
 from .statistics import mean_sd
 from .streaming import Progress, watched
 from .subjects import Request
@@ -387,46 +384,3 @@ def chain_table(
             rows.append({'arch': arch, 'way': told} | _chain_row(*here))
         seen.add(arch)
     return pandas.DataFrame(rows)
-
-# %% ../nbs/13_unlearning_token.ipynb #190c9e0f
-def moved_vectors(
-    original:nn.Module,
-    changed:nn.Module, # of the same shape
-)->Tensor: # [n_layers, d_ff] float32, on the CPU; length of the change of each value vector
-    "Measure how far each value vector moved"
-    shapes = region_shape(original), region_shape(changed)
-    if shapes[0] != shapes[1]: raise ValueError(
-        f"the models have {' and '.join(' x '.join(map(str, s)) for s in shapes)} value vectors; "
-        "give two of one shape")
-    found = []
-    for a, b in zip(*map(output_projections, (original, changed))):
-        pair = [value_vectors(p).detach().cpu().double() for p in (a, b)]
-        found.append((pair[1] - pair[0]).norm(dim=0).float())
-    return torch.stack(found)
-
-# %% ../nbs/13_unlearning_token.ipynb #b74c8b2a
-_FIRST = 10**6 # seed of chance: those of target regions and arms are small
-
-def _drawn(chosen:Region, seed:int)->Region: # as many in each layer
-    generator, mask = torch.Generator('cpu').manual_seed(seed), torch.zeros_like(chosen.mask)
-    for own, columns in zip(mask, chosen.columns):
-        own[torch.randperm(len(own), generator=generator)[:len(columns)]] = True
-    return Region(mask)
-
-def recall_beside_chance(
-    scores:Tensor, # [n_layers, d_ff] float, such as from moved_vectors
-    target:Region,
-    draws:int=10, # regions of chance, at least 3
-)->dict[str, Tensor]: # choice: [1] or [draws] float64, recall of the target region
-    "Compare the recall of the highest scores with that of chance"
-    if type(draws) is not int or draws < 3: raise ValueError(
-        f"draws must be a whole number of at least 3, got {draws!r:.40}")
-    if not scores.any(): raise ValueError(
-        "no value vector has a score above 0, so none is chosen; give a model that was changed")
-    top = Region.top(scores, target.fraction)
-    seeds = range(_FIRST, _FIRST + draws)
-    layers = [_drawn(top, seed) for seed in seeds]
-    anywhere = [Region.sample(top.shape, target.fraction, seed) for seed in seeds]
-    groups = {'highest': [top], 'random, as many per layer': layers, 'random': anywhere}
-    return {name: torch.tensor([r.recall(of=target) for r in some], dtype=torch.float64)
-        for name, some in groups.items()}

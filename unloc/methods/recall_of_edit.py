@@ -9,23 +9,32 @@ Next to it stand two controls of chance: as many value vectors in each layer, an
 __all__ = ['recall_of_edit']
 
 # %% ../../nbs/methods/recall_of_edit.ipynb #fbee5f12
+from ..models import output_projections, region_shape, value_vectors
 from ..register import measurement
 from ..scene import Scene
-from ..unlearning_token import moved_vectors, recall_beside_chance
+from ..tracing import change_size, target_overlap
 
 # %% ../../nbs/methods/recall_of_edit.ipynb #6a9309a9
+_FIRST = 10**6 # seed of chance
+
 @measurement(label='Recall of an edit', passes=0)
 def recall_of_edit(scene:Scene,
     draws:int=10, # regions of chance, at least 3
-)->list[dict]: # 'choice', 'recall', 'sd', 'draws'
+)->list[dict]: # 'choice', 'recall'
     "Measure which share of the target region an edit moved most"
+    if draws < 3: raise ValueError(f"draws must be at least 3, got {draws}")
     if scene.target is None: raise ValueError(
         "the facts were learned with all weights, so there is no target region to find; "
         "measure a run that is built on an injection")
-    scores = moved_vectors(scene.original, scene.attacked)
-    rows = []
-    for choice, found in recall_beside_chance(scores, scene.target, draws).items():
-        sd = float(found.std()) if len(found) > 1 else 0.
-        rows.append({'choice': choice, 'recall': float(found.mean()), 'sd': sd,
-            'draws': len(found)})
-    return rows
+    shapes = region_shape(scene.original), region_shape(scene.attacked)
+    if shapes[0] != shapes[1]: raise ValueError(
+        f"the models have {shapes[0]} and {shapes[1]} value vectors; give two of one shape")
+    before, after = (list(map(value_vectors, output_projections(model)))
+        for model in (scene.original, scene.attacked))
+    size = change_size(before, after).cpu()
+    if not size.any(): raise ValueError(
+        "no value vector moved, so none is chosen; measure a model that was changed")
+    found = target_overlap(size, scene.target, range(_FIRST, _FIRST + draws))
+    names = {'highest': found.recall, 'random, as many per layer': found.by_layer,
+        'random': found.anywhere}
+    return [{'choice': name, 'recall': float(x)} for name, x in names.items()]
