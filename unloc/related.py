@@ -95,6 +95,7 @@ def accuracy_figure(
         own = named[named.unit == unit]
         marks(axis, own, 'accuracy', y, 'objective', [*own.objective.unique()])
         axis.set_title(f'log-probability, {unit}', fontsize=8)
+        axis.locator_params(axis='x', nbins=5)
         if axis is not axes[-1]: axis.get_legend().remove()
     return figure
 
@@ -159,6 +160,7 @@ def layer_figure(
     layers = sorted(found.layer.unique())
     for axis, end in zip(axes, ('', ' in layer')):
         marks(axis, found, f'{effect}{end}', f'{outcome}{end}', 'layer', layers)
+        axis.locator_params(axis='x', nbins=4)
     axes[0].get_legend().remove()
     axes[1].get_legend().set_title('layer', prop={'size': 6})
     return figure
