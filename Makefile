@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: reproduce test lab export pages
+.PHONY: reproduce test lab site export pages
 reproduce: $(VENV)/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
@@ -14,7 +14,11 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lab: $(VENV)/lab
-	JUPYTERLAB_SETTINGS_DIR=$(VENV)/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs
+	JUPYTERLAB_SETTINGS_DIR=$(VENV)/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs/index.ipynb
+
+# The pages as a site in build/site, offline, from the results that the notebooks and figures/ store.
+site: $(VENV)/site
+	$(BIN)/python site/build.py $(ARGS)
 
 # After editing notebooks: write unloc/*.py and clean what is not content.
 export: $(VENV)/installed
@@ -34,4 +38,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 $(VENV)/lab: $(VENV)/installed requirements-lab.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lab.txt
+	touch $@
+
+$(VENV)/site: $(VENV)/installed requirements-site.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-site.txt
 	touch $@

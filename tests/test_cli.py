@@ -730,3 +730,29 @@ def test_a_run_that_diverges_is_named_and_the_table_comes(tmp_path, guarded, com
     rows = json.loads((own.out / "smoke" / "table2_oracle_random.json").read_text("utf-8"))["rows"]
     assert [(row["objective"], row["verdict"] == "–") for row in rows] == [
         ("WGA", False), ("WGA", False), ("GA", True), ("GA", True)]
+
+
+# --- a change that reaches into a parameter
+
+def test_set_reaches_into_a_parameter_and_keeps_the_rest(capsys):
+    from unloc import cli
+    root = cli.project_root()
+    plain = cli.order(root, "tiny", ["21_oracle_random"])
+    changed = cli.order(root, "tiny", ["21_oracle_random"],
+        changes={"unlearn.npo.beta": .2, "seeds": 4})
+    [(page, before)], [(_, after)] = plain.chosen.items(), changed.chosen.items()
+    assert after["unlearn"]["npo"] == before["unlearn"]["npo"] | {"beta": .2}
+    assert {k: v for k, v in after["unlearn"].items() if k != "npo"} == {
+        k: v for k, v in before["unlearn"].items() if k != "npo"}
+    assert after["seeds"] == 4
+
+@pytest.mark.parametrize("change, says", [
+    ("unlearn.nop.beta=0.2", "no entry 'nop'; known: wga, npo, dpo, rmu"),
+    ("seeds.first=1", "nothing to reach into before 'first'"),
+    ("unlern.npo.beta=1", "unknown parameter 'unlern.npo.beta'"),
+])
+def test_a_change_that_reaches_nowhere_is_one_line(change, says, capsys):
+    from unloc import cli
+    assert cli.main(["plan", "--profile", "tiny", "--only", "21", "--set", change]) == 1
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1

@@ -218,10 +218,12 @@ def test_words_are_those_of_the_registers_and_the_steps():
             for g in SETTINGS),
         (
             lambda: data_description({"name": "wmdp"}),
-            "data: name must be 'world', 'tofu', 'file' or 'related_world', got 'wmdp'"),
+            "data: name must be 'world', 'tofu', 'file', 'related_world' or 'refusing_world', "
+            "got 'wmdp'"),
         (
             lambda: data_description({}),
-            "data: name must be 'world', 'tofu', 'file' or 'related_world', got None"),
+            "data: name must be 'world', 'tofu', 'file', 'related_world' or 'refusing_world', "
+            "got None"),
         (
             lambda: data_description({"name": "world", "forget": "forget10"}),
             "world has no setting 'forget'"),
@@ -277,7 +279,7 @@ def test_words_are_those_of_the_registers_and_the_steps():
             lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"coefficient": 1.}),
             (
                 "unlearn has no setting 'coefficient'; known: lr, epochs, batch_size, retain,"
-                " gamma, alpha, full_every, beta")),
+                " gamma, alpha, full_every, choose, beta")),
         (
             lambda: unlearning(
                 injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN),

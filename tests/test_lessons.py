@@ -13,12 +13,17 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 TRAINED = (
     "10_training",
     "11_scene", "12_asking", "12_edit_metrics", "12_inside", "12_quantization", "12_relearn",
-    "13_neurons", "13_tracing", "13_values",
-    *(f"methods/{name}" for name in ("alphaedit", "ft_l", "ft_m", "memit", "rome")),
+    "13_neurons", "13_tracing", "13_unlearning_token", "13_values", "14_deletion",
+    *(f"methods/{name}" for name in ("alphaedit", "deletion", "forget_and_utility", "ft_l", "ft_m",
+        "memit", "reset", "rome", "unierase")),
     *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps"))
 PAGES = {
     p.relative_to(NBS).with_suffix("").as_posix(): p
-    for p in [*sorted(NBS.glob("[01][0-9]_*.ipynb")), *sorted(NBS.glob("[a-z]*/*.ipynb"))]}
+    for p in [
+        NBS / "index.ipynb",
+        *sorted(NBS.glob("[01][0-9]_*.ipynb")),
+        *sorted(NBS.glob("[a-z]*/*.ipynb"))]
+    if p.parent.name != "tutorials"} # these have a test of their own
 
 
 def said(cell): # texts as they are; of an image only that there is one
@@ -36,7 +41,7 @@ def said(cell): # texts as they are; of an image only that there is one
                         for kind, content in o.get("data", {}).items()}))
     return out
 
-def lesson(path, env): # what each code cell says: on the page, and now
+def lesson(path, env, folder=NBS): # what each code cell says: on the page, and now
     page = nbformat.read(path, 4)
     code = [cell for cell in page.cells if cell.cell_type == "code"]
     stored = [said(cell) for cell in code]
@@ -45,7 +50,7 @@ def lesson(path, env): # what each code cell says: on the page, and now
         timeout=3600,
         startup_timeout=1200,
         kernel_name="python3",
-        resources={"metadata": {"path": str(NBS)}},
+        resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--log-level=ERROR"]).execute(env=env)
     return [(cell.source, before, said(cell)) for cell, before in zip(code, stored)]
 

@@ -9,8 +9,10 @@ from unloc.cli import artefacts
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs").glob("[a-z]*/*.ipynb"))
-PAGES = [p for p in EVERY if p.stem[:2] < "20" or p.parent.name != "nbs"]
-FIGURES = [p for p in EVERY if "20" <= p.stem[:2] <= "99"]
+TUTORIALS = [p for p in EVERY if p.parent.name == "tutorials"] # tests/test_tutorials.py runs them
+MODULES = [p for p in EVERY if p not in TUTORIALS]
+PAGES = [p for p in MODULES if p.stem[:2] < "20" or p.parent.name != "nbs"]
+FIGURES = [p for p in MODULES if "20" <= p.stem[:2] <= "99"]
 def name(path): # of a page or a test: 02_models, steps/base, tests/test_pages
     return path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("nbs/")
 def each(paths): return pytest.mark.parametrize("path", paths, ids=map(name, paths))
@@ -184,11 +186,19 @@ def too_long(path): # exported cells of more than 40 lines as black writes them,
         if n > 40: found.append(f"{n} lines: {body(source)[0]}")
     return found
 
-TESTS = sorted((ROOT / "tests").glob("**/*.py"))
+TESTS = sorted((ROOT / "tests").glob("**/*.py")) + sorted((ROOT / "site").glob("*.py"))
 
 @each([*EVERY, *TESTS])
 def test_code_is_narrow_and_cells_are_short_once_reflowed(path):
     assert (wide(path) or too_long(path)) == []
+
+# --- tutorials
+
+@each(TUTORIALS)
+def test_a_tutorial_exports_nothing_and_hides_only_what_prepares_it(path):
+    found = [re.findall(r"^(#\|.*)$", s, re.M) for k, s, _ in cells(path) if k == "code"]
+    assert {line for lines in found for line in lines} <= {"#| hide"}
+    assert not (ROOT / "unloc" / "tutorials").exists()
 
 # --- figure pages
 

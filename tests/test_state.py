@@ -12,6 +12,7 @@ from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
 from unloc.conformal import closed_probs, token_scores, token_sets
+from unloc.deletion import first_spread, holding, judged, reset_values, taught_again
 from unloc.edit_metrics import predicted_tokens
 from unloc.editing import Edits, check_layers, editable, keys_and_values, second_moments
 from unloc.faithfulness import answers_of
@@ -21,6 +22,7 @@ from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
 from unloc.relearn import relearn
 from unloc.asking import best_of
+from unloc.methods.reset import reset
 from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
 from unloc.quantization import library_quantized, quantized
@@ -29,6 +31,8 @@ from unloc.neurons import attribution
 from unloc.scene import Scene
 from unloc.subjects import averaged, requests, variants
 from unloc.tracing import causal_trace, vocabulary_ranks
+from unloc.unlearning_token import (
+    TokenRow, moved_vectors, spare_row, stages, teach_token, token_chain, token_of, token_rows)
 from unloc.values import (
     Search, find_values, layers_for, stream_at, tune_layer, writes_plainly)
 from unloc.facts import author_world
@@ -114,6 +118,9 @@ def edited_by(name):
     options = {"steps": 2} | ({} if name[:3] == "ft_" else {"contexts": 1})
     return lambda m: METHODS["editor"][name](
         model=m, forget=GET, retain=KEEP, region=None, options=options).end
+def token_taught(m):
+    with TokenRow(m, 5) as rows:
+        return teach_token(m, rows, stages(GET, ["No."], 5, [0], (1, 0, 1)))
 
 LOOKING = {
     place(method): scored_by(name) for name, method in methods("localizer").items() if method.own
@@ -196,6 +203,14 @@ LOOKING = {
     "methods.rome.rome": edited_by("rome"),
     "methods.memit.memit": edited_by("memit"),
     "methods.alphaedit.alphaedit": edited_by("alphaedit"),
+    "methods.unierase.unierase": edited_by("unierase"),
+    "unlearning_token.spare_row": lambda m: spare_row(m, GET),
+    "unlearning_token.TokenRow": lambda m: TokenRow(m, 5).change(),
+    "unlearning_token.token_rows": lambda m: token_rows(None, m),
+    "unlearning_token.token_of": lambda m: token_of(None, m),
+    "unlearning_token.teach_token": token_taught,
+    "unlearning_token.token_chain": lambda m: tuple(token_chain(m, GET, 5)),
+    "unlearning_token.moved_vectors": lambda m: moved_vectors(m, shifted(m)),
     "methods.ft_l.ft_l": edited_by("ft_l"),
     "methods.ft_m.ft_m": edited_by("ft_m"),
     "change.compared": lambda m: compared(m, shifted(m), m),
@@ -205,6 +220,13 @@ LOOKING = {
     "scene.Scene.of": lambda m: Scene.of(m, m, m, {"forget": GET}).left,
     "methods.restore.restore": lambda m: restore(m, REGION, SHIFTED).end,
     "methods.zeroing.zeroing": lambda m: zeroing(m, REGION).end,
+    "methods.reset.reset": lambda m: reset(m, KEEP, REGION, epochs=2).end,
+    "deletion.first_spread": first_spread,
+    "deletion.reset_values": lambda m: reset_values(m, REGION),
+    "deletion.taught_again": lambda m: taught_again(m, REGION, KEEP, epochs=2),
+    "deletion.holding": lambda m: within(lambda m: holding(m, reset_values(m, REGION)))(m),
+    "deletion.judged": lambda m: judged(
+        m, Scene(m, m, m, {"forget": GET, "retain": KEEP}, *[torch.ones(len(GET))] * 2)),
     "inside.final_norm": lambda m: type(final_norm(m)).__name__,
     "inside.hidden_states": lambda m: hidden_states(m, GET),
     "methods.logit_lens.logit_lens": lambda m: logit_lens(m, GET),

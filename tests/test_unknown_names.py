@@ -94,6 +94,14 @@ def test_a_users_localizer_is_in_the_name_and_no_other_run_is_renamed():
     hold("mine", lambda model, forget, retain, seed: -backwards(model, forget, retain, seed))
     assert run_id(localization(one, "mine", 3)) != run_id(described)
 
+def test_a_method_behind_a_decorator_of_the_package_keeps_its_name_once_it_has_run():
+    @models.measuring()
+    def measured(model, power:float=1.): return backwards(model, (), (), 0) ** power
+    hold("mine", measured)
+    before = added("localizer", "mine")
+    measured(models.tiny_model("llama", 40, 16, 2, 24, 2), power=2.)
+    assert before and added("localizer", "mine") == before
+
 def test_a_replaced_entry_of_the_package_gives_other_runs():
     one = origin()
     plain, fisher = localization(one, "wagle"), localization(one, "fisher")

@@ -9,6 +9,7 @@ Modules:
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
+- `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
@@ -19,6 +20,7 @@ Modules:
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
+- `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
@@ -30,13 +32,19 @@ Modules:
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
+- `unloc.methods.criticality`: Score value vectors, or single weights, by how much the loss on the forget set would change without them
+- `unloc.methods.deletion`: Cross where weights are chosen with what is done to them, next to exact retraining
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
 - `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
 - `unloc.methods.few_shot`: Answer other questions before the one that is asked
+- `unloc.methods.forget_and_utility`: Sum up what a model has forgotten, and what it is still able to do, as UniErase does
 - `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
 - `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
 - `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.klue`: Score value vectors by what they add to the answers of their own questions, and not to any answer
 - `unloc.methods.knowledge_neurons`: Score value vectors by what they add to the probability of an answer, and erase or rewrite those of a fact
+- `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
+- `unloc.methods.layer_gradients`: Compare how strongly facts of each kind pull at each layer, and train the layers that this chooses next to others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
@@ -44,14 +52,21 @@ Modules:
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
+- `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
+- `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
 - `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
 - `unloc.methods.rephrasing`: Put the question in other words
+- `unloc.methods.reset`: Put a region back to a fresh start, and teach what is to be kept once more
 - `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
+- `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and ask again
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.single_edits`: Edit facts of a stored model one at a time, and measure success, portability, locality and fluency of each edit
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
+- `unloc.methods.tgl`: Choose the layers that some facts pull at more strongly than ordinary text does, and train those
+- `unloc.methods.token_links`: Measure whether questions lead to the unlearning token, and the token to a refusal
+- `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
@@ -65,6 +80,7 @@ Modules:
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
 - `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
+- `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
@@ -78,6 +94,7 @@ Modules:
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
 - `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
 - `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
 

@@ -11,7 +11,7 @@ __all__ = ['checked']
 # %% ../nbs/00_arguments.ipynb #a0000003
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -71,6 +71,12 @@ def _parts(hint)->list: # the kinds that an annotation allows, each as (test, na
     return [(lambda value: True, 'anything')]
 
 # %% ../nbs/00_arguments.ipynb #a0000010
+@cache # here, since a decorated function should hold nothing that a call changes
+def _allowed(function:Callable, names:tuple[str, ...])->dict[str, list]: # name: kinds
+    "Read the kinds of arguments from a signature, once all names in it are known"
+    hints = get_type_hints(function)
+    return {name: _parts(hints[name]) for name in names if name in hints}
+
 def checked(
     function:Callable|type|None=None, # with annotated parameters; of a class those of its making
     *,
@@ -85,18 +91,12 @@ def checked(
     parameters = inspect.signature(function).parameters
     named = [name for name, p in parameters.items()
              if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    known = {}
-    def allowed(name):
-        if not known:
-            hints = get_type_hints(function)
-            asked = [name for name in named if name in hints and name not in but]
-            known.update({name: _parts(hints[name]) for name in asked})
-        return known.get(name, ())
+    asked = tuple(name for name in named if name not in but)
 
     @wraps(function)
     def called(*given, **by_name):
         for name, value in (*zip(named, given), *by_name.items()):
-            parts = allowed(name)
+            parts = _allowed(function, asked).get(name)
             if not parts or value is parameters[name].default: continue
             if any(fits(value) for fits, _ in parts): continue
             wanted = ' or '.join(dict.fromkeys(word for _, word in parts))

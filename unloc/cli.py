@@ -389,6 +389,28 @@ def _choose(
     names = [_meant(name, every) for name in only]
     return [every[name] for name in dict.fromkeys(names or listed) if name != 'paper']
 
+# %% ../nbs/18_cli.ipynb #d07500a1
+def _entered(name:str, whole, path:list[str], value)->object: # whole: the parameter's value
+    "Change one entry inside a parameter"
+    if not path: return value
+    if not isinstance(whole, dict): raise Problem(
+        f"--set {name}: there is nothing to reach into before {path[0]!r}; give the whole value")
+    if len(path) > 1 and path[0] not in whole: raise Problem(
+        f"--set {name}: no entry {path[0]!r}; known: {', '.join(map(str, whole)) or 'none'}")
+    return whole | {path[0]: _entered(name, whole.get(path[0]), path[1:], value)}
+
+def _whole(
+    changes:dict, # name, or names joined by dots: value
+    usual:dict, # name: value without the changes
+)->dict: # name: value
+    "Give the whole values of parameters that changes reach into"
+    found = {}
+    for name, value in changes.items():
+        first, *path = name.split('.')
+        if path and first not in usual: found[name] = value # unknown, as is said later
+        else: found[first] = _entered(name, found.get(first, usual.get(first)), path, value)
+    return found
+
 # %% ../nbs/18_cli.ipynb #877553bb
 def order(
     root:Path, # the checkout
@@ -410,7 +432,9 @@ def order(
     plugins += [Path(file).resolve() for file in plugin]
     listed = values.pop('notebooks', [name for name in every if name < '40'])
     chosen = _choose(every, only, listed, profile)
-    changes, listed_all = _from(Path.cwd(), dict(changes)), list(every.values())
+    usual = {k: x for page in chosen for k, (_, x) in parameters(page).items()}
+    changes = _whole(dict(changes), usual | dict(known.get('smoke', {})) | values)
+    changes, listed_all = _from(Path.cwd(), changes), list(every.values())
     jobs = _at_once(jobs, profile, values, engine)
     if 'data' in changes: values.pop('attacked_data', None)
     given = assign(chosen, listed_all, _from(root, values), f'settings.ini [{profile}]')

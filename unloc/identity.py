@@ -249,7 +249,6 @@ _Reader.array, _Reader.module, _Reader.type = _numbers, _module, _type
 def _function(self, f):
     "Read a function: its code, what it holds, and where it comes from"
     if given := getattr(f, '_torchdynamo_orig_callable', None): return self.read(given) # compiled
-    if _offers(f): return self.lines.append(f'{f.__module__}.{f.__qualname__}')
     if hasattr(f, 'registry') and hasattr(f, 'dispatch'): # of functools.singledispatch
         return self.read(f.registry)
     self.code(f.__code__)
@@ -262,12 +261,6 @@ def _function(self, f):
             if name not in home: continue
             self.lines.append(name)
             self.read(home[name])
-
-def _offers(f)->bool: # a wrapper around it may note what it saw
-    "Say whether a function is one that the package offers, by its name"
-    module = getattr(f, '__module__', None) or ''
-    if module.partition('.')[0] != 'unloc' or module not in sys.modules: return False
-    return getattr(sys.modules[module], f.__qualname__, None) is f
 
 def _filled(cell)->bool:
     try: cell.cell_contents

@@ -44,7 +44,7 @@ def _alike_unlearning(description:dict)->tuple|None:
     origin, parent = above(description, 'inject', 'teach'), description['parent']
     if parent['kind'] == 'localize' and not _scores_vectors(parent): return None
     if 'unit' in origin or origin.get('style') == 'with room': return None
-    if description.get('arm') in _WIDE: return None
+    if description.get('arm') in _WIDE or 'choose' in description['recipe']: return None
     taught = origin['kind'] == 'teach' # a model of its own, all weights of it
     return run_id(origin if taught else origin['parent']), description['recipe'].get('batch_size')
 

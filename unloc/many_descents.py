@@ -645,6 +645,7 @@ def unlearn_many(
         part = slice(runs.start, runs.stop)
         own = recipes[part], seeds[part], refusals, starts[part], told
         return _unlearn_together(model, regions[part], originals[part], *sets, *own)
+    if any(r.choose for r in recipes): at_once = 1 # each has batches of its own
     at_once = runs_at_once(model, regions, step, at_once)
     return _in_groups(model, n, at_once, alone, together, originals, progress)
 

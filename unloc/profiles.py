@@ -144,7 +144,8 @@ SHARED = { # parameter of the whole study: its type
 }
 ALL = { # parameter that may be "all": the register it chooses from
     'archs': 'architecture', 'scored': 'localizer', 'localizers': 'localizer',
-    'share_localizers': 'localizer', 'graded_localizers': 'localizer'}
+    'share_localizers': 'localizer', 'graded_localizers': 'localizer',
+    'judges': 'metric'}
 
 # %% ../nbs/16_profiles.ipynb #b6a00014
 def check_type(where:str, name:str, value, wanted:type, of:str)->None:

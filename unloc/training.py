@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from . import objectives
+from .choosing import RULES, choices_of, chosen, known_facts
 from .evaluation import Evaluation, Probe, answer_token_logprob, answers_logprob, evaluate
 from .masked import (
     AllWeights, Columns, Neurons, in_float32, locked_checksum, locked_digest, still, unlock)
@@ -35,6 +36,7 @@ from .models import (
     value_vectors)
 from .register import GIVEN, Method, find, methods
 from .regions import Region
+from .streaming import check_variant
 from .tokens import (
     Batch, Example, batch_tokens, by_length, check_apart, check_examples, collate, shuffled)
 
@@ -94,14 +96,14 @@ class _Losses:
         # where it is 1, a fused optimizer does nothing
         self.optimizer.found_inf = bad if before is None else torch.maximum(before, bad)
 
-    def total(self)->float:
-        "Add the losses up in their order"
+    def mean(self)->float: # NaN: no step was made
+        "Average the losses, added up in their order"
         if self.values and isinstance(self.values[0], Tensor):
             self.values = torch.stack(self.values).tolist()
             for step in range(1, len(self.values) + 1): self._check(step)
         total = 0.
         for value in self.values: total += value # `sum` rounds otherwise in some Pythons
-        return total
+        return total / len(self.values) if self.values else math.nan
 
     def _check(self, step:int)->None:
         value = self.values[step - 1]
@@ -142,9 +144,9 @@ def descend(
                 optimizer.step()
                 optimizer.zero_grad()
                 if progress: progress((epoch + (i + 1) / len(work)) / epochs)
-            total = losses.total()
+            mean = losses.mean()
             if checkpoint: checkpoint.keep(parameters, optimizer, epoch + 1)
-            if after_epoch: after_epoch(epoch + 1, total / len(work))
+            if after_epoch: after_epoch(epoch + 1, mean)
 
 # %% ../nbs/10_training.ipynb #cec05ddf
 def _check_loss(value:Tensor)->None:
@@ -436,17 +438,14 @@ class _Recorder:
         self.points, self.facts = [], {}
         self.keep(0, math.nan, start or evaluate(model, probe))
 
-    def keep(self, epoch, loss, evaluation):
-        self.points.append({'epoch': epoch, 'loss': loss} | evaluation.point)
+    def keep(self, epoch, loss, evaluation, more={}):
+        self.points.append({'epoch': epoch, 'loss': loss} | evaluation.point | more)
         for name, values in evaluation.facts.items(): self.facts.setdefault(name, []).append(values)
 
-    def __call__(self, epoch, loss):
+    def __call__(self, epoch, loss, more={}): # more: what the point says besides
         if epoch % self.every and epoch < self.epochs: return
-        self.keep(
-            epoch,
-            loss,
-            evaluate(
-                self.model, self.probe, full=epoch % self.full_every == 0 or epoch == self.epochs))
+        full = epoch % self.full_every == 0 or epoch == self.epochs
+        self.keep(epoch, loss, evaluate(self.model, self.probe, full=full), more)
 
     def trajectory(self, columns, live):
         return Trajectory(
@@ -486,6 +485,7 @@ class Recipe:
     every:int=1 # epochs between evaluations
     full_every:int=1 # epochs between those with forget quality and model utility
     options:dict=field(default_factory=dict) # of the objective and its retain term
+    choose:str|None=None # facts of an epoch, a name in choosing.RULES; None: all
 
     def __post_init__(self):
         usual = {'retain': 'nll', 'gamma': 1., 'alpha': 1.} | dict(
@@ -507,6 +507,7 @@ class Recipe:
 # %% ../nbs/10_training.ipynb #0e1bc819
 def _checked_options(self)->dict: # option: value of the type that its method wants
     "Compare options with the signatures of the objective and its retain term"
+    if self.choose is not None: check_variant('rule of choosing', self.choose, RULES)
     whose, found = self.methods(), {}
     for name in self.options:
         if not any(name in m.options for m in whose): whose[0].checked({name: None})
@@ -526,6 +527,7 @@ def _check_limits(method, name, value)->None:
     if not math.isfinite(low): wanted = 'be finite'
     raise ValueError(f"{method.kind} {method.name}: {name} must {wanted}, got {value!r}")
 
+# %% ../nbs/10_training.ipynb #010737ca
 def _terms(self)->list[Callable]: # one or two, each of the run, facts, rows and epoch -> Term
     "Bind the objective, and its retain term where there is one, to their options"
     found = []
@@ -561,6 +563,28 @@ def _check_refusals(model, forget, refusals)->None:
     replies = [Example([*longest, *reply], len(longest)) for reply in refusals]
     check_limits(model, replies, 'refusals')
 
+# %% ../nbs/10_training.ipynb #fe5ff883
+class _Chosen:
+    "Chooses the facts of an epoch, and tells how many they were"
+    def __init__(self, model, forget, probe, rule):
+        self.model, self.rule, self.told = model, rule, {}
+        self.every = list(range(len(forget)))
+        self.choices = rule and choices_of(forget, probe.choices.get('forget'))
+
+    def __call__(self)->list[int]: # numbers of facts
+        if not self.rule: return self.every
+        known, wrong = known_facts(self.model, self.choices), len(self.choices.wrong)
+        found = chosen(known, wrong // len(known), self.rule)
+        self.told = {'known': int(known.sum()), 'chosen': len(found)} # at the epoch's start
+        return found
+
+def _beside(forget, rows, retain, batch_size, seed, epoch)->list[tuple[list[int], list[Example]]]:
+    "Draw batches of some facts to forget, and as many retain facts"
+    partners = _partners(len(forget), retain, seed, epoch)
+    order = shuffled([forget[i] for i in rows], batch_size, seed, epoch)
+    drawn = [[rows[k] for k in batch] for batch in order]
+    return [(batch, [partners[i] for i in batch if partners]) for batch in drawn]
+
 # %% ../nbs/10_training.ipynb #59edd144
 @measuring('on')
 def unlearn(
@@ -578,14 +602,13 @@ def unlearn(
     "Unlearn the forget set through a region, every other weight proved untouched"
     _check_sets(forget, retain, recipe)
     _check_refusals(model, forget, refusals)
+    choose = _Chosen(model, forget, probe, recipe.choose)
     record = _Recorder(model, probe, recipe.epochs, recipe.every, recipe.full_every, start)
-    def batches(epoch):
-        partners = _partners(len(forget), retain, seed, epoch)
-        order = shuffled(forget, recipe.batch_size, seed, epoch)
-        return [(rows, [partners[i] for i in rows if partners]) for rows in order]
+    def batches(epoch): return _beside(forget, choose(), retain, recipe.batch_size, seed, epoch)
     def after_epoch(epoch, loss):
         live()
-        record(epoch, loss)
+        if progress and math.isnan(loss): progress(epoch / recipe.epochs) # no step told it
+        record(epoch, loss, choose.told)
     with held(model, region) as columns, _watch_gradients(columns) as live:
         run = Unlearning(model, columns, seed, refusals, recipe.alpha)
         forget_term, *keep = recipe.terms()

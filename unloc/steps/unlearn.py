@@ -11,6 +11,7 @@ __all__ = ['PAIR', 'ARMS', 'Unlearn', 'demand_arm', 'unlearning', 'localized_unl
 # %% ../../nbs/steps/unlearn.ipynb #b14c98bf
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated
@@ -20,19 +21,21 @@ import torch
 from safetensors.torch import save_file
 
 from .. import training
+from ..choosing import RULES
 from ..cost import Cost, Models
 from ..regions import Region
 from ..register import find, methods
 from ..runs import Run, in_rows
-from unloc.settings import (Count, NotNegative, Positive, Settings, about, checked,
-    demand_known)
+from ..settings import (Count, NotNegative, Positive, Settings, about, checked,
+    demand_known, word)
 from .common import ancestor, built_on, demand_retain, described, named, save_json
 from .inject import draw, load_region, original_model, save_columns, save_weights
-from .judge import judged_along, load_evaluation, setting
+from .judge import judged_along, load_evaluation, probe_for, setting
 from .localize import highest
 
 # %% ../../nbs/steps/unlearn.ipynb #54a09186
 _RETAIN_TERM = named('retain', also=('none',))
+_RULE = word(partial(demand_known, 'rule of choosing', known=RULES))
 
 class Unlearn(Settings):
     lr: Annotated[Positive, about("learning rate, constant")]
@@ -45,6 +48,8 @@ class Unlearn(Settings):
         "objective's own, mostly 1")] = None
     full_every: Annotated[Count, about("epochs between judgements with forget quality and "
         "utility; left out: as for all runs")] = None
+    choose: Annotated[_RULE, about("facts of an epoch, by what the model still answers rightly in "
+        "multiple choice; left out: all")] = None
 
 def _options(objective:str, unlearn:dict)->dict: # name: type
     "Say which options an objective and its retain term have"
@@ -228,4 +233,10 @@ def cost(models:Models, description:dict)->Cost:
     peak = m.peak(how, sets * size, width, answers, k) + start
     reference = m.over('score', forget if known else [], size, known)
     steps = replace(step, peak=peak, flops=sets * step.flops)
-    return steps + reference + judged_along(m, d, held) + kept
+    rule = _choices(m, d) if 'choose' in recipe else Cost()
+    return steps + reference + rule + judged_along(m, d, held) + kept
+
+def _choices(m:Models, description:dict)->Cost:
+    "Tell what it takes to ask, in each epoch, which facts are known"
+    asked = probe_for(m, description).choices.get('forget', ((), ()))
+    return m.over('score', [e for part in asked for e in part], 0, description['recipe']['epochs'])
