@@ -54,6 +54,15 @@ def _moved(model, e:Example, tokens:Sequence[int])->Tensor: # [d_model], in the 
     rows = model.get_output_embeddings().weight.detach()[list(tokens)].float()
     return rows.sum(0) * (2 if len(tokens) == 1 else 1)
 
+def _found(model, forget, threshold, shared, steps, grid, progress)->list[Region]: # one a fact
+    "Choose the value vectors of each fact"
+    found = []
+    for done, e in enumerate(forget, 1):
+        found.append(above_share(_scores(model, e, steps, grid), threshold))
+        if progress: progress(done / len(forget))
+    return [in_common(found, shared)] * len(found) if shared else found
+
+# %% ../../nbs/methods/knowledge_neurons.ipynb #35c43ac8
 @editor(label='KN', passes=60, name='kn',
     source='Dai et al. 2022, "Knowledge neurons in pretrained transformers"')
 def knowledge_neuron_edit(
@@ -67,11 +76,7 @@ def knowledge_neuron_edit(
     grid:Literal['midpoint', 'ends']='midpoint', # where the points lie
 )->Change:
     "Erase or rewrite the value vectors that an answer is read from"
-    found = []
-    for done, e in enumerate(forget, 1):
-        found.append(above_share(_scores(model, e, steps, grid), threshold))
-        if progress: progress(done / len(forget))
-    if shared: found = [in_common(found, shared)] * len(found)
+    found = _found(model, forget, threshold, shared, steps, grid, progress)
     new = requests(forget, [], answer, at='last') if answer else [None] * len(forget)
     weights = [value_vectors(p).detach() for p in output_projections(model)]
     values = {i: (index, x.clone()) for i, (index, x) in
