@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..editing import editable
 from ..masked import Neurons
-from ..models import output_projections, value_vectors
+from ..models import measuring, output_projections, value_vectors
 from ..neurons import above_share, attribution, in_common
 from ..regions import Region
 from ..register import editor, localizer
@@ -34,6 +34,7 @@ def _scores(model, e:Example, steps:int, grid:str)->Tensor: # [n_layers, d_ff] f
 
 @localizer(label='Knowledge neurons', gradients=True, passes=60, per_layer=True,
     source='Dai et al. 2022, "Knowledge neurons in pretrained transformers"')
+@measuring('on')
 def knowledge_neurons(
     model:nn.Module, forget:Sequence[Example],
     steps:int=20, # points on the way from no activation to the actual one
@@ -65,6 +66,7 @@ def _found(model, forget, threshold, shared, steps, grid, progress)->list[Region
 # %% ../../nbs/methods/knowledge_neurons.ipynb #35c43ac8
 @editor(label='KN', passes=60, name='kn',
     source='Dai et al. 2022, "Knowledge neurons in pretrained transformers"')
+@measuring('on')
 def knowledge_neuron_edit(
     model:nn.Module, forget:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector
