@@ -40,6 +40,7 @@ def edited_clusters(
         "alias or a two-hop question; take more people")
     return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
 
+# %% ../nbs/14_follows.ipynb #b9b3b029
 def other_answer(facts:RelatedBenchmark, c:Cluster)->str:
     "Draw another answer of a cluster's relation, always the same for the same cluster"
     others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
@@ -53,6 +54,7 @@ def _known(facts:RelatedBenchmark, relation:Relation, subject:str)->str: # '': i
     def fits(a): return relation.statement.format(subject=subject, answer=a) == said
     return next((a for a in facts.answers(relation.name) if fits(a)), '')
 
+# %% ../nbs/14_follows.ipynb #2adbc300
 Pair = tuple[Fact, Fact] # with the old and with the new answer
 
 def what_follows(
@@ -81,6 +83,7 @@ def what_follows(
         found['reverse'] = [(old, replace(old, answer=said(cluster.subject)))]
     return found
 
+# %% ../nbs/14_follows.ipynb #1d7a215c
 def _partner(facts:RelatedBenchmark, relation:Relation, name:str)->str: # '': there is none
     "Look up who belongs to whom, from either side"
     pairs = [(c.subject, c.answer) for c in facts.clusters if c.relation == relation.name]
@@ -116,6 +119,7 @@ class Asking(NamedTuple):
     def encode(self, facts:Sequence[Fact])->list[Example]:
         return [encode(self.tokenizer, f.question, f.answer, self.template) for f in facts]
 
+# %% ../nbs/14_follows.ipynb #170ce7f8
 def edit_numbers(
     model:nn.Module, # edited
     asking:Asking,

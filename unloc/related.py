@@ -45,6 +45,7 @@ def conformal_rows(
     own = found.set_index(['arch', 'unit', 'seed']).index.map(standard)
     return found.assign(distance=(found.CR - np.asarray(own, dtype=float)).abs())
 
+# %% ../nbs/19_related.ipynb #2c42cb80
 def conformal_table(
     found, # pandas.DataFrame, from conformal_rows; other columns are printed as they are named
     digits:int=2,
@@ -58,6 +59,7 @@ def conformal_table(
         cells.append(row | {names[n]: mean_sd(some[n], digits) for n in names if n in some})
     return pd.DataFrame(cells)
 
+# %% ../nbs/19_related.ipynb #79926e72
 def left_out(
     rows, # pandas.DataFrame, from with_controls
 )->dict[tuple, str]: # unit, objective, arm and seed: why nothing is read off
@@ -95,6 +97,7 @@ def accuracy_figure(
         own = named[named.unit == unit]
         marks(axis, own, 'accuracy', y, 'objective', [*own.objective.unique()])
         axis.set_title(f'log-probability, {unit}', fontsize=8)
+        axis.locator_params(axis='x', nbins=5)
         if axis is not axes[-1]: axis.get_legend().remove()
     return figure
 
@@ -105,6 +108,7 @@ PARTS = { # column of single_edits: its name in print
     'fluency': 'fluency', 'hit_before': 'Hit@10 before', 'hit_after': 'Hit@10 after',
     'all_tokens': 'success, all tokens'}
 
+# %% ../nbs/19_related.ipynb #5540c4cb
 def interval_cell(
     values, # pandas.Series, one a fact; NaN where there is none
     subjects, # pandas.Series, whose fact it is
@@ -149,6 +153,7 @@ def success_against_trace(
     means = found.groupby(['arch', 'layer'])[[outcome, effect]].transform('mean')
     return found.assign(**{f'{n} in layer': found[n] - means[n] for n in (outcome, effect)})
 
+# %% ../nbs/19_related.ipynb #241cb331
 def layer_figure(
     found, # pandas.DataFrame, from success_against_trace
     outcome:str='success',
@@ -159,10 +164,12 @@ def layer_figure(
     layers = sorted(found.layer.unique())
     for axis, end in zip(axes, ('', ' in layer')):
         marks(axis, found, f'{effect}{end}', f'{outcome}{end}', 'layer', layers)
+        axis.locator_params(axis='x', nbins=4)
     axes[0].get_legend().remove()
     axes[1].get_legend().set_title('layer', prop={'size': 6})
     return figure
 
+# %% ../nbs/19_related.ipynb #0f6ff1cb
 def correlation_cell(
     found, # pandas.DataFrame, from success_against_trace
     x:str, # columns

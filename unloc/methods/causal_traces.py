@@ -28,6 +28,7 @@ def _traced(model:nn.Module, e:Example, subject:str, of, draws, seed)->tuple[Tra
     span, = subject_spans([e], [], [subject])
     return causal_trace(model, e, span, of, draws=draws, seed=seed), span[1] - 1
 
+# %% ../../nbs/methods/causal_traces.ipynb #87dfb625
 @measurement(label='Causal traces', passes=400,
     source='Meng et al. 2022, "Locating and editing factual associations in GPT", section 2')
 def causal_traces(
@@ -62,6 +63,7 @@ def _wordings(facts, c)->dict[str, list[Fact]]: # of each sort, the fact itself 
         'same subject, other relation': [c.base, *own[:3]],
         'other subject, same relation': [c.base, *others[:3]]}
 
+# %% ../../nbs/methods/causal_traces.ipynb #609dc7a9
 @measurement(label='RSim of traces', passes=2000,
     source='Zhang et al. 2024, arXiv 2401.01286, section 5')
 def trace_similarity(

@@ -37,7 +37,7 @@ def edit_size(
     answer:str='', # in place of each answer; '': nothing, the end token alone
     at:Literal['subject', 'last']='last', # last token of the subject, or of the question
     subjects:list=(), # names of subjects; none: by comparison with the retain set
-    layers:list=(), # none: all
+    layers:list=(), # none: all, or the last where they cannot share an edit
     share:float=.1, # weight of kept keys, 1 where both traces are equal
     steps:int=25, # of the search of the values
     contexts:int=5, # retain facts that stand in front of the question, one at a time
@@ -45,8 +45,7 @@ def edit_size(
     "Measure how far an edit of all facts would move each value vector"
     asked = requests(forget, retain, answer, at, subjects)
     rows = variants(asked, retain, contexts, seed)
-    every = range(len(output_projections(model)))
-    chosen = layers_for(model, layers or [*every], 0, 0, forget[0])
+    chosen = layers_for(model, layers, 0, 31, forget[0])
     moments, before = second_moments(model, retain, chosen), _columns(model)
     with Edits(model, None, chosen) as edits:
         def solve(layer, keys, wanted):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..editing import editable
 from ..masked import Neurons
-from ..models import output_projections, value_vectors
+from ..models import measuring, output_projections, value_vectors
 from ..neurons import above_share, attribution, in_common
 from ..regions import Region
 from ..register import editor, localizer
@@ -34,6 +34,7 @@ def _scores(model, e:Example, steps:int, grid:str)->Tensor: # [n_layers, d_ff] f
 
 @localizer(label='Knowledge neurons', gradients=True, passes=60, per_layer=True,
     source='Dai et al. 2022, "Knowledge neurons in pretrained transformers"')
+@measuring('on')
 def knowledge_neurons(
     model:nn.Module, forget:Sequence[Example],
     steps:int=20, # points on the way from no activation to the actual one
@@ -54,8 +55,18 @@ def _moved(model, e:Example, tokens:Sequence[int])->Tensor: # [d_model], in the 
     rows = model.get_output_embeddings().weight.detach()[list(tokens)].float()
     return rows.sum(0) * (2 if len(tokens) == 1 else 1)
 
+def _found(model, forget, threshold, shared, steps, grid, progress)->list[Region]: # one a fact
+    "Choose the value vectors of each fact"
+    found = []
+    for done, e in enumerate(forget, 1):
+        found.append(above_share(_scores(model, e, steps, grid), threshold))
+        if progress: progress(done / len(forget))
+    return [in_common(found, shared)] * len(found) if shared else found
+
+# %% ../../nbs/methods/knowledge_neurons.ipynb #35c43ac8
 @editor(label='KN', passes=60, name='kn',
     source='Dai et al. 2022, "Knowledge neurons in pretrained transformers"')
+@measuring('on')
 def knowledge_neuron_edit(
     model:nn.Module, forget:Sequence[Example],
     region:Region|Neurons|None, # None: every value vector
@@ -67,11 +78,7 @@ def knowledge_neuron_edit(
     grid:Literal['midpoint', 'ends']='midpoint', # where the points lie
 )->Change:
     "Erase or rewrite the value vectors that an answer is read from"
-    found = []
-    for done, e in enumerate(forget, 1):
-        found.append(above_share(_scores(model, e, steps, grid), threshold))
-        if progress: progress(done / len(forget))
-    if shared: found = [in_common(found, shared)] * len(found)
+    found = _found(model, forget, threshold, shared, steps, grid, progress)
     new = requests(forget, [], answer, at='last') if answer else [None] * len(forget)
     weights = [value_vectors(p).detach() for p in output_projections(model)]
     values = {i: (index, x.clone()) for i, (index, x) in

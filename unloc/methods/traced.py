@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..editing import keys_and_values
-from ..models import output_projections, value_vectors
+from ..models import measuring, output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, finite
 from ..subjects import subject_spans
@@ -25,6 +25,7 @@ from ..tracing import causal_trace
 # %% ../../nbs/methods/traced.ipynb #1eb3c36b
 @localizer(label='Causal trace', passes=60,
     source='Meng et al. 2022; spread over value vectors by us')
+@measuring()
 def traced(
     model:nn.Module, forget:Sequence[Example], retain:Sequence[Example],
     seed:int=0, # of the noise
