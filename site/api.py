@@ -134,11 +134,13 @@ def reference(module, source, page, title):
         f"The code, its reasons and its lessons: [{title}]({page}).", "",
         f"```{{py:module}} {module}", "```", ""]
     added = assigned(tree)
+    defined = {getattr(x, "name", None) for x in tree.body} # a function may be wrapped further down
     for x in tree.body:
         if isinstance(x, (ast.Assign, ast.AnnAssign)):
             comment = comments.get(x.lineno, "")
             for name, value in values(x).items():
-                if name in exported: lines += constant(name, value, comment)
+                if name in exported and name not in defined:
+                    lines += constant(name, value, comment)
         elif getattr(x, "name", None) not in exported: continue
         elif isinstance(x, ast.FunctionDef): lines += function(x, comments)
         else: lines += class_(x, comments, added.get(x.name, []))

@@ -12,7 +12,7 @@ TEXTS = {"README.md": "guide", "CONTRIBUTING.md": "contributing", "CHANGELOG.md"
 KINDS = {
     "localizer": "Localizers", "objective": "Objectives", "retain_term": "Retain terms",
     "editor": "Editors", "attack": "Attacks", "metric": "Metrics", "summary": "Summaries",
-    "dataset": "Data sets", "architecture": "Architectures"}
+    "measurement": "Measurements", "dataset": "Data sets", "architecture": "Architectures"}
 
 def notebooks():
     return [*sorted(NBS.glob("*.ipynb")), *sorted(NBS.glob("[a-z]*/*.ipynb"))]
@@ -34,7 +34,8 @@ class Page:
 
     @property
     def kinds(self):
-        found = re.findall(r"^@(\w+)\(", self.code, re.M)
+        "Name the kinds of method that the page registers"
+        found = re.findall(r"\b(\w+)\(\s*label=", self.code)
         return [kind for kind in KINDS if kind in found]
 
     @property

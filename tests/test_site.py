@@ -50,6 +50,9 @@ def test_the_site_is_built_without_a_warning_in_three_minutes(built):
     assert "WARNING" not in said and "ERROR" not in said, said
     assert spent < SECONDS
 
+def test_nothing_but_the_site_is_left_behind(site):
+    assert [p.name for p in site.parent.iterdir()] == [site.name]
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_notebook_is_a_page_to_read_and_to_download(site, pages, name):
     title = re.search(r"^# (.+)", markdown(NOTEBOOKS[name])[0], re.M)[1]
@@ -66,7 +69,7 @@ def command(pages, name): # that a page shows at its top
 
 def has_code(name): return '"cell_type": "code"' in NOTEBOOKS[name].read_text("utf-8")
 
-@pytest.mark.parametrize("name", filter(has_code, NOTEBOOKS))
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if has_code(name)])
 def test_every_page_says_how_to_reproduce_it(pages, name):
     program, *words = command(pages, name).split()
     if not re.match(r"[2-9]\d_", name):
