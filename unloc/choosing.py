@@ -10,7 +10,6 @@ __all__ = ['RULES', 'known_facts', 'chosen', 'choices_of']
 # %% ../nbs/10_choosing.ipynb #7ea80120
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .evaluation import Choices, Options, choose

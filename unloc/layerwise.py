@@ -15,7 +15,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, combinations
+from itertools import chain
 from math import comb
 from typing import Literal, get_args
 

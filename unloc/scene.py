@@ -168,8 +168,8 @@ def untouched(scene:Scene, method:Method):
     yield
     if before and _digests(scene) != before:
         raise ValueError(
-            f"the {method.kind} {method.name} changed a weight of a model; put every weight back before"
-            " returning")
+            f"the {method.kind} {method.name} changed a weight of a model; put every weight back"
+            " before returning")
 
 def _labelled(found, method)->Outcome:
     "Name what has no name by the method's label"

@@ -76,6 +76,11 @@ def _parameters(
     Margins(found.get('margins', {})).demand_known()
     return found
 
+# %% ../nbs/19_study.ipynb #19a00a01
+def _announce(profile:str)->None:
+    if 'smoke' not in profile: return
+    print(f'Profile {profile} checks that everything runs; nothing on this page is a result.')
+
 # %% ../nbs/19_study.ipynb #5916bf29
 class Settings:
     "A profile over smoke, as attributes"
@@ -91,8 +96,7 @@ class Settings:
         "Read the parameters of a page, and those of its profile"
         study, kinds = cls.__new__(cls), dict(page.get('__annotations__', {}))
         study.profile = page.get('profile', 'smoke')
-        if 'smoke' in study.profile: print(f'Profile {study.profile} checks that everything runs; '
-            'nothing on this page is a result.')
+        _announce(study.profile)
         own = {name: page[name] for name in kinds if name in page and name != 'profile'}
         changes = {name: page[name] for name in SHARED if name in page and name not in own}
         study.values = _parameters(study.profile, own, kinds, changes)
@@ -110,13 +114,6 @@ class Settings:
         other.profile, other.values = self.profile, self.values | values
         return other
 
-    def attacked(self)->'Settings':
-        "Give the study of the runs that are attacked, with other facts injected before"
-        data = self.values.get('attacked_data') or self.data
-        inject = self.inject | {'others': True}
-        return self.replace(
-            data=data, inject=inject, archs=self.attacked_archs, unlearn=self.attacked_unlearn)
-
     def told(self, *names:str)->dict: # names: of parameters
         "Give some parameters by name, for what a table says of itself"
         return {name: self.values[name] for name in names}
@@ -129,6 +126,13 @@ class Placed(Settings):
 
     @property
     def folder(self)->str: return runs.in_checkout(self.values['out'])
+
+    def attacked(self)->'Settings':
+        "Give the study of the runs that are attacked, with other facts injected before"
+        data = self.values.get('attacked_data') or self.data
+        inject = self.inject | {'others': True}
+        return self.replace(
+            data=data, inject=inject, archs=self.attacked_archs, unlearn=self.attacked_unlearn)
 
 # %% ../nbs/19_study.ipynb #fddbedbc
 class Origins(Placed):
