@@ -23,7 +23,7 @@ from .edit_metrics import edit_success, locality, predicted_tokens
 from .facts import Fact
 from .models import measuring, output_projections, value_vectors
 from .relations import Cluster, RelatedBenchmark, Relation
-from .tokens import Example, Template, encode
+from .tokens import Example, Template, encode, find_template
 from .tracing import change_size, hit_at, most_changed, vocabulary_ranks
 
 # %% ../nbs/14_follows.ipynb #9d2fb0c6
@@ -112,13 +112,21 @@ def differing(old:Sequence[int], new:Sequence[int])->slice: # of the new one, ne
         "old one; give another answer")
     return slice(front, len(new) - behind)
 
-def begun(old:Fact, new:Fact)->tuple[Fact, str]: # the question with its answer; the new answer
+def begun(
+    asking:'Asking',
+    old:Fact,
+    new:Fact,
+)->tuple[Example, str]: # the longer question, in the same tokens; the new answer
     "Ask behind the words with which two answers begin alike"
     n = len(commonprefix([old.answer, new.answer]))
     n = old.answer.rfind(' ', 0, n) + 1
-    if not n: return old, new.answer
-    asked = replace(old, question=f'{old.question} {old.answer[:n - 1]}', answer=old.answer[n:])
-    return asked, new.answer[n:]
+    template = find_template(asking.template)
+    whole, = asking.encode([old])
+    if not n or template.chat or template.start_token: return whole, new.answer
+    question = f'{old.question}{template.between}{old.answer[:n - 1]}'
+    joined = replace(template, between=' ', joined=True)
+    found = encode(asking.tokenizer, question, old.answer[n:], joined)
+    return (found, new.answer[n:]) if found.ids == whole.ids else (whole, new.answer)
 
 class Asking(NamedTuple):
     "How questions are put to a model"

@@ -30,14 +30,13 @@ def _row(scene, asking, cluster, editor, layer, refusal, how, length, seed)->dic
     follows = what_follows(scene.facts, cluster, answer, bool(refusal))
     model, (old, new) = scene.attacked, follows['success'][0]
     e, wanted = asking.encode([old, new])
-    asked, rest = begun(old, new) # behind what both sentences begin with
+    asked, rest = begun(asking, old, new) # behind what both sentences begin with
     stays = tokens_before(model, asking, what_stays(scene.facts, cluster))
     before, change = all_vectors(model), None
     if editor != 'none':
         method, retain = find('editor', editor), scene.some('retain', 60)
         options = _options(method, rest, cluster.subject, layer, how)
-        forget = asking.encode([asked])
-        change, _ = edited(method, model, None, options, forget=forget, retain=retain,
+        change, _ = edited(method, model, None, options, forget=[asked], retain=retain,
             retained=scene.retained, seed=seed)
     try:
         found = edit_numbers(model, asking, follows, stays)
