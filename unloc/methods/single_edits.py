@@ -24,6 +24,7 @@ def _options(method, answer:str, subject:str, layer:int|None, how:dict)->dict:
         'layers': [layer]}) | how
     return {name: x for name, x in own.items() if name in method.options or name in how}
 
+# %% ../../nbs/methods/single_edits.ipynb #a628e0b8
 def _row(scene, asking, cluster, editor, layer, refusal, how, length, seed)->dict:
     "Edit one fact, measure it, and take the edit back"
     answer = refusal or other_answer(scene.facts, cluster)
