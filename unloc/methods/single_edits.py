@@ -12,8 +12,8 @@ __all__ = ['single_edits']
 from ..change import edited
 from ..edit_metrics import fluency
 from ..editing import check_layers
-from ..follows import (Asking, all_vectors, begun, continued, edit_numbers, edited_clusters, hits,
-    other_answer, tokens_before, what_follows, what_stays)
+from ..follows import (Asking, all_vectors, begun, continued, edit_numbers,
+    edited_clusters, hits, other_answer, tokens_before, what_follows, what_stays)
 from ..register import find, measurement
 from ..scene import Scene
 
