@@ -19,7 +19,7 @@ from ..models import measuring, output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, finite
 from ..subjects import subject_spans
-from ..tokens import Example, check_examples
+from ..tokens import Example, check_apart
 from ..tracing import causal_trace
 
 # %% ../../nbs/methods/traced.ipynb #1eb3c36b
@@ -34,16 +34,16 @@ def traced(
     progress:Progress=None,
 )->Tensor: # [n_layers, d_ff] float32, probability; the effect of a layer, shared out
     "Share the traced effect of each layer out among its value vectors"
-    check_examples(forget, 'forget')
+    check_apart(forget=forget, retain=retain)
     own = at == 'subject'
     spans = subject_spans(forget, retain, subjects) if own else [(0, e.start) for e in forget]
     total = 0.
     lengths = torch.stack([value_vectors(p).detach().double().norm(dim=0).cpu()
         for p in output_projections(model)])
     for i, (e, span) in enumerate(zip(forget, spans)):
-        effect = causal_trace(model, e, span, 'mlp', seed=seed).effect[:, span[1] - 1]
         keys = [keys_and_values(model, [e], [span[1] - 1], layer).keys
-            for layer in range(len(effect))]
+            for layer in range(len(lengths))]
+        effect = causal_trace(model, e, span, 'mlp', seed=seed).effect[:, span[1] - 1]
         writes = lengths * torch.cat(keys, 1).T.abs().cpu()
         total = total + effect.clamp(min=0)[:, None] * writes / writes.sum(1, keepdim=True)
         if progress: progress((i + 1) / len(forget))
