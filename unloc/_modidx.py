@@ -584,6 +584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'unloc.follows._known': ('follows.html#_known', 'unloc/follows.py'),
                                'unloc.follows._partner': ('follows.html#_partner', 'unloc/follows.py'),
                                'unloc.follows.all_vectors': ('follows.html#all_vectors', 'unloc/follows.py'),
+                               'unloc.follows.begun': ('follows.html#begun', 'unloc/follows.py'),
                                'unloc.follows.continued': ('follows.html#continued', 'unloc/follows.py'),
                                'unloc.follows.differing': ('follows.html#differing', 'unloc/follows.py'),
                                'unloc.follows.edit_numbers': ('follows.html#edit_numbers', 'unloc/follows.py'),
