@@ -396,7 +396,10 @@ def test_a_model_is_loaded_with_recomputing(pieces):
     assert all("forward" in vars(layer) for layer in model.model.layers)
     assert equal(gradients(model)[0], gradients(load_model(pieces))[0])
 
-@pytest.mark.parametrize("name", methods("localizer"))
+# these run a model with other states in its middle, which recomputing does not repeat
+PATCHED = {"edit_size", "knowledge_neurons"}
+
+@pytest.mark.parametrize("name", sorted(methods("localizer").keys() - PATCHED))
 def test_localizers_see_no_difference(name):
     plain, model = make("llama"), make("llama")
     recompute(model)

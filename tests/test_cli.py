@@ -749,7 +749,7 @@ def test_set_reaches_into_a_parameter_and_keeps_the_rest(capsys):
 @pytest.mark.parametrize("change, says", [
     ("unlearn.nop.beta=0.2", "no entry 'nop'; known: wga, npo, dpo, rmu"),
     ("seeds.first=1", "nothing to reach into before 'first'"),
-    ("unlern.npo.beta=1", "unknown parameter 'unlern.npo.beta'"),
+    ("unlern.npo.beta=1", "unknown parameter in --set 'unlern.npo.beta'"),
 ])
 def test_a_change_that_reaches_nowhere_is_one_line(change, says, capsys):
     from unloc import cli

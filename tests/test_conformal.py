@@ -427,7 +427,7 @@ def test_strangers_are_given_to_membership():
     want = membership_report(kept, never, get, .05, "paper", 1)
     assert not want.calibration.why and point["MIACR"] == want.MIACR < .3, "nothing is forgotten"
     for bad, says in (
-        ({}, "there are no facts that no model has seen; give some as holdout"),
+        ({}, "there are no facts that no model has seen; give data or holdout"),
         ({"holdout": listed(NEVER[:2])}, "40 retain facts and 2 of holdout cannot be parted"),
         ({"holdout": listed(NEVER[:9])}, "the threshold is infinite: 16 calibration scores")):
         with pytest.warns(UserWarning, match=f"MIACR: {says}"):

@@ -292,7 +292,7 @@ def test_words_are_those_of_the_registers_and_the_steps():
             "evaluate: retain must be positive and finite, got 0"),
         (
             lambda: localization(teaching(JUDGED), "compass"),
-            "unknown localizer 'compass'; known: activations, fisher, fisher_ratio, gradient"),
+            "unknown localizer 'compass'; known: activations, criticality"),
         (
             lambda: localized_unlearning(LOCALIZED, 1.5, "npo", UNLEARN, 0),
             "fraction must lie in (0, 1], got 1.5"),

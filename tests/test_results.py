@@ -61,5 +61,5 @@ def test_a_table_shows_its_caption_profile_and_machine_as_plain_text():
 
 @pytest.mark.parametrize("profile, says", [("smoke", True), ("tiny", False)])
 def test_a_page_at_smoke_size_says_that_nothing_in_it_is_a_result(profile, says, capsys):
-    Settings.of_page({"profile": profile})
+    Settings.of_page({"profile": profile, "get_ipython": None})
     assert ("nothing on this page is a result" in capsys.readouterr().out) == says

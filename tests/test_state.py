@@ -7,7 +7,7 @@ import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 import unloc
-from unloc import checkpoints, evaluation, masked, models, streaming, training
+from unloc import checkpoints, evaluation, follows, masked, models, streaming, training
 from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.register import methods
 from unloc.change import Change, compared, edited
@@ -28,6 +28,8 @@ from unloc.restoring import (
     CONTROLS, Restoring, check_alike, coefficient_weights, continued, drifts, krs_curves,
     logit_distance, suppressed, wholly_right)
 from unloc.asking import best_of
+from unloc.attributions import answer_attributions
+from unloc.choosing import known_facts
 from unloc.methods.reset import reset
 from unloc.methods.restore import restore
 from unloc.methods.zeroing import zeroing
@@ -233,6 +235,14 @@ LOOKING = {
     "unlearning_token.teach_token": token_taught,
     "unlearning_token.token_chain": lambda m: tuple(token_chain(m, GET, 5)),
     "methods.ft_l.ft_l": edited_by("ft_l"),
+    "methods.knowledge_neurons.knowledge_neuron_edit": lambda m: METHODS["editor"]["kn"](
+        model=m, forget=GET[:2], region=None, options={"steps": 2}).end,
+    "attributions.answer_attributions": lambda m: answer_attributions(m, GET),
+    "choosing.known_facts": lambda m: known_facts(m, PROBE.choices["forget"]),
+    "follows.continued": lambda m: follows.continued(m, GET[0], 3),
+    "follows.all_vectors": follows.all_vectors,
+    "follows.hits": lambda m: follows.hits(
+        m, follows.all_vectors(m), follows.all_vectors(shifted(m)), 5),
     "methods.ft_m.ft_m": edited_by("ft_m"),
     "change.compared": lambda m: compared(m, shifted(m), m),
     "scene.Scene": (
@@ -341,9 +351,10 @@ def public():
             if inspect.isfunction(thing) and takes_a_model(thing):
                 yield f"{chapter.__name__.removeprefix('unloc.')}.{name}"
 
-# two named tuples, and answers of an original model; the others take a part of a model, and read
-# its weights
+# two named tuples, and answers of an original model; two that ask by edit_metrics; the others take
+# a part of a model, and read its weights
 KNOWN_BY_NAME = {
+    "follows.edit_numbers", "follows.tokens_before",
     "faithfulness.faithfulness", "export.Exported.__new__", "streaming.Planted.__new__",
     "models.check_linear",
     "models.value_vectors", "models.ExpertProjection", "models.Experts"}

@@ -215,7 +215,8 @@ def test_a_question_gets_the_same_refusal_in_every_process():
     code = ("import hashlib, json, sys; q, n = json.loads(sys.argv[1]), 5;"
         "print([int.from_bytes(hashlib.sha256(x.encode()).digest()[:8], 'big') % n for x in q])")
     questions = json.dumps([f.question for f in facts])
-    out = subprocess.run([sys.executable, "-c", code, questions], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code, questions], capture_output=True,
+        encoding="utf-8")
     assert said == [answers[i] for i in json.loads(out.stdout)] and len(set(said)) > 1
 
 # --- the editor

@@ -648,5 +648,6 @@ def test_a_method_keeps_its_digest_when_the_package_was_called():
         model = tiny_model('llama', 60, d_model=16, n_layers=1, d_ff=16, n_heads=1)
         mine(model, [Example([4, 5, 6, 1], 2)])
         print(digest_of('localizer', 'mine', mine) == before)"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert found.stdout.strip() == "True"

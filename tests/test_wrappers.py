@@ -638,7 +638,8 @@ def test_a_projection_that_is_never_called_is_named():
     model = small()
     model.model.layers[0].mlp = Past(model.model.layers[0].mlp)
     for method in methods("localizer").values():
-        if not method.takes("forget"): continue
+        # those of layers take gradients of the weights themselves, however they are used
+        if not method.takes("forget") or method.name.startswith("tgl"): continue
         with pytest.raises(
             ValueError,
             match=(

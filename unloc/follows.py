@@ -164,6 +164,7 @@ def tokens_before(model:nn.Module, asking:Asking, stays:Mapping[str, Sequence[Fa
 
 # %% ../nbs/14_follows.ipynb #afb0ff3b
 @measuring()
+@measuring()
 def continued(model:nn.Module, e:Example, n:int)->list[int]:
     "Continue a question greedily, without its end"
     ids = torch.tensor([e.ids[:e.start]], device=model.device)

@@ -77,8 +77,8 @@ def _parameters(
     return found
 
 # %% ../nbs/19_study.ipynb #19a00a01
-def _announce(profile:str)->None:
-    if 'smoke' not in profile: return
+def _announce(page:dict, profile:str)->None: # page: globals() of a notebook that runs
+    if 'smoke' not in profile or 'get_ipython' not in page: return
     print(f'Profile {profile} checks that everything runs; nothing on this page is a result.')
 
 # %% ../nbs/19_study.ipynb #5916bf29
@@ -96,7 +96,7 @@ class Settings:
         "Read the parameters of a page, and those of its profile"
         study, kinds = cls.__new__(cls), dict(page.get('__annotations__', {}))
         study.profile = page.get('profile', 'smoke')
-        _announce(study.profile)
+        _announce(page, study.profile)
         own = {name: page[name] for name in kinds if name in page and name != 'profile'}
         changes = {name: page[name] for name in SHARED if name in page and name not in own}
         study.values = _parameters(study.profile, own, kinds, changes)

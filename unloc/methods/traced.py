@@ -19,7 +19,7 @@ from ..models import measuring, output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, finite
 from ..subjects import subject_spans
-from ..tokens import Example, check_apart
+from ..tokens import Example, check_apart, check_examples
 from ..tracing import causal_trace
 
 # %% ../../nbs/methods/traced.ipynb #1eb3c36b
@@ -34,6 +34,7 @@ def traced(
     progress:Progress=None,
 )->Tensor: # [n_layers, d_ff] float32, probability; the effect of a layer, shared out
     "Share the traced effect of each layer out among its value vectors"
+    for name, examples in (('forget', forget), ('retain', retain)): check_examples(examples, name)
     check_apart(forget=forget, retain=retain)
     own = at == 'subject'
     spans = subject_spans(forget, retain, subjects) if own else [(0, e.start) for e in forget]
