@@ -1,5 +1,5 @@
 """Result pages show what the committed profiles found, and nothing else"""
-import json, shutil
+import json, re, shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +63,17 @@ def test_a_table_shows_its_caption_profile_and_machine_as_plain_text():
 def test_a_page_at_smoke_size_says_that_nothing_in_it_is_a_result(profile, says, capsys):
     Settings.of_page({"profile": profile, "get_ipython": None})
     assert ("nothing on this page is a result" in capsys.readouterr().out) == says
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem[:2] in ("50", "51", "52")],
+    ids=lambda page: page.stem)
+def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
+    cells = json.loads(page.read_text("utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    names = saved_by(code)
+    text = "".join(
+        file.read_text("utf-8") for name in names
+        for file in (ROOT / "figures/related").glob(f"{name}.csv")).replace("-", "−")
+    finding, = ["".join(c["source"]) for c in cells if "## What we find" in "".join(c["source"])]
+    numbers = re.findall(r"−?\d+\.\d+", finding)
+    assert len(numbers) > 0
+    assert [x for x in numbers if x not in text] == []
