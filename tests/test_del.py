@@ -385,6 +385,7 @@ def test_the_page_says_what_its_tables_hold():
     assert far["target", "fine-tune"] > 2 * far["target", "reset"]
     assert data[data.region.eq("all") & data.way.eq("relabel")]["Δ accuracy"].mean() > 0
     assert far["criticality, retain", "reset"] < far["criticality, matched", "reset"]
-    pairs = pandas.DataFrame(json.loads((HERE / "table_deletion_pairs.json").read_text("utf-8"))["rows"])
+    about = json.loads((HERE / "table_deletion_pairs.json").read_text("utf-8"))
+    pairs = pandas.DataFrame(about["rows"])
     tests = pairs.set_index(["way", "region"])
     assert tests.loc["reset", "Criticality, retain"]["difference [95 %]"][0] in "-−"
