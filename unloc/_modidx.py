@@ -353,6 +353,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'unloc.editing.editable': ('editing.html#editable', 'unloc/editing.py'),
                                'unloc.editing.floor_of': ('editing.html#floor_of', 'unloc/editing.py'),
                                'unloc.editing.in_null_space': ('editing.html#in_null_space', 'unloc/editing.py'),
+                               'unloc.editing.in_rounds': ('editing.html#in_rounds', 'unloc/editing.py'),
                                'unloc.editing.keys_and_values': ('editing.html#keys_and_values', 'unloc/editing.py'),
                                'unloc.editing.null_projector': ('editing.html#null_projector', 'unloc/editing.py'),
                                'unloc.editing.rank_one': ('editing.html#rank_one', 'unloc/editing.py'),

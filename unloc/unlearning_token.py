@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .change import Change, LowRank
 from .editing import (
-    Edits, balanced, floor_of, in_null_space, null_projector, ridge, second_moments)
+    Edits, balanced, floor_of, in_rounds, null_projector, ridge, second_moments)
 from .evaluation import score
 from .models import (
     answer_logits, check_limits, head_of, measuring, output_projections, value_vectors, vocabulary)
@@ -289,13 +289,7 @@ def protected(
         space = {i: torch.ones_like(x[0]).diag() for i, x in kept.items()}
     else: raise ValueError(
         f"unknown protection {protect!r:.40}; known: null space, ridge, nothing")
-    earlier = {i: torch.zeros_like(x) for i, x in kept.items()}
-    def solve(layer, keys, wanted):
-        own = share * float(keys.square().sum()) / len(keys) if weight is None else weight
-        found = in_null_space(keys, wanted, space[layer], own, earlier[layer])
-        earlier[layer] = earlier[layer] + keys @ keys.T
-        return found
-    return solve
+    return in_rounds(space, share, weight)
 
 # %% ../nbs/13_unlearning_token.ipynb #b2a9eada
 def _weighed(keys, wanted, kept, weight)->LowRank:

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import nn
 
 from ..change import Change
-from ..editing import Edits, in_null_space, null_projector, second_moments
+from ..editing import Edits, in_rounds, null_projector, second_moments
 from ..masked import Neurons
 from ..models import measuring
 from ..regions import Region
@@ -38,13 +38,7 @@ def _solver(edits:Edits, moments:dict, free, below, share:float, weight)->Callab
     "Give what solves a layer, and remembers the keys that it was solved for"
     usable = {'share': free} if below is None else {'below': below}
     space = {i: null_projector(edits.block(i, moments[i]), **usable) for i in edits.layers}
-    earlier = {i: 0 * space[i] for i in edits.layers}
-    def solve(layer, keys, wanted):
-        own = share * float(keys.square().sum()) / len(keys) if weight is None else weight
-        found = in_null_space(keys, wanted, space[layer], own, earlier[layer])
-        earlier[layer] = earlier[layer] + keys @ keys.T
-        return found
-    return solve
+    return in_rounds(space, share, weight)
 
 # %% ../../nbs/methods/alphaedit.ipynb #cd24ad87
 @editor(label='AlphaEdit', passes=450,
