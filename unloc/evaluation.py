@@ -748,6 +748,7 @@ class Probe:
     max_new_tokens:int = 200 # of a greedy answer
     others:dict[str, Sequence] = field(default_factory=dict) # set: per fact, further right answers
     metrics:dict[str, dict] = field(default_factory=dict) # further metrics: their options
+    rehearsed:Sequence[Example] = () # retain facts of a judgement where those of RS are kept apart
 
     def __post_init__(self):
         n = self.max_new_tokens
@@ -755,6 +756,7 @@ class Probe:
             raise ValueError(
                 f"max_new_tokens must be a whole number of at least 1, got {n!r}")
         if len(self.retain): check_apart(forget=self.forget, retain=self.retain)
+        if len(self.rehearsed): check_apart(retain=self.retain, rehearsed=self.rehearsed)
         else: check_examples(self.forget, 'forget')
         for name, c in self.choices.items(): _check_choices(name, c)
         _check_others(self)
@@ -764,6 +766,7 @@ class Probe:
     def asked(self)->Iterator[tuple[str, Sequence[Example], int]]: # name, facts, most new tokens
         "List all that a model is asked"
         yield from (('forget', self.forget, 0), ('retain', self.retain, 0))
+        if len(self.rehearsed): yield 'rehearsed', self.rehearsed, 0
         if not self.choices: return
         yield 'useful', self.useful, self.max_new_tokens
         for name, c in self.choices.items():
@@ -820,6 +823,7 @@ def measure(measured:Measured)->dict[str, float]: # name: value
 def _sets_of(probe:Probe, full:bool)->dict[str, Sequence[Example]]:
     "Name the sets of a judgement"
     sets = {'forget': probe.forget, 'retain': probe.retain}
+    if len(probe.rehearsed): sets['rehearsed'] = probe.rehearsed
     if not (full and probe.choices): return sets
     sets['useful'] = probe.useful
     for name, c in probe.choices.items():

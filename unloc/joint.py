@@ -24,7 +24,7 @@ from .runs import Run, base_of, run_id
 from .steps.common import above, ancestor, retained_model
 from .steps.inject import beside_of, draw, keep_injection, load_columns, original_model
 from .steps.judge import load_evaluation, setting
-from .steps.unlearn import keep_unlearning, region_of
+from .steps.unlearn import keep_unlearning, region_of, seed_of
 
 # %% ../nbs/15_joint.ipynb #9a7d0ba4
 _OF_INJECTION = 'epochs', 'batch_size', 'schedule', 'style'
@@ -126,7 +126,7 @@ def _unlearn(descriptions, parents, folders, progress)->list[Diverged|None]:
     originals = [{} if taught else _columns_of(origin) for origin in origins]
     regions = [region_of(d, p, model) for d, p in zip(descriptions, parents)]
     recipes = [training.Recipe.of(d['objective'], often | d['recipe']) for d in descriptions]
-    seeds, starts = [d['seed'] for d in descriptions], list(map(load_evaluation, origins))
+    seeds, starts = list(map(seed_of, descriptions)), list(map(load_evaluation, origins))
     found = unlearn_many(model, regions, examples['forget'], examples['retain'], probe, recipes,
         seeds, examples['refusals'], starts, progress, originals, _fit(model, len(regions)))
     for one, region, folder in zip(found, regions, folders):

@@ -186,7 +186,7 @@ class Descriptions(Origins):
         arm:str, # a name in unloc.steps.unlearn.ARMS
         objective:str, # a name in unlearn
         rate:float=1., # learning rate, times that of the profile
-        **more, # draw, swapped
+        **more, # draw, swapped, repeat
     )->dict:
         "Describe an unlearning run through the region of an arm"
         how = self.unlearn[objective]
@@ -206,11 +206,12 @@ class Descriptions(Origins):
         fraction:float, # of all units
         rate:float=1., # learning rate, times that of the profile
         matched:bool=False, # the control: chance chooses, as many value vectors in each layer
+        repeat:int=0, # the same region, other batches
     )->dict:
         "Describe an unlearning run through a localizer's highest scores"
         scores, how = self.localization(origin, localizer, seed), self.unlearn[objective]
         if rate != 1: how = how | {'lr': how['lr'] * rate}
-        return localized_unlearning(scores, fraction, objective, how, seed, matched)
+        return localized_unlearning(scores, fraction, objective, how, seed, matched, repeat)
 
     def supervision(self, injected:dict, arm:str, how:dict, draw:int=0)->dict: # how: of the descent
         "Describe a direct-supervision run"
@@ -232,12 +233,13 @@ class Named(Descriptions):
         objective:str, # a name in unlearn
         seed:int,
         rate:float=1., # learning rate, times that of the profile
+        repeat:int=0, # the same region, other batches
     )->dict:
         "Describe an unlearning run through a region of the target's size, by the region's name"
-        if region in ARMS: return self.unlearning(injected, region, objective, rate)
+        if region in ARMS: return self.unlearning(injected, region, objective, rate, repeat=repeat)
         name, fraction = region.removesuffix(', matched'), self.inject['fraction']
         return self.localized(
-            injected, name, objective, seed, fraction, rate, matched=name != region)
+            injected, name, objective, seed, fraction, rate, name != region, repeat)
 
     def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
         "Describe the attacks on a run"

@@ -8,12 +8,13 @@ Models are trained in evaluation mode, without dropout, and in the precision of 
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'descend', 'Checkpoint', 'finetune', 'held', 'inject', 'make_room', 'Unlearning', 'reference_hidden',
-           'Term', 'weighted_sum', 'bound', 'noted', 'Trajectory', 'Recipe', 'unlearn', 'mlp_targets', 'supervise']
+           'Term', 'weighted_sum', 'bound', 'noted', 'Trajectory', 'Recipe', 'jittered', 'unlearn', 'mlp_targets',
+           'supervise']
 
 # %% ../nbs/10_training.ipynb #912b8368
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -486,6 +487,7 @@ class Recipe:
     full_every:int=1 # epochs between those with forget quality and model utility
     options:dict=field(default_factory=dict) # of the objective and its retain term
     choose:str|None=None # facts of an epoch, a name in choosing.RULES; None: all
+    jitter:float=0. # relative size of a random change of the start, drawn by the run's seed
 
     def __post_init__(self):
         usual = {'retain': 'nll', 'gamma': 1., 'alpha': 1.} | dict(
@@ -495,6 +497,8 @@ class Recipe:
         object.__setattr__(self, 'options', self._checked_options())
         sizes = {'batch_size': self.batch_size, 'every': self.every, 'full_every': self.full_every}
         _check_steps(self.epochs, self.lr, **sizes)
+        if not 0 <= self.jitter <= .01: raise ValueError(
+            f"jitter stands for rounding and must lie in [0, 0.01], got {self.jitter!r}")
 
     def methods(self)->list[Method]: # one or two
         "Find the objective and, where there is one, the retain term"
@@ -585,6 +589,20 @@ def _beside(forget, rows, retain, batch_size, seed, epoch)->list[tuple[list[int]
     drawn = [[rows[k] for k in batch] for batch in order]
     return [(batch, [partners[i] for i in batch if partners]) for batch in drawn]
 
+# %% ../nbs/10_training.ipynb #5b1e7a02
+@torch.no_grad()
+def jittered(
+    weights:Iterable[Tensor], # float32 or float64, changed in place
+    size:float, # relative, as a standard deviation; 0: nothing is changed
+    seed:int, # of the run
+)->None:
+    "Change weights by as little as rounding does"
+    if not size: return
+    generator = torch.Generator().manual_seed(seed)
+    for x in weights:
+        change = 1 + size * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x.copy_((x.double() * change.to(x.device)).to(x.dtype))
+
 # %% ../nbs/10_training.ipynb #59edd144
 @measuring('on')
 def unlearn(
@@ -610,6 +628,7 @@ def unlearn(
         if progress and math.isnan(loss): progress(epoch / recipe.epochs) # no step told it
         record(epoch, loss, choose.told)
     with held(model, region) as columns, _watch_gradients(columns) as live:
+        jittered(columns.parameters(), recipe.jitter, seed)
         run = Unlearning(model, columns, seed, refusals, recipe.alpha)
         forget_term, *keep = recipe.terms()
         def loss(batch, epoch):

@@ -6,12 +6,14 @@ A description is a dictionary of plain values that holds the description of the 
 
 # %% auto #0
 __all__ = ['described', 'built_on', 'named', 'with_options', 'above', 'ancestor', 'facts_of', 'demand_retain', 'spread',
-           'prepare', 'tokenizer_of', 'examples_of', 'template_of', 'place_of', 'load', 'retained_model', 'save_json']
+           'kept_apart', 'without', 'prepare', 'tokenizer_of', 'examples_of', 'template_of', 'place_of', 'load',
+           'retained_model', 'save_json']
 
 # %% ../../nbs/steps/common.ipynb #81c22451
 import json
 from collections.abc import Mapping
 from functools import cache, partial
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ import transformers
 
 from ..checkpoints import load_model, recompute
 from ..data import benchmark, counts
+from ..facts import Fact
 from ..identity import check_name, code_of
 from ..register import find
 from ..runs import Run, run_id
@@ -83,6 +86,23 @@ def demand_retain(run:dict, what:str, remedy:str)->None: # what: needs them
 def spread(items, n:int)->list:
     "Take n items, evenly, so of all authors"
     return [items[i * len(items) // n] for i in range(n)] if n < len(items) else list(items)
+
+# %% ../../nbs/steps/common.ipynb #5b1e7c02
+def kept_apart(
+    facts:list[Fact], # the retain set
+    n:int, # at least so many, in whole authors; of facts without an author exactly so many
+)->set[int]: # numbers of facts
+    "Choose retain facts that nothing rehearses, evenly spread over authors"
+    if n >= len(facts): raise ValueError(f"unrehearsed = {n} of {len(facts)} retain facts leaves "
+        "none to be rehearsed; keep fewer apart")
+    groups = {}
+    for i, fact in enumerate(facts): groups.setdefault(fact.author or i, []).append(i)
+    chosen = spread([*groups.values()], ceil(n * len(groups) / len(facts)))
+    return {i for group in chosen for i in group}
+
+def without(items:list, numbers:set[int])->list:
+    "Leave some items out"
+    return [x for i, x in enumerate(items) if i not in numbers]
 
 # %% ../../nbs/steps/common.ipynb #a64f45a1
 def prepare(base:dict, threads:int=1)->None: # base: description; threads: of the CPU

@@ -25,8 +25,8 @@ from ..evaluation import (KINDS, USUAL_METRICS, Evaluation, Probe, choices, eval
     membership, membership_aucs, other_answers, undefined)
 from ..runs import Run
 from ..settings import Count, Settings, about, checked
-from .common import (above, ancestor, built_on, described, examples_of, prepare,
-    retained_model, save_json, spread, template_of, tokenizer_of, with_options)
+from .common import (above, ancestor, built_on, described, examples_of, kept_apart,
+    prepare, retained_model, save_json, spread, template_of, tokenizer_of, with_options, without)
 from ..tokens import encode
 
 # %% ../../nbs/steps/judge.ipynb #8716ad79
@@ -37,6 +37,8 @@ class Evaluate(Settings):
     every: Annotated[Count, about("epochs between judgements along a run")] = 1
     full_every: Annotated[Count, about("epochs between those with forget quality and utility")] = 1
     metrics: Annotated[dict, about("what is measured beside the usual metrics")] = None
+    unrehearsed: Annotated[Count, about("retain facts that nothing rehearses once the base knows "
+        "them; RS is measured on these, the metric RS_rehearsed on the others; left out: none")] = None
 
 def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
     "Describe the judgement of a retained model, the standard for all that is built on it"
@@ -60,7 +62,7 @@ def probe_of(
     whole = {name: [f for f in getattr(facts, name) if f.perturbed_answer] for name in KINDS}
     asked = {'forget': [f for f in facts.forget if f.perturbed_answer]}
     asked |= {name: spread(rows, how['utility']) for name, rows in whole.items()}
-    kept = spread(whole['retain'] or facts.retain, how['retain']) # without wrong answers: any
+    kept, rehearsed = _retained_facts(facts.retain, how)
     asked = {name: rows for name, rows in asked.items() if rows}
     useful = asked.get('retain', spread(facts.retain, how['utility']))
     def tokenized(rows): return [encode(tokenizer, f.question, f.answer, template) for f in rows]
@@ -69,7 +71,14 @@ def probe_of(
     sets |= {f'{name} right': rows for name, rows in asked.items()}
     more = {k: v for k, v in how.items() if k in ('max_new_tokens', 'metrics')}
     return Probe(*map(tokenized, (facts.forget, kept, useful)), offered, tokenizer,
-        others=_further(tokenizer, sets, template), **more)
+        others=_further(tokenizer, sets, template), rehearsed=tokenized(rehearsed), **more)
+
+def _retained_facts(retain:list, how:dict)->tuple[list, list]: # those of RS; rehearsed beside
+    "Choose the retain facts of a judgement: with wrong answers, where the data have them"
+    def some(facts): return spread([f for f in facts if f.perturbed_answer] or facts, how['retain'])
+    if not (n := how.get('unrehearsed')): return some(retain), []
+    apart = kept_apart(retain, n)
+    return [retain[i] for i in sorted(apart)], some(without(retain, apart))
 
 def _further(tokenizer, sets, template)->dict:
     "Tokenize the further right answers of sets that have any"
@@ -92,7 +101,14 @@ def setting(
         if 'forget' in probe.choices:
             probe = replace(probe, retained=(known['forget_right_nll'], known['forget_wrong_nll']))
     often = {k: v for k, v in how.items() if k in ('every', 'full_every')}
-    return examples_of(*facts), probe, base, often
+    return _rehearsable(facts, how), probe, base, often
+
+def _rehearsable(facts:tuple, how:dict)->dict[str, list]:
+    "Leave out of the retain set what is kept apart"
+    examples = examples_of(*facts)
+    if not (n := how.get('unrehearsed')): return examples
+    apart = kept_apart(benchmark(json.loads(facts[1])).retain, n)
+    return examples | {'retain': without(examples['retain'], apart)}
 
 # %% ../../nbs/steps/judge.ipynb #ef1c2bb1
 def membership_of(model, probe:Probe, examples:dict)->dict:
