@@ -9,7 +9,7 @@ The manuscript reads those files, so no number in it is typed by hand."""
 __all__ = ['COLUMN', 'PAGE', 'ARM_STYLE', 'CONVENTIONS', 'OF_TRADEOFF', 'IN_PRINT', 'INSIDE', 'write_whole', 'set_look', 'look',
            'Shown', 'save_figure', 'latex_table', 'save_table', 'markdown_table', 'label', 'printed', 'conventions',
            'pairs_told', 'tradeoff_told', 'of_summaries', 'save', 'heatmap', 'tradeoff_panels', 'interval_plot',
-           'difference_plot', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
+           'difference_plot', 'forest', 'panel_row', 'legend_right', 'mean_points', 'marks', 'dose_panels']
 
 # %% ../nbs/16_figures.ipynb #2bcac1b0
 import contextlib, csv, io, json, os, re
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .arguments import checked
 from . import register
+from .levels import Effect
 from .progress import report
 from .runs import computed_text, machines
 from .statistics import DASH, noted
@@ -558,6 +559,45 @@ def difference_plot(
     figure.axes[0].set_yticks(range(len(lines)), [label(place, name) for name in lines])
     if dots:
         for axis, one in zip(figure.axes, tests.values()): _pair_dots(axis, one, [*lines], place)
+    return figure
+
+# %% ../nbs/16_figures.ipynb #f17a0021
+def _row_names(effects:list[Effect])->list[str]: # the arms only where they differ between rows
+    "Name the rows of a forest"
+    several = len({effect.pair for effect in effects}) > 1
+    names = []
+    for effect in effects:
+        parts = [label(kind, part) for kind, part in zip(effect.by, effect.key)]
+        names.append(', '.join(parts + ([' − '.join(effect.pair)] if several else [])))
+    return names
+
+# %% ../nbs/16_figures.ipynb #f17a0023
+def forest(
+    effects:list[Effect],
+    title:str='', # label of the axis; '': the outcome, and the arms where all rows share them
+): # matplotlib.figure.Figure
+    "Draw effects with their bases, 95 % intervals and margins, and say what may be said of each"
+    if not effects: raise ValueError('a forest has at least one row, got no effect')
+    import matplotlib.pyplot as plt
+    set_look()
+    figure, axis = plt.subplots(figsize=(PAGE, .7 + .3 * len(effects)))
+    axis.axvline(0, color='.6', linewidth=.7, zorder=0)
+    for row, effect in enumerate(effects):
+        test, word = effect.test, effect.word
+        axis.fill_betweenx([row - .5, row + .5], -effect.margin, effect.margin, color='.9',
+            linewidth=0, zorder=-1)
+        axis.scatter(effect.bases, [row - .2] * len(effect.bases), s=9, color='.4', linewidths=0)
+        if test:
+            reach = test.interval95[1] - test.difference
+            axis.errorbar([test.difference], [row], xerr=[reach], color='#0173b2', marker='o')
+        firm = test and not effect.withheld
+        axis.text(1.02, row, word if firm else f'({word if test else DASH})', va='center',
+            color='black' if firm else '.55', transform=axis.get_yaxis_transform())
+    axis.set_yticks(range(len(effects)), _row_names(effects))
+    axis.set_ylim(len(effects) - .5, -.5)
+    pairs = {effect.pair for effect in effects}
+    arms = f", {' − '.join(effects[0].pair)}" if len(pairs) == 1 else ''
+    axis.set_xlabel(title or f'{effects[0].value}{arms}')
     return figure
 
 # %% ../nbs/16_figures.ipynb #f17a0008
