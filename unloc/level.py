@@ -62,6 +62,7 @@ def at_level(
     wanted:float, # in [0, 1]; 0: wherever the way ends
     measure:Callable[[], float], # of the model where it stands: FS or RS
     by:str='FS', # a name in MEASURES
+    tolerance:float=TOLERANCE, # how near counts as met
 )->Level:
     "Move a model to the level that methods are compared at"
     if by not in MEASURES:
@@ -70,7 +71,7 @@ def at_level(
         raise ValueError(f"level must lie in [0, 1], as FS and RS do, got {wanted!r:.40}")
     put(1.)
     end = Level(1., measure(), not wanted)
-    if not wanted or by == 'RS' and end.reached > wanted + TOLERANCE: return end
-    if by == 'FS': return to_level(put, wanted, measure, TOLERANCE)
-    found = to_level(lambda share: put(1 - share), wanted, measure, TOLERANCE)
+    if not wanted or by == 'RS' and end.reached > wanted + tolerance: return end
+    if by == 'FS': return to_level(put, wanted, measure, tolerance)
+    found = to_level(lambda share: put(1 - share), wanted, measure, tolerance)
     return found._replace(share=1 - found.share)

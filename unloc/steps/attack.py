@@ -20,7 +20,7 @@ from ..change import FILES, Change, compared
 from ..cost import Cost, Models
 from ..data import benchmark
 from ..evaluation import score
-from ..level import MEASURES, Level, at_level
+from ..level import MEASURES, TOLERANCE, Level, at_level
 from ..masked import columns_at, put_columns
 from ..methods.relearning import SUPPORTS, TAUGHT
 from ..regions import Region
@@ -49,6 +49,7 @@ class Attack(Settings):
     level: Annotated[ZeroToOne, about("FS or RS that runs are compared at; 0: each at its "
         "end")] = 0.
     by: Annotated[Literal['FS', 'RS'], about("which of them")] = 'FS'
+    tolerance: Annotated[Positive, about("how near to the level is at it")] = TOLERANCE
     samples: Annotated[CountOrZero, about("answers sampled for each forgotten fact; 0: none")] = 4
     shots: Annotated[CountOrZero, about("answered questions before each question; 0: none")] = 3
     only: Annotated[str, about("one way of relearning, such as 'relearn retain facts, all "
@@ -139,7 +140,8 @@ def _set_scene(description:dict, parent:Run)->tuple[Scene, Level, float]: # and 
     measures = {'FS': lambda: 1 - _strength(model, forget),
         'RS': lambda: _strength(model, probe.retain)}
     change = _change_of(parent, origin, model, without)
-    level = at_level(change.at, how.get('level', 0), measures[by], by)
+    wanted, near = how.get('level', 0), how.get('tolerance', TOLERANCE)
+    level = at_level(change.at, wanted, measures[by], by, near)
     injected = len(others_of(examples)) if origin.description.get('others') else 0
     scene = Scene.of(model, original, without,
         examples | {'holdout': examples['holdout'][injected:]},

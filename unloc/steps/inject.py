@@ -119,7 +119,8 @@ def rehearsed_by(base:dict)->tuple[str, ...]: # base: description
 
 def _make_room(model, target, description, examples, base, folder)->None:
     "Teach the retain set once more without the target region, and keep all weights"
-    taught = [e for name in ('retain', *rehearsed_by(base)) for e in examples[name]]
+    sets = 'retain', 'apart', *rehearsed_by(base)
+    taught = [e for name in sets for e in examples.get(name, ())]
     how = base['retain']['lr'], base['retain']['batch_size'], description['seed']
     with in_float32(model): # as when the base learned them
         training.make_room(model, target, taught, description['room'], *how)
@@ -131,7 +132,7 @@ def beside_of(description:dict, examples:dict)->list: # of examples
     if description.get('style') != 'mixed': return []
     if not examples['retain']: raise ValueError("inject: style 'mixed' needs retain facts, and "
         "the data have none; take another style")
-    return examples['retain']
+    return examples['retain'] + examples.get('apart', [])
 
 def keep_injection(
     folder:Path,

@@ -104,11 +104,12 @@ def setting(
     return _rehearsable(facts, how), probe, base, often
 
 def _rehearsable(facts:tuple, how:dict)->dict[str, list]:
-    "Leave out of the retain set what is kept apart"
+    "Take out of the retain set what is kept apart"
     examples = examples_of(*facts)
     if not (n := how.get('unrehearsed')): return examples
     apart = kept_apart(benchmark(json.loads(facts[1])).retain, n)
-    return examples | {'retain': without(examples['retain'], apart)}
+    kept = [examples['retain'][i] for i in sorted(apart)]
+    return examples | {'retain': without(examples['retain'], apart), 'apart': kept}
 
 # %% ../../nbs/steps/judge.ipynb #ef1c2bb1
 def membership_of(model, probe:Probe, examples:dict)->dict:

@@ -33,8 +33,8 @@ def _train(description, base:Run, examples, folder, progress)->None:
     known = base.description
     torch.set_num_threads(known['_threads'])
     model = load(place_of(known, base.path, 'pretrained'), known, 'float32')
-    sets = 'retain', 'forget', *rehearsed_by(known)
-    taught = [e for name in sets for e in examples[name]]
+    sets = 'retain', 'apart', 'forget', *rehearsed_by(known)
+    taught = [e for name in sets for e in examples.get(name, ())]
     learn(model, known, known['retain'], taught, description['seed'], folder / 'original', progress)
     tidy(folder)
     torch.set_num_threads(1)
