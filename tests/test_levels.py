@@ -229,7 +229,7 @@ FIRM = [.050, .060, .040, .055, .065]
     (by_repeat([.05, -.04, .01, .06, .0], [.05, -.04, .01, .06, .0]), UNDECIDED, []),
     (by_repeat(FIRM, [.05, -.02, .06, .03, .00]), WORDS[0], ["repeat 1 alone: undecided"]),
     (by_repeat([.06, .02, .025, .03, .004], [.06, .02, .025, .03, .004]), WORDS[0], [
-        "without base 1, without base 2, without base 3: undecided"]),
+        "without base 1, 2, 3: undecided"]),
     (by_repeat(FIRM, FIRM).query("base < 3"), WORDS[0], ["bases: 3, a word needs 4"]),
     (by_repeat(FIRM, FIRM).query("repeat == 1"), WORDS[0], [
         "repeats on three bases: 1, a word needs 2"]),

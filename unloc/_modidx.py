@@ -549,6 +549,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'unloc.figures._close': ('figures.html#_close', 'unloc/figures.py'),
                                'unloc.figures._curves': ('figures.html#_curves', 'unloc/figures.py'),
                                'unloc.figures._dose_panel': ('figures.html#_dose_panel', 'unloc/figures.py'),
+                               'unloc.figures._forest_row': ('figures.html#_forest_row', 'unloc/figures.py'),
                                'unloc.figures._half_interval': ('figures.html#_half_interval', 'unloc/figures.py'),
                                'unloc.figures._html_table': ('figures.html#_html_table', 'unloc/figures.py'),
                                'unloc.figures._means': ('figures.html#_means', 'unloc/figures.py'),

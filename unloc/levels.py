@@ -298,19 +298,19 @@ def doubts(
     word = reading(over_bases(pairs, margin), words)
     if word == UNDECIDED: return []
     base, repeat = (pairs.index.get_level_values(name) for name in ('base', 'repeat'))
-    alone = {f'repeat {r} alone': pairs[repeat == r] for r in repeat.unique()}
-    alone = {name: part for name, part in alone.items()
-        if part.index.get_level_values('base').nunique() >= 3}
-    without = {f'without base {b}': pairs[base != b] for b in base.unique()}
-    found, n = [], len(without)
-    if n < rule.bases: found.append(f'bases: {n}, a word needs {rule.bases}')
+    alone = [('repeat {} alone', r, pairs[repeat == r]) for r in repeat.unique()]
+    alone = [one for one in alone if one[2].index.get_level_values('base').nunique() >= 3]
+    without = [('without base {}', b, pairs[base != b]) for b in base.unique()]
+    found, others = [], {}
+    if len(without) < rule.bases:
+        found.append(f'bases: {len(without)}, a word needs {rule.bases}')
     if len(alone) < rule.repeats:
         found.append(f'repeats on three bases: {len(alone)}, a word needs {rule.repeats}')
-    others = {}
-    for name, part in (alone | (without if n > 3 else {})).items():
+    for how, name, part in alone + (without if len(without) > 3 else []):
         other = reading(over_bases(part, margin), words)
-        if other != word: others.setdefault(other, []).append(name)
-    return found + [f"{', '.join(where)}: {other}" for other, where in others.items()]
+        if other != word: others.setdefault((how, other), []).append(str(name))
+    return found + [
+        f"{how.format(', '.join(names))}: {other}" for (how, other), names in others.items()]
 
 # %% ../nbs/14_levels.ipynb #9bbf2551
 @dataclass(frozen=True, eq=False)
