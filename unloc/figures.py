@@ -571,6 +571,19 @@ def _row_names(effects:list[Effect])->list[str]: # the arms only where they diff
         names.append(', '.join(parts + ([' − '.join(effect.pair)] if several else [])))
     return names
 
+def _forest_row(axis, row:int, effect:Effect)->None:
+    "Draw one effect, and what may be said of it"
+    test, word, margin = effect.test, effect.word, effect.margin
+    band = dict(color='.9', linewidth=0, zorder=-1)
+    axis.fill_betweenx([row - .5, row + .5], -margin, margin, **band)
+    axis.scatter(effect.bases, [row - .2] * len(effect.bases), s=9, color='.4', linewidths=0)
+    if test:
+        reach = test.interval95[1] - test.difference
+        axis.errorbar([test.difference], [row], xerr=[reach], color='#0173b2', marker='o')
+    printed = test and not effect.withheld
+    axis.text(1.02, row, word if printed else f'({word if test else DASH})', fontsize='small',
+        va='center', color='black' if printed else '.55', transform=axis.get_yaxis_transform())
+
 # %% ../nbs/16_figures.ipynb #f17a0023
 def forest(
     effects:list[Effect],
@@ -582,17 +595,7 @@ def forest(
     set_look()
     figure, axis = plt.subplots(figsize=(PAGE, .7 + .3 * len(effects)))
     axis.axvline(0, color='.6', linewidth=.7, zorder=0)
-    for row, effect in enumerate(effects):
-        test, word = effect.test, effect.word
-        axis.fill_betweenx([row - .5, row + .5], -effect.margin, effect.margin, color='.9',
-            linewidth=0, zorder=-1)
-        axis.scatter(effect.bases, [row - .2] * len(effect.bases), s=9, color='.4', linewidths=0)
-        if test:
-            reach = test.interval95[1] - test.difference
-            axis.errorbar([test.difference], [row], xerr=[reach], color='#0173b2', marker='o')
-        firm = test and not effect.withheld
-        axis.text(1.02, row, word if firm else f'({word if test else DASH})', va='center',
-            color='black' if firm else '.55', transform=axis.get_yaxis_transform())
+    for row, effect in enumerate(effects): _forest_row(axis, row, effect)
     axis.set_yticks(range(len(effects)), _row_names(effects))
     axis.set_ylim(len(effects) - .5, -.5)
     pairs = {effect.pair for effect in effects}

@@ -12,9 +12,9 @@ __all__ = ['LEVELS', 'UNDECIDED', 'WITHHELD', 'Excluded', 'admit', 'base_means',
 
 # %% ../nbs/14_levels.ipynb #fb61e95b
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 import numpy as np
 
@@ -166,23 +166,31 @@ def _restricted(ratios:tuple, d, injection, base)->tuple: # cost, estimate, its 
     return (len(d) - 1) * np.log(rest) + size, mean[0], np.sqrt(rest * variance[0]), rest
 
 # %% ../nbs/14_levels.ipynb #b783e6d3
+def _first_guess(d, injection, base): # [2] logarithms of the ratios
+    "Guess the ratios from the spread of means"
+    within = np.bincount(injection, d) / np.bincount(injection)
+    of_bases = np.bincount(base, within) / np.bincount(base)
+    gaps = (d - within[injection], within - of_bases[base], of_bases - of_bases.mean())
+    rest, *sizes = (max(float(np.mean(gap**2)), 1e-20) for gap in gaps)
+    return np.log(np.array(sizes) / rest)
+
 def _likeliest(free:list[int], *data)->tuple: # free: which ratios may differ from zero
     "Fit the ratios by restricted maximum likelihood, zero among them"
     from scipy.optimize import minimize
-    best = None
-    for n in range(len(free) + 1):
-        for some in combinations(free, n):
-            ratios = np.zeros(2)
-            def cost(logs):
-                ratios[list(some)] = np.exp(logs)
-                return _restricted(ratios, *data)[0]
-            if some:
-                found = minimize(cost, np.zeros(n), method='Nelder-Mead', bounds=[(-30, 30)] * n,
-                    options={'initial_simplex': np.vstack([np.zeros(n), 2 * np.eye(n)]),
-                        'xatol': 1e-6, 'fatol': 1e-9})
-                cost(found.x)
-            fit = _restricted(ratios, *data)
-            if best is None or fit[0] < best[0][0] - 1e-6: best = fit, tuple(ratios)
+    best, guess = None, np.clip(_first_guess(*data), -45, 45) # e**45: spreads that differ 6e9 times
+    some_of = chain.from_iterable(combinations(free, n) for n in range(len(free) + 1))
+    for some in map(list, some_of):
+        ratios, n = np.zeros(2), len(some)
+        def cost(logs):
+            ratios[some] = np.exp(logs)
+            return _restricted(ratios, *data)[0]
+        if some:
+            simplex = guess[some] + np.vstack([np.zeros(n), np.eye(n)])
+            found = minimize(cost, guess[some], method='Nelder-Mead', bounds=[(-50, 50)] * n,
+                options={'initial_simplex': simplex, 'xatol': 1e-6, 'fatol': 1e-9})
+            cost(found.x)
+        fit = _restricted(ratios, *data)
+        if best is None or fit[0] < best[0][0] - 1e-6: best = fit, tuple(ratios)
     return best
 
 # %% ../nbs/14_levels.ipynb #e25e7c72
@@ -214,20 +222,32 @@ def _levels(injection, base)->tuple: # ratios that can be told apart, names of b
     if again: return [1], ['base + injection', 'repeat']
     return [], ['base + injection + repeat']
 
+def _equal_repeats(d, injection)->bool:
+    "Say whether repeats differ by less than a billionth of the spread, which is 1"
+    first = d[np.unique(injection, return_index=True)[1]]
+    return bool((abs(d - first[injection]) < 1e-9).all())
+
+def _renamed(model:Nested, names:list[str])->Nested: # names: of its levels, and 'repeat'
+    "Add repeats that bring no spread to a model that was fitted without them"
+    def named(values): return dict(zip(names, [*values.values(), 0.]))
+    return replace(model, spread=named(model.spread), share=named(model.share))
+
 # %% ../nbs/14_levels.ipynb #8c344813
 def nested(
     pairs, # pandas.DataFrame [n_pairs, 2], an arm a column; index: base, injection, repeat
 )->Nested|Undefined:
     "Fit difference ~ 1 + (1 | base) + (1 | base:injection) by REML (Patterson and Thompson 1971)"
     from scipy.stats import t
-    d, injection, base = _codes(pairs)
-    df = int(base.max()) if len(d) else -1
+    df = pairs.index.get_level_values('base').nunique() - 1
     if df < 2: return Undefined(df + 1, f'{df + 1} bases, expected at least 3')
+    d, injection, base = _codes(pairs)
     free, names = _levels(injection, base)
     scale = float(np.std(d))
     if scale <= 8 * np.finfo(float).eps * abs(pairs.to_numpy()).max():
         mean, none = float(d.mean()), dict.fromkeys(names, 0.)
         return Nested(mean, 0., df, (mean, mean), float(mean == 0), none, none)
+    if names[-1] == 'repeat' and _equal_repeats(d / scale, injection):
+        return _renamed(nested(pairs.groupby(level=['base', 'injection']).head(1)), names)
     (_, estimate, error, rest), ratios = _likeliest(free, d / scale, injection, base)
     estimate, error = float(estimate * scale), float(error * scale)
     parts = [ratios[k] for k in reversed(free)] + [1.]
@@ -253,6 +273,11 @@ class Rule:
                 raise ValueError(
                     f'{name} is {value!r}: expected a whole number of at least {least}')
 
+    def __str__(self)->str: # for a caption
+        return (
+            'a word is printed only if it also comes out in each repeat alone (at least'
+            f' {self.repeats}) and without any one base (of at least {self.bases})')
+
 def reading(
     test:Paired|Undefined,
     words:tuple[str, str, str], # for a difference above zero, below zero, and within the margin
@@ -273,19 +298,19 @@ def doubts(
     word = reading(over_bases(pairs, margin), words)
     if word == UNDECIDED: return []
     base, repeat = (pairs.index.get_level_values(name) for name in ('base', 'repeat'))
-    alone = {f'repeat {r} alone': pairs[repeat == r] for r in repeat.unique()}
-    alone = {name: part for name, part in alone.items()
-        if part.index.get_level_values('base').nunique() >= 3}
-    without = {f'without base {b}': pairs[base != b] for b in base.unique()}
-    found, n = [], len(without)
-    if n < rule.bases: found.append(f'{n} bases, a word needs {rule.bases}')
+    alone = [('repeat {} alone', r, pairs[repeat == r]) for r in repeat.unique()]
+    alone = [one for one in alone if one[2].index.get_level_values('base').nunique() >= 3]
+    without = [('without base {}', b, pairs[base != b]) for b in base.unique()]
+    found, others = [], {}
+    if len(without) < rule.bases:
+        found.append(f'bases: {len(without)}, a word needs {rule.bases}')
     if len(alone) < rule.repeats:
-        found.append(f'{len(alone)} repeats on three bases, a word needs {rule.repeats}')
-    others = {}
-    for name, part in (alone | (without if n > 3 else {})).items():
+        found.append(f'repeats on three bases: {len(alone)}, a word needs {rule.repeats}')
+    for how, name, part in alone + (without if len(without) > 3 else []):
         other = reading(over_bases(part, margin), words)
-        if other != word: others.setdefault(other, []).append(name)
-    return found + [f"{', '.join(where)}: {other}" for other, where in others.items()]
+        if other != word: others.setdefault((how, other), []).append(str(name))
+    return found + [
+        f"{how.format(', '.join(names))}: {other}" for (how, other), names in others.items()]
 
 # %% ../nbs/14_levels.ipynb #9bbf2551
 @dataclass(frozen=True, eq=False)
@@ -397,7 +422,7 @@ def effect_cells(
         _interval_text(test.difference, test.interval95, digits), p_text(test.p_difference),
         _interval_text(model.estimate, model.interval95, digits), _spread_text(model, digits),
         number(half, form), number(test.smallest_detectable, form), effect.verdict,
-        f"{effect.word}: {'; '.join(effect.withheld)}" if effect.withheld else '')
+        f"{effect.word} ({'; '.join(effect.withheld)})" if effect.withheld else '')
     return counts | dict(zip(_CELLS, cells))
 
 def effect_table(
