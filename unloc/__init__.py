@@ -52,6 +52,7 @@ Modules:
 - `unloc.methods.miacr`: Whether it is settled that a model was not trained on the facts it forgot
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
+- `unloc.methods.partial_area`: The mean retention of a run on its way to a level of forgetting
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
 - `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
@@ -62,6 +63,7 @@ Modules:
 - `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and ask again
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
+- `unloc.methods.rs_at_fs`: What a run has kept at the moment when it has forgotten enough
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.single_edits`: Edit facts of a stored model one at a time, and measure success, portability, locality and fluency of each edit
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from .register import RECOVERED, label, methods
+from .register import RECOVERED, label, methods, registered_name
 from unloc.statistics import (
     DASH, Undefined, adjusted, arms_cells, compare as compare_values, comparison_cells, mean_sd,
     mixed, number, p_text,
@@ -48,7 +48,8 @@ def _registered_margin(outcome:str)->float|None: # None: nothing of that name ha
     "Find the margin of a summary, a metric or an attack"
     if outcome in OF_ATTACKS: return RECOVERED
     for name, method in methods('summary').items():
-        if outcome in (name, *(f'{name} {rule}' for rule in method.about['also'])):
+        own = name, *(f'{name} {rule}' for rule in method.about['also'])
+        if outcome in own or registered_name('summary', outcome) == name:
             return method.about['margin']
     metric = outcome.removesuffix('_start').removesuffix('_end')
     for kind, name in (('metric', metric), ('attack', outcome)):
