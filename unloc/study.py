@@ -483,7 +483,12 @@ class Runs(Attacked):
                 if name in why: self.undefined[*place.values(), seed, name] = why[name]
             return values
         found = self.rows(measure)
-        self.undefined.update(_shares(self.undefined, len(self.done)))
+        late = _shares(self.undefined, len(self.done))
+        reasons = {name: {why for key, why in self.undefined.items() if key[-1] == name}
+            for name in {key[-1] for key in late}}
+        self.undefined |= late
+        alone = [name for name, why in reasons.items() if why == {NOT_REACHED}]
+        if alone: found.attrs['without'] = dict.fromkeys(alone, NOT_REACHED)
         return found
 
 # %% ../nbs/19_study.ipynb #f9bc3670

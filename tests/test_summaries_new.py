@@ -1,0 +1,127 @@
+"""A measure says what it measures: retention is read at equal forgetting, MU95 is missing where a
+run never pays so much, and forget quality knows how fine it is and whose facts it counts."""
+import contextlib, io, json
+from pathlib import Path
+
+import matplotlib; matplotlib.use("agg")
+import numpy as np, pandas as pd, pytest
+
+from unloc.comparison import Margins, compare, spreads
+from unloc.figures import label
+from unloc.tradeoff import NOT_REACHED, area_up_to, measures, mu95, retained_at, summaries
+
+NBS = Path(__file__).resolve().parents[1] / "nbs"
+POINTS = pd.DataFrame(
+    {"FS": [.2, .6, .9], "RS": [.8, .7, .2], "MU": [.5, np.nan, .49], "FQ": [-20., np.nan, -5.]})
+ASKED = {"rs_at_fs": {"level": .75}, "partial_area": {"level": .75}}
+
+def one_line(call, *says):
+    with pytest.raises(ValueError) as error: call()
+    text = str(error.value)
+    assert "\n" not in text and all(part in text for part in says), text
+
+# --- summaries that are asked for
+
+def test_they_are_measured_only_where_they_are_asked_for():
+    usual, _ = measures(POINTS)
+    values, why = measures(POINTS, ASKED)
+    assert [*usual] == ["AUES", "MU95", "AUES step", "MU95 best"]
+    assert {name: x for name, x in values.items() if name in usual} == usual and why == {}
+    assert [*summaries(ASKED)] == ["AUES", "MU95", "rs_at_fs", "partial_area"]
+    assert (values["rs_at_fs"], values["partial_area"]) == (
+        retained_at(POINTS.FS, POINTS.RS, .75), area_up_to(POINTS.FS, POINTS.RS, .75))
+    assert values["rs_at_fs"] == pytest.approx(.45)
+    # FS 0 to .2 at RS .8, to .6 from .8 to .7, to .75 from .7 to .45
+    assert values["partial_area"] == pytest.approx(
+        (.2 * .8 + .4 * .75 + .15 * (.7 + .45) / 2) / .75)
+
+def test_one_may_be_asked_for_at_several_levels():
+    names = [f"rs_at_fs(level={level})" for level in (.6, .9, .95)]
+    values, why = measures(POINTS, dict.fromkeys(names, {}))
+    assert [values[name] for name in names[:2]] == [.7, .2] and why == {names[2]: NOT_REACHED}
+    assert label("summary", names[0]) == "RS at equal FS (level 0.6)"
+    assert [Margins()[name] for name in ("rs_at_fs", names[0], "partial_area")] == [.03, .03, .02]
+
+def test_bad_levels_are_refused_before_anything_is_measured():
+    for level in (0, 1.5, 80):
+        one_line(lambda: measures(POINTS, {"rs_at_fs": {"level": level}}), "rs_at_fs: level must")
+    one_line(lambda: measures(POINTS, {"rs_at": {}}), "unknown summary 'rs_at'; known: AUES, MU95, "
+        "partial_area, rs_at_fs")
+
+def test_distance_pays_in_aues_and_nowhere_else():
+    fs = np.linspace(.1, .9, 9)
+    curve = pd.DataFrame({"FS": fs, "RS": 1 - .3 * fs**4})
+    for n in range(6, 9):
+        stopped, whole = measures(curve[:n], ASKED | {"rs_at_fs": {"level": .55}, "partial_area": {
+            "level": .55}})[0], measures(curve, {k: {"level": .55} for k in ASKED})[0]
+        assert stopped["AUES"] < whole["AUES"]
+        assert all(stopped[name] == whole[name] for name in ASKED)
+    lossless = curve.assign(RS=1.)
+    assert [measures(lossless[:n])[0]["AUES"] for n in (3, 9)] == pytest.approx([fs[2], fs[8]])
+
+# --- MU95 without a crossing
+
+def test_the_rule_crossing_gives_no_value_without_one():
+    values, why = measures(POINTS, {"MU95": {"rule": "crossing"}})
+    assert np.isnan(values["MU95"]) and why == {"MU95": NOT_REACHED}
+    assert values["MU95 best"] == measures(POINTS)[0]["MU95"] == -5.
+    deep = POINTS.assign(MU=[.5, np.nan, .45])
+    assert measures(deep, {"MU95": {"rule": "crossing"}}) == measures(deep)
+    assert measures(deep)[0]["MU95"] == mu95([.5, .45], [-20., -5.]) == pytest.approx(-12.5)
+
+def test_an_arm_that_never_got_there_is_told_apart_from_one_without_runs():
+    frame = pd.DataFrame({"objective": "wga", "arm": ["Oracle", "Random"] * 3,
+        "seed": [0, 0, 1, 1, 2, 2], "MU95": [-1., None, -2., None, None, None], "AUES": np.nan})
+    frame.attrs["without"] = {"MU95": NOT_REACHED}
+    row = compare(frame, ["objective"], "MU95").table(2).iloc[0]
+    assert (row.Oracle, row.Random, row["|difference|"]) == ("-1.50 ± 0.71", NOT_REACHED, "–")
+    assert compare(frame, ["objective"], "AUES").table(2).iloc[0].Oracle == "–"
+    arms = {arm: arm for arm in ("Oracle", "Random")}
+    assert [*spreads(frame, "MU95", "arm", arms, 2).values()] == ["-1.50 ± 0.71", NOT_REACHED]
+    assert [*spreads(frame, "AUES", "arm", arms, 2).values()] == ["–", "–"]
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch: # no bars
+        folder = tmp_path_factory.mktemp("pages")
+        patch.setenv("UNLOC_PROGRESS", str(folder / "events"))
+        yield folder
+
+def page(place, n, out, **values): # gives the page's names
+    "Execute a page as papermill does, in this process"
+    import matplotlib.pyplot as plt
+    path, = NBS.glob(f"{n}_*.ipynb")
+    cells = [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    names = {"__name__": "__main__", "display": lambda *_: None}
+    with contextlib.chdir(NBS), contextlib.redirect_stdout(io.StringIO()):
+        for cell in cells:
+            exec(compile("".join(cell["source"]), path.name, "exec"), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names |= values | {"store": str(place / "store"), "out": str(place / out)}
+    plt.close("all")
+    return names
+
+SLOW = {"unlearn": {"wga": {"lr": 1e-7, "epochs": 1}}} # it forgets nothing, and loses nothing
+
+def test_a_page_prints_not_reached_and_counts_such_runs(place):
+    names = page(place, "21", "mine", rule_mu95="crossing", **SLOW)
+    told = json.loads((place / "mine" / "table2_oracle_random.json").read_text("utf-8"))
+    row, = (row for row in told["rows"] if row["metric"] == "MU95")
+    assert (row["Oracle"], row["Random"], row["|difference|"]) == (NOT_REACHED, NOT_REACHED, "–")
+    n = len(names["runs"])
+    assert n >= 4 and f"{NOT_REACHED} in {n} of {n} runs" in told["caption"]
+    assert told["conventions"]["MU95 rule"] == "crossing"
+    usual = page(place, "21", "usual", **SLOW)["measured"]
+    before = json.loads((place / "usual" / "table2_oracle_random.json").read_text("utf-8"))
+    row, = (row for row in before["rows"] if row["metric"] == "MU95")
+    assert usual.MU95.eq(usual.FQ_end).all() and NOT_REACHED not in before["caption"]
+    assert row["Oracle"] != NOT_REACHED
+
+def test_a_study_measures_what_it_is_asked_for(place):
+    runs = page(place, "21", "asked", **SLOW)["runs"]
+    frame = runs.tradeoff(more={"rs_at_fs": {"level": 1e-6}, "partial_area": {"level": 1.}})
+    assert frame.rs_at_fs.equals(frame.RS_start.rename("rs_at_fs"))
+    assert frame.partial_area.isna().all()
+    assert {*runs.undefined.values()} == {f"{NOT_REACHED} in {len(runs)} of {len(runs)} runs"}
+    assert frame.attrs["without"] == {"partial_area": NOT_REACHED}
+    assert runs.tradeoff().attrs == {} and "rs_at_fs" not in runs.tradeoff()
