@@ -1,13 +1,17 @@
 """A measure says what it measures: retention is read at equal forgetting, MU95 is missing where a
 run never pays so much, and forget quality knows how fine it is and whose facts it counts."""
-import contextlib, io, json
+import contextlib, io, itertools, json
 from pathlib import Path
 
 import matplotlib; matplotlib.use("agg")
 import numpy as np, pandas as pd, pytest
+from scipy.stats import ks_2samp
 
 from unloc.comparison import Margins, compare, spreads
 from unloc.figures import label
+from unloc.metrics import forget_quality
+from unloc.quality import clustered_floor, clustered_quality, quality_floor, quality_values
+from unloc.register import find
 from unloc.tradeoff import NOT_REACHED, area_up_to, measures, mu95, retained_at, summaries
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -125,3 +129,81 @@ def test_a_study_measures_what_it_is_asked_for(place):
     assert {*runs.undefined.values()} == {f"{NOT_REACHED} in {len(runs)} of {len(runs)} runs"}
     assert frame.attrs["without"] == {"partial_area": NOT_REACHED}
     assert runs.tradeoff().attrs == {} and "rs_at_fs" not in runs.tradeoff()
+
+# --- how fine forget quality is, and whose facts it counts
+
+@pytest.mark.parametrize("n", [1, 2, 5, 20])
+def test_quality_takes_the_values_that_scipy_finds(n):
+    found = quality_values(n)
+    assert len(found) == n + 1
+    assert found[0] == 0
+    for k, value in enumerate(found[1:], 1):
+        exact = ks_2samp(np.arange(n), np.arange(n) + k, method="exact").pvalue
+        assert value == pytest.approx(min(0., np.log10(exact)), abs=1e-9)
+    assert found[-1] == pytest.approx(quality_floor(n)) and (np.diff(found) <= 0).all()
+    drawn = np.random.default_rng(n)
+    for _ in range(50): # no sample gives another
+        value = forget_quality(drawn.lognormal(size=n), drawn.lognormal(.5, size=n))
+        assert np.abs(found - value).min() < 1e-12
+
+def test_the_values_on_twenty_facts_are_those_of_the_table_by_hand():
+    assert quality_values(20)[4:13].round(2).tolist() == [
+        -.08, -.24, -.47, -.76, -1.09, -1.47, -1.91, -2.40, -2.95]
+    for n in (0, 2.5, True, "20"): one_line(lambda: quality_values(n), "n must be a whole number")
+
+def by_hand(a, b, names): # every swap of whole clusters, distances by scipy
+    clusters = sorted(set(names))
+    def distance(swapped):
+        turn = np.isin(names, swapped)
+        return ks_2samp(np.where(turn, b, a), np.where(turn, a, b)).statistic
+    every = [distance([c for c, one in zip(clusters, flags) if one])
+        for flags in itertools.product((0, 1), repeat=len(clusters))]
+    return np.log10(np.mean([one >= every[0] - 1e-12 for one in every]))
+
+@pytest.mark.parametrize("seed", range(12))
+def test_authors_are_swapped_as_by_hand(seed):
+    rng = np.random.default_rng(seed)
+    names = rng.choice(["a", "b", "c", "d", "e", "f"], 24)
+    a = rng.normal(size=24).round(seed % 3) # with ties
+    b = rng.normal(.4 * (seed % 4), size=24).round(seed % 3)
+    assert clustered_quality(a, b, names) == pytest.approx(by_hand(a, b, names), abs=1e-12)
+
+def test_the_floor_is_reached_and_drawn_swaps_agree_with_all():
+    for n in (1, 2, 8, 14):
+        names = np.repeat(range(n), 3)
+        apart = clustered_quality(np.arange(3 * n), 100 + np.arange(3 * n), names)
+        assert apart == pytest.approx(clustered_floor(n), abs=1e-12)
+    names = np.repeat(range(40), 2)
+    apart = clustered_quality(np.arange(80), 100 + np.arange(80), names)
+    assert apart == clustered_floor(40) == pytest.approx(-4.)
+    rng = np.random.default_rng(0)
+    few = np.repeat(range(12), 4)
+    a, b = rng.normal(size=48), rng.normal(.6, size=48)
+    exact, drawn = clustered_quality(a, b, few), None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unloc.quality.EVERY_SWAP", 5)
+        drawn = clustered_quality(a, b, few)
+        assert drawn == clustered_quality(a, b, few) != clustered_quality(a, b, few, seed=1)
+    assert 10**drawn == pytest.approx(10**exact, abs=.02) and .01 < 10**exact < .9
+
+def test_only_the_test_over_authors_holds_its_level():
+    names, wrong = np.repeat(range(8), 12), np.zeros(2)
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        a, b = (rng.normal(size=8)[names] + rng.normal(0, .3, 96) for _ in range(2))
+        wrong += [forget_quality(np.exp(a), np.exp(b)) < np.log10(.05),
+            clustered_quality(a, b, names) < np.log10(.05)]
+    assert wrong[0] > 75 and wrong[1] <= 15 # of 150; 7.5 are expected
+
+def test_bad_clusters_are_named_in_one_line():
+    one_line(lambda: clustered_quality([1., 2.], [1.], [0, 1]), "shapes (2,), (1,) and (2,)")
+    one_line(lambda: clustered_quality([], [], []), "expected one value of each for each fact")
+    one_line(lambda: clustered_quality([np.nan], [1.], [0]), "a truth ratio is not finite")
+    one_line(lambda: clustered_quality(range(20), range(20), range(20), draws=0), "n must be")
+
+def test_quality_over_authors_is_a_metric_with_an_option():
+    found = find("metric", "FQ_authors(each=20)")
+    assert found.about["full"] and found.about["margin"] == 1. == Margins()["FQ_authors_end"]
+    assert found.label == "FQ over authors (each 20)"
+    one_line(lambda: found.checked({"each": 10}), "no option 'each'")
+    one_line(lambda: find("metric", "FQ_authors").checked({"each": 0}), "each must be")

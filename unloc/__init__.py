@@ -29,6 +29,7 @@ Modules:
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
+- `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
 - `unloc.methods.causal_traces`: In which layer a state carries the answer of a fact, and whether facts differ in it
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
@@ -78,6 +79,7 @@ Modules:
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
+- `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
