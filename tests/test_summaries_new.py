@@ -8,10 +8,14 @@ import numpy as np, pandas as pd, pytest
 from scipy.stats import ks_2samp
 
 from unloc.comparison import Margins, compare, spreads
+from unloc.evaluation import membership
 from unloc.figures import label
-from unloc.metrics import forget_quality
+from unloc.metrics import forget_quality, privacy_leakage
 from unloc.quality import clustered_floor, clustered_quality, quality_floor, quality_values
 from unloc.register import find
+from unloc.runs import Run, run_id
+from unloc.steps.measure import scene_of
+from unloc.stored import ATTACKS, MEASURED, also_measured, also_table, leakages
 from unloc.tradeoff import NOT_REACHED, area_up_to, measures, mu95, retained_at, summaries
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -132,6 +136,7 @@ def test_a_study_measures_what_it_is_asked_for(place):
 
 # --- how fine forget quality is, and whose facts it counts
 
+@pytest.mark.filterwarnings("ignore:ks_2samp") # where p is 1
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 def test_quality_takes_the_values_that_scipy_finds(n):
     found = quality_values(n)
@@ -207,3 +212,76 @@ def test_quality_over_authors_is_a_metric_with_an_option():
     assert found.label == "FQ over authors (each 20)"
     one_line(lambda: found.checked({"each": 10}), "no option 'each'")
     one_line(lambda: find("metric", "FQ_authors").checked({"each": 0}), "each must be")
+
+# --- what runs store and no other table shows
+
+@pytest.mark.parametrize("auc, retained, leakage", [ # by hand, (retained - auc) / (1 - retained)
+    (1., .5, -100.), (.5, .5, 0.), (.25, .5, 50.), (.9, .6, -75.), (0., .2, 25.)])
+def test_leakage_is_counted_from_the_retained_model(auc, retained, leakage):
+    found = leakages({"retained": retained, "original": auc}, "loss")
+    assert [*found] == ["AUC loss retained", "AUC loss original", "leakage loss original"]
+    assert found["leakage loss original"] == pytest.approx(leakage, abs=1e-6)
+    for aucs in ({"original": auc}, {"retained": np.nan, "original": auc},
+            {"retained": retained, "original": np.nan}):
+        assert np.isnan(leakages(aucs, "loss")["leakage loss original"])
+
+@pytest.fixture(scope="module")
+def both(place): # the runs of a page, and the measurement of each
+    names = page(place, "21", "stored", **SLOW)
+    study, unlearned = names["study"], names["unlearned"]
+    def measured(**run): return study.measuring(unlearned(**run), "privacy")
+    return names["runs"], study.sweep(study.grid(measured, **names["axes"]))
+
+def test_every_number_is_that_of_the_files_of_its_run(both):
+    runs, privacy = both
+    frame = also_measured(runs, privacy)
+    assert [*frame][:len(runs.names)] == [*runs.names] and len(frame) == len(runs)
+    for (_, row), run in zip(frame.iterrows(), runs.done.values()):
+        points, line, store = run.table(), run.description, run.path.parent
+        for name in MEASURED:
+            assert (row[f"{name}_start"], row[f"{name}_end"]) == (
+                points[name].iloc[0], points[name].iloc[-1])
+        found = {}
+        while line: # up to the base
+            result = store / run_id(line) / "result.json"
+            found[line["kind"]] = json.loads(result.read_text("utf-8")).get("membership", {})
+            line = line.get("parent")
+        for attack in ATTACKS:
+            retained, original = found["judge"][attack], found["inject"][attack]
+            assert row[f"AUC {attack} retained"] == retained
+            assert row[f"AUC {attack} original"] == original
+            assert row[f"leakage {attack} original"] == privacy_leakage(original, retained)
+            assert row[f"leakage {attack} unlearned"] == privacy_leakage(
+                row[f"AUC {attack} unlearned"], retained)
+
+def test_the_measurement_counts_pairs_of_facts(both):
+    _, privacy = both
+    run = next(iter(privacy.done.values()))
+    rows, above = run.table("measures.csv"), run.description["parent"]
+    scene = scene_of(run.description, Run(above, run.path.parent / run_id(above)))
+    assert rows.model.tolist() == [m for m in ("unlearned", "original", "retained") for _ in "1234"]
+    for name, model in {"unlearned": scene.attacked, "retained": scene.retained}.items():
+        scores = [membership(model, scene.tokenizer, scene.examples[kind])
+            for kind in ("forget", "holdout")]
+        for attack in ATTACKS:
+            pairs = [(a < b) + .5 * (a == b)
+                for a, b in itertools.product(*(x[attack].tolist() for x in scores))]
+            row, = rows[(rows.model == name) & (rows.attack == attack)].itertuples()
+            assert row.AUC == pytest.approx(np.mean(pairs), abs=1e-12)
+            assert (row.facts, row.strangers) == (len(scores[0]["loss"]), len(scores[1]["loss"]))
+    assert rows[rows.model == "retained"].leakage.eq(0).all()
+
+def test_a_page_can_save_the_table(both, place):
+    from unloc.figures import save
+    runs, privacy = both
+    study = page(place, "21", "stored", **SLOW)["study"]
+    for frame, columns in ((also_measured(runs), 7), (also_measured(runs, privacy), 9)):
+        table = also_table(frame, ["arch", "objective", "arm"], "loss")
+        assert table.shape[1] == 3 + columns and "AUC (loss), original" in table
+        save(table, study, "also_measured", frame, "Measured beside FS and RS.")
+        told = json.loads((place / "stored" / "also_measured.json").read_text("utf-8"))
+        assert [row["arm"] for row in told["rows"]] == table.arm.tolist()
+    own = frame[(frame.arm == "Oracle") & (frame.arch == table.arch[0])]
+    assert table["AUC (loss), original"][0] == (
+        f"{own['AUC loss original'].mean():.2f} ± {own['AUC loss original'].std():.2f}")
+    one_line(lambda: also_table(frame, ["arm"], "recall"), "unknown membership attack 'recall'")

@@ -54,6 +54,7 @@ Modules:
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
 - `unloc.methods.partial_area`: The mean retention of a run on its way to a level of forgetting
+- `unloc.methods.privacy`: Whether a model can be told to have seen the facts that it forgot, and by how much more than the retained model
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
 - `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
@@ -91,6 +92,7 @@ Modules:
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
+- `unloc.stored`: Exact memorization, probability, membership and privacy leakage: measured with every run, and now in a table
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
