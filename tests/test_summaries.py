@@ -142,7 +142,7 @@ def test_no_page_repeats_a_margin():
         lines = [line for line in "".join(own).split("\n") if line.startswith("margin")]
         assert not [line for line in lines if not line.startswith("margins: dict = {}")], path.stem
     summaries_of = {name: m.about["margin"] for name, m in methods("summary").items()}
-    assert summaries_of == {"AUES": .02, "MU95": 1.}
+    assert summaries_of == {"AUES": .02, "MU95": 1., "partial_area": .02, "rs_at_fs": .03}
 
 # --- pages
 

@@ -239,9 +239,18 @@ def test_mu95_equals_a_fine_walk_along_the_segments():
 
 @pytest.mark.parametrize('rule', MU95_RULES)
 def test_mu95_properties(rule):
+    missing = 0
     for mu, fq in utilities():
-        found = mu95(mu, fq, rule)
         below = np.flatnonzero(mu < .95 * mu[0])
+        if rule == 'crossing': # no value without a crossing, also for the original model alone
+            with pytest.raises(ValueError, match='^not reached: '): mu95(mu[:1], fq[:1], rule)
+            if not below.size:
+                with pytest.raises(ValueError, match='^not reached: '): mu95(mu, fq, rule)
+                missing += 1
+                continue
+            assert mu95(mu, fq, rule) == mu95(mu, fq)
+        else: assert mu95(mu[:1], fq[:1], rule) == fq[0]
+        found = mu95(mu, fq, rule)
         assert type(found) is float
         assert fq.min() - 1e-12 <= found <= fq.max() + 1e-12
         assert found <= mu95(mu, fq, 'best')
@@ -249,11 +258,14 @@ def test_mu95_properties(rule):
             # nothing beyond the crossing counts
             assert mu95(mu[:below[0] + 1], fq[:below[0] + 1], rule) == found
         # only relative utility counts
-        assert mu95(mu[:1], fq[:1], rule) == fq[0]
         assert mu95(mu / 2, fq, rule) == pytest.approx(found, abs=1e-9)
+    assert (missing > 5) == (rule == 'crossing')
     # a checkpoint on the threshold has not crossed it
     assert mu95([.6, .57, .2], [-9., -5., -1.], rule, share=.57 / .6) == pytest.approx(-5)
-    assert mu95([.6, .3, .5], [-9., -5., -1.], rule, share=.5) == -1
+    touched = [.6, .3, .5], [-9., -5., -1.], rule, .5
+    if rule != 'crossing': assert mu95(*touched) == -1
+    else:
+        with pytest.raises(ValueError, match='^not reached: .*below 50%'): mu95(*touched)
     assert mu95([.6, .6, .5], [-9., -5., -1.], rule, share=1) == -5
 
 
@@ -298,7 +310,9 @@ def test_bad_mu95_input_is_named_in_one_line(mu, fq, message):
 @pytest.mark.parametrize(
     'options, message',
     [
-        ({'rule': 'last'}, "unknown MU95 rule 'last': expected one of first_crossing, best"),
+        (
+            {'rule': 'last'},
+            "unknown MU95 rule 'last': expected one of first_crossing, best, crossing"),
         ({'rule': ['best']}, 'unknown MU95 rule'),
         ({'share': 0}, r'share must lie in \(0, 1\], got 0'),
         ({'share': 95}, 'got 95'),

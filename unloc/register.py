@@ -341,13 +341,14 @@ def summary(
     digits:int=3, # after the point, in tables
     needs:tuple[str, ...]=(), # columns of a trajectory without which it is undefined
     also:tuple[str, ...]=(), # further values of its option rule, each with a column of its own
+    usual:bool=True, # whether every run is measured by it; if not, only where it is asked for
     **more, # source, name
 ):
     "Register a number that a trajectory is boiled down to"
     if type(margin) not in (int, float) or not 0 < margin < float('inf'): raise ValueError(
         f"the summary {label!r} has the margin {margin!r}; name the smallest difference of "
         "interest, a finite number above 0")
-    about = dict(margin=margin, digits=digits, needs=needs, also=also)
+    about = dict(margin=margin, digits=digits, needs=needs, also=also, usual=usual)
     return _decorator('summary', label=label, **about, **more)
 
 # %% ../nbs/00_register.ipynb #1600a35a

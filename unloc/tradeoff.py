@@ -12,12 +12,12 @@ __all__ = ['AUES_RULES', 'NOT_REACHED', 'MU95_RULES', 'pareto', 'aues', 'check_l
            'judged', 'at', 'summaries', 'measures']
 
 # %% ../nbs/12_tradeoff.ipynb #df1a67ab
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 
 import numpy as np
 
-from .register import Method, methods
+from .register import Method, find, methods, registered_name
 
 # %% ../nbs/12_tradeoff.ipynb #890a54b9
 def _values(
@@ -185,12 +185,14 @@ def _affordable(
     return np.append(fq[:i], fq[i - 1] + share * (fq[i] - fq[i - 1]))
 
 # %% ../nbs/12_tradeoff.ipynb #5307d0d3
-MU95_RULES = {'first_crossing': lambda affordable: affordable[-1], 'best': np.max}
+def _last(affordable)->float: return affordable[-1]
+
+MU95_RULES = {'first_crossing': _last, 'best': np.max, 'crossing': _last}
 
 def mu95(
     model_utility, # [n_checkpoints] MU in [0, 1], in trajectory order, the original model first
     forget_quality, # [n_checkpoints] log10 FQ, at most 0, the same length
-    rule:str='first_crossing', # 'first_crossing' or 'best'; part of every reported result
+    rule:str='first_crossing', # a name in MU95_RULES; part of every reported result
     share:float=.95, # of the original model's MU
 )->float: # log10 FQ, at most 0; more is better
     """Forget quality at 95 % of the original model utility
@@ -215,6 +217,10 @@ def mu95(
         raise ValueError(
             'model_utility[0] is 0: expected the original model first, with some utility to'
             ' lose; check its evaluation')
+    if rule == 'crossing' and (mu >= share * mu[0]).all():
+        raise ValueError(
+            f'{NOT_REACHED}: utility never falls below {share:.0%} of its start, so it has no'
+            " value there; run longer, or take the rule 'first_crossing'")
     return float(MU95_RULES[rule](_affordable(mu, fq, share * mu[0])))
 
 # %% ../nbs/12_tradeoff.ipynb #7c0e51d3
@@ -234,9 +240,16 @@ def at(
     return float(checkpoints[name].iloc[i]) if len(checkpoints) else float('nan')
 
 # %% ../nbs/12_tradeoff.ipynb #8b6a447a
-def summaries()->dict[str, Method]: # name: summary; the package's first, both in the order of names
-    "List what a trajectory is boiled down to"
-    return dict(sorted(methods('summary').items(), key=lambda one: not one[1].own))
+def summaries(
+    more:Iterable[str]=(), # names of those that are asked for, also with options: 'name(level=0.9)'
+)->dict[str, Method]: # name: summary; the package's first, both in the order of names; then more
+    "List what a trajectory is boiled down to: the usual summaries, and those that are asked for"
+    known = sorted(methods('summary').items(), key=lambda one: not one[1].own)
+    found = {name: method for name, method in known if method.about['usual']}
+    asked = [name for name in more if name not in found]
+    if unknown := [name for name in asked if registered_name('summary', name) not in dict(known)]:
+        raise ValueError(f"unknown summary {unknown[0]!r}; known: {', '.join(dict(known))}")
+    return found | {name: find('summary', name) for name in asked}
 
 def _summarised(
     method:Method,
@@ -258,12 +271,10 @@ def _summarised(
 # %% ../nbs/12_tradeoff.ipynb #3142fd65
 def measures(
     points, # pandas.DataFrame with FS and RS, some rows with MU and FQ; in trajectory order
-    options:Mapping[str, Mapping]={}, # name of a summary: its options, such as its rule
+    options:Mapping[str, Mapping]={}, # summary: its options; one that is not usual is asked for so
 )->tuple[dict, dict]: # every summary, then those under other rules; NaN where undefined, and why
     "Measure a trajectory, whatever part of it is undefined"
-    known = summaries()
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"unknown summary {unknown[0]!r}; known: {', '.join(known)}")
+    known = summaries(options)
     asked = {name: (method, options.get(name, {})) for name, method in known.items()}
     for name, method in known.items():
         for rule in method.about['also']:
