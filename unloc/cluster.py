@@ -25,7 +25,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .progress import report
 from .identity import receive, shipment
 from unloc.runs import (Store, _locked, base_of, do_group, groups_of, on_this_machine,
     run_id)
@@ -202,9 +201,7 @@ def on_ray(store:Store, missing:list[dict], jobs:int, compute:Callable)->Iterato
                 for group in groups]
             for done in _round(tasks, wanted, jobs):
                 if isinstance(done, Exception): lost = done; continue
-                for name in done:
-                    del left[name]
-                    report(run=name, fraction=1.)
+                for name in done: del left[name]
                 yield from done
             fruitless = fruitless + 1 if len(left) == before else 0
     if left: raise RuntimeError(f"{len(left)} runs were lost with their workers in three rounds "
