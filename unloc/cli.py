@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unloc.profiles import (
-    SHARED, Problem, check_type, known_name, profiles, project_root, read_json,
+    SHARED, Problem, about, check_type, known_name, profiles, project_root, read_json,
 )
 from .progress import Watch
 from .project import folder_of, init, pages_of
@@ -265,6 +265,13 @@ def _place(notebook:Path, changes:dict, place:dict)->dict:
     return {name: value for name, value in place.items() if name in takes and name not in changes}
 
 # %% ../nbs/18_cli.ipynb #a5c0de0a
+def _near(name:str, names:list[str])->str: # '' where none is
+    "List the names that are most like another one, or hold it"
+    like = difflib.get_close_matches(name, names, 3)
+    like += [one for one in names if len(name) > 2 and name in one]
+    *most, last = map(repr, list(dict.fromkeys(like))[:3]) if like else ('',)
+    return f"{', '.join(most)} or {last}" if most else last
+
 def _meant(
     name:str, # a notebook, with or without its number; its number; what one saves; 'paper'
     every:dict[str, Path], # notebooks of the project by name
@@ -279,9 +286,8 @@ def _meant(
     for one, path in every.items():
         for artefact in artefacts(path): saved.setdefault(artefact.partition('.')[0], one)
     if name in saved: return saved[name]
-    parts = (part for one in every for part in one.split('_', 1))
-    close = difflib.get_close_matches(name, [*every, *parts, *saved, 'paper'], 1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
+    close = _near(name, [*every, *(one.partition('_')[2] for one in every), *saved, 'paper'])
+    hint = f'; did you mean {close}?' if close else ''
     raise Problem(f"unknown notebook {name!r}{hint} (known: {', '.join([*every, 'paper'])}; a "
         "number, or the name of a figure or table, stands for the notebook that saves it)")
 
@@ -464,6 +470,11 @@ def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come f
         f"({', '.join(sorted(kinds))}; this one is {here}): the same seeds give other digits here, "
         "verdicts near a margin may change, and git will show changed files")
 
+def _promised(root:Path, profile:str)->str:
+    "Say what a profile is, how long it takes, and that it can be stopped"
+    said = about(root).get(profile, 'a section of settings.ini.')
+    return f"profile {profile}: {said} Ctrl-C stops it, and the same command goes on."
+
 def _run_all(root, asked, only, watch):
     for i, (notebook, values) in enumerate(asked.chosen.items()):
         label = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}'
@@ -493,6 +504,7 @@ def reproduce(
     with _engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)), _drawn_inline():
         for folder in (asked.copies, asked.store, asked.figures / profile): _writable(folder)
         with _apart(asked.copies / 'stderr.log'), Watch(root, len(asked.chosen)) as watch:
+            watch.say(_promised(root, profile))
             if engine == 'local': _demand_memory(profile, asked, watch)
             _run_all(root, asked, only, watch)
 
@@ -584,6 +596,7 @@ def compute(
     from unloc.joint import together
     with (_engine(engine), _plugged(asked.plugins), _hub(_from_hub(asked.chosen)),
             Watch(root) as watch):
+        watch.say(_promised(root, profile))
         if engine == 'local': _demand_memory(profile, asked, watch)
         lists = {notebook: wanted(notebook, values) for notebook, values in asked.chosen.items()}
         found = [description for runs in lists.values() for description in runs]
@@ -648,10 +661,11 @@ def _notebooks_shown(root:Path)->list[str]:
         _row('', '  paper/unloc.pdf')]
 
 def _profiles_shown(root:Path)->list[str]:
-    found = ['profiles']
+    found, said = ['profiles'], about(root)
     for name, values in profiles(root).items():
         listed = ', '.join(values.get('notebooks', ['all before 40']))
-        found.append(_row(name, f'notebooks: {listed}'))
+        found += [_row(name, said[name])] if name in said else []
+        found.append(_row('' if name in said else name, f'notebooks: {listed}'))
     return found
 
 def show(root:Path)->None:
