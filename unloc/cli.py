@@ -779,8 +779,10 @@ def _do(command:str, asked:dict)->int: # exit status
     if command == 'init': return _init(**asked)
     root = project_root()
     os.environ['UNLOC_PROJECT'] = str(root) # for kernels and workers
-    if (data := os.environ.get('UNLOC_TOFU')) and Path(data).exists():
-        os.environ['UNLOC_TOFU'] = str(Path(data).resolve()) # notebooks run elsewhere
+    for name in ('UNLOC_TOFU', 'UNLOC_TENSORBOARD'): # notebooks run elsewhere
+        place = os.environ.get(name)
+        if place and (Path(place).exists() or name != 'UNLOC_TOFU'):
+            os.environ[name] = str(Path(place).resolve())
     if command == 'list': show(root)
     elif command == 'pages': _store_results(root)
     elif command == 'pack': _to_file(root, **asked)

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .arguments import checked
+from .events import events
 from .identity import demand, load_plugins, receive, shipment
 from .progress import report, watched
 from .project import checkout, in_checkout
@@ -423,14 +424,21 @@ def _described(descriptions)->list[dict]:
         f"a run is described by a dictionary with its kind, got {odd[0]!r:.60}")
     return descriptions
 
-def _do_stages(store, waiting:list[list[dict]], do:Callable)->None: # do: the runs of a stage
+def _do_stages(
+    store,
+    waiting:list[list[dict]], # stages of what may be missing
+    do:Callable, # the runs of a stage, and name each when it is done
+    keep:Callable, # is given the folder of each
+)->None:
     "Do the stages of a sweep, each when those before it are done, and report how far they are"
     before, of = 0, sum(map(len, waiting))
     for stage in waiting:
         missing = [d for d in stage if d not in store and not store.lost(d)]
         ids = [run_id(d) for d in missing]
         if ids: report(stage=missing[0]['kind'], ids=ids, before=before, of=of)
-        for name in do(missing) if ids else (): report(run=name, fraction=1.)
+        for name in do(missing) if ids else ():
+            report(run=name, fraction=1.)
+            keep(store.root / name)
         before += len(stage)
 
 # %% ../nbs/14_runs.ipynb #6529eec2
@@ -450,14 +458,16 @@ def sweep(
         got = f'sweep takes a function that computes a run, got {compute!r:.60}'
         raise ValueError(f"{got}; give unloc.steps.compute")
     load_plugins()
+    keep = events()
     _meet(store, descriptions, mixed)
     # of a finished run, too: its parents may have been deleted
     waiting = [[d for d in stage if d not in store] for stage in stages(descriptions)]
     with watched() if any(waiting) else contextlib.nullcontext():
-        _do_stages(store, waiting, lambda missing: through(store, missing, jobs, compute))
+        _do_stages(store, waiting, lambda missing: through(store, missing, jobs, compute), keep)
     found = [store[d] for d in descriptions]
     _meet(store, descriptions, mixed)
     _name_diverged(store, found)
+    for run in found: keep(run.path)
     return found
 
 # %% ../nbs/14_runs.ipynb #dad388b1
