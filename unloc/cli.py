@@ -151,11 +151,12 @@ def _apart(log:Path):
         sys.stderr = said
         os.close(ours)
 
-def _answering(said=''):
-    "Demand that the Ray cluster answers"
-    from unloc.cluster import cluster
-    try: cluster()
-    except (ConnectionError, ImportError) as error: raise Problem(f'{said}{error}') from None
+def _answering(engine:str, said='')->None:
+    "Demand that the cluster of an engine answers"
+    from unloc.cluster import cluster, slurm
+    try: {'ray': cluster, 'slurm': slurm}.get(engine, dict)()
+    except (ConnectionError, ImportError, ValueError) as error:
+        raise Problem(f'{said}{error}') from None
 
 # %% ../nbs/18_cli.ipynb #f278b5c6
 _LESS_MEMORY = '; where memory ran out, --jobs 1 needs less, and unloc plan says how much'
@@ -199,7 +200,7 @@ def _execute(notebook, copy, values):
         remedy = f'{_remedy(said, *places)} (executed copy: {copy})'
         raise Problem(f"{notebook} failed: {said}{remedy}") from None
     except Exception as error: # the disk, or a kernel that died
-        if os.environ.get('UNLOC_ENGINE') == 'ray': _answering(f'{notebook} failed: ')
+        _answering(os.environ.get('UNLOC_ENGINE', 'local'), f'{notebook} failed: ')
         said = _said(error)
         remedy = _LESS_MEMORY if 'died' in str(error) else _remedy(said, copy.parent)
         messages = copy.with_name('stderr.log')
@@ -232,7 +233,7 @@ def _at_once(
     jobs:int|None, # of the command line
     profile:str, # for errors
     values:dict, # of the profile
-    engine:str, # 'local' or 'ray'
+    engine:str, # 'local', or that of a cluster
 )->int|None: # None: the cluster's room
     "Give the number of runs at once: the command's, else the profile's, else one a core"
     from unloc.runs import cores
@@ -337,7 +338,7 @@ def order(
     changes:dict=(), # parameters that differ from the profile's
     out:Path|None=None, # in place of figures/
     store:Path|None=None, # in place of _runs/
-    engine:str='local', # 'ray': on a cluster
+    engine:str='local', # 'ray' or 'slurm': on a cluster
     plugin:list[Path]=(), # files that register methods, besides those of the profile
 )->Order:
     "Read the profile, choose notebooks and give out parameters"
@@ -392,7 +393,7 @@ def _plugged(files:list[Path]):
 def _engine(name:str): # a name in unloc.cluster.ENGINES
     "Let sweeps happen there, once it has answered"
     from unloc.cluster import ENGINES
-    if known_name('engine', name, ENGINES) == 'ray': _answering()
+    _answering(known_name('engine', name, ENGINES))
     before = os.environ.get('UNLOC_ENGINE')
     os.environ['UNLOC_ENGINE'] = name
     try: yield
@@ -492,7 +493,7 @@ def reproduce(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
     only:list[str]=(), # notebooks, 'paper'; all when empty
-    engine:str='local', # 'ray': on the cluster at RAY_ADDRESS, or that of this machine
+    engine:str='local', # or 'ray', on the cluster at RAY_ADDRESS or of this machine; 'slurm'
     **rest, # as in order
 )->None:
     "Regenerate the figures and tables of a profile, and the paper"
@@ -584,7 +585,7 @@ def compute(
     root:Path, # the checkout
     profile:str='tiny', # a section of settings.ini
     only:list[str]=(), # notebooks; all when empty
-    engine:str='local', # 'ray': on the cluster at RAY_ADDRESS, or that of this machine
+    engine:str='local', # or 'ray', on the cluster at RAY_ADDRESS or of this machine; 'slurm'
     **rest, # as in order
 )->int: # runs that there are now
     "Do the runs that the notebooks of a profile ask for, and execute what only measures"
@@ -722,8 +723,8 @@ def _shared(command:argparse.ArgumentParser)->None:
 # %% ../nbs/18_cli.ipynb #abd2e1b8
 def _where(command:argparse.ArgumentParser)->None:
     command.add_argument('--engine', default=os.environ.get('UNLOC_ENGINE') or 'local',
-        help='where runs happen: local (default), or ray: on the Ray cluster at RAY_ADDRESS, '
-            'or else that of this machine; --jobs then means at most')
+        help='where runs happen: local (default); ray: on the Ray cluster at RAY_ADDRESS, '
+            'or else that of this machine; slurm: as jobs. --jobs then means at most')
     command.add_argument('--at-once', type=int, metavar='N',
         help='runs of one base that share a pass, at most (default: 32 on a GPU, 1 on a CPU)')
     command.add_argument('--out', type=Path, metavar='DIR',
