@@ -210,6 +210,7 @@ def _in_rounds(
         f"{' '.join(str(lost).split())[:200]}; start again when the cluster is well, "
         "finished runs are kept")
 
+# %% ../nbs/15_cluster.ipynb #997bb419
 def _place(missing:list[dict])->str: # 'CPU' or 'GPU'
     "Say what each run wants for itself"
     return 'GPU' if any(base_of(d).get('_device') == 'cuda' for d in missing) else 'CPU'
@@ -237,6 +238,7 @@ def slurm()->dict: # settings of submitit
         "there is no srun here; start the command where jobs are submitted to Slurm")
     return {'cluster': 'slurm', 'timeout_min': 240, 'cpus_per_task': 1} | given
 
+# %% ../nbs/15_cluster.ipynb #1ff60b17
 def _answered(work:tuple)->list[str]|Exception: # names of finished runs, or why there are none
     try: return _work_on_node(*work)
     except Exception as error: return error
