@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'unloc.export._region_said': ('export.html#_region_said', 'unloc/export.py'),
                               'unloc.export._save_change': ('export.html#_save_change', 'unloc/export.py'),
                               'unloc.export._settings': ('export.html#_settings', 'unloc/export.py'),
+                              'unloc.export._sizes': ('export.html#_sizes', 'unloc/export.py'),
                               'unloc.export._start': ('export.html#_start', 'unloc/export.py'),
                               'unloc.export._started_from': ('export.html#_started_from', 'unloc/export.py'),
                               'unloc.export._title': ('export.html#_title', 'unloc/export.py'),
