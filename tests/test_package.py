@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def wheel_file(tmp_path_factory, command): # command: skips where there is none
     "Build the wheel"
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "settings.ini", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "settings.ini", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "unloc", source / "unloc")
     (source / "nbs").mkdir()

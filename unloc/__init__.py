@@ -96,6 +96,7 @@ Modules:
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
 - `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
 - `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
-- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
+- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared
+- `unloc.wheel`: Build a wheel that carries the result pages and their profiles"""
 
 __version__ = "0.1.0"

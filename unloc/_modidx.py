@@ -2185,4 +2185,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'unloc.ways.random_facts': ('ways.html#random_facts', 'unloc/ways.py'),
                             'unloc.ways.random_llama': ('ways.html#random_llama', 'unloc/ways.py'),
                             'unloc.ways.step_ways': ('ways.html#step_ways', 'unloc/ways.py'),
-                            'unloc.ways.usual_way': ('ways.html#usual_way', 'unloc/ways.py')}}}
+                            'unloc.ways.usual_way': ('ways.html#usual_way', 'unloc/ways.py')},
+            'unloc.wheel': { 'unloc.wheel.BuildWithPages': ('wheel.html#buildwithpages', 'unloc/wheel.py'),
+                             'unloc.wheel.BuildWithPages.run': ('wheel.html#buildwithpages.run', 'unloc/wheel.py')}}}

@@ -365,7 +365,7 @@ methods.WATCHERS.append(_watch)
 APART = (
     'arguments', 'register', 'identity', 'settings', 'progress', 'project', 'events', 'runs',
     'transport', 'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study',
-    'figures', 'export', 'cli') # no result depends on them
+    'figures', 'export', 'wheel', 'cli') # no result depends on them
 _ROOT = Path(__file__).parent if '__file__' in globals() else Path(find_spec('unloc').origin).parent
 
 def _file(
