@@ -19,7 +19,7 @@ lab: $(VENV)/lab
 
 # The pages as a site in build/site, offline, from the results that the notebooks and figures/ store.
 site: $(VENV)/site
-	$(BIN)/python site/build.py $(ARGS)
+	$(BIN)/python nbs/site/build.py $(ARGS)
 
 # After editing notebooks: write unloc/*.py and clean what is not content.
 export: $(VENV)/installed
