@@ -32,7 +32,7 @@ def report(**event)->None:
 # %% ../nbs/00_progress.ipynb #ab31ca12
 class Lines:
     "Show a stage by a line every half a minute, and by one at its end"
-    every = 30. # seconds
+    every, name = 30., '' # seconds; of the page
 
     def say(self, text): print(text, flush=True)
 
@@ -40,7 +40,7 @@ class Lines:
     def draw(self): pass
 
     def stage(self, name, total):
-        self.label, self.total = f'{self.name} {name}', total
+        self.label, self.total = f'{self.name} {name}'.lstrip(), total
         self.began = self.told = time.monotonic()
 
     def reach(self, n, share):
