@@ -11,6 +11,7 @@ reproduce: $(VENV)/installed
 	$(BIN)/unloc reproduce $(ARGS)
 
 test: $(VENV)/installed
+	@echo "All tests: about an hour on two cores; one file of them with ARGS=tests/test_masked.py."
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lab: $(VENV)/lab
@@ -18,7 +19,7 @@ lab: $(VENV)/lab
 
 # The pages as a site in build/site, offline, from the results that the notebooks and figures/ store.
 site: $(VENV)/site
-	$(BIN)/python site/build.py $(ARGS)
+	$(BIN)/python nbs/site/build.py $(ARGS)
 
 # After editing notebooks: write unloc/*.py and clean what is not content.
 export: $(VENV)/installed
@@ -31,15 +32,19 @@ pages: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'unloc needs Python 3.11 or later; name one with: make PYTHON=python3.11')"
+	@echo "Setting up $(VENV), once: about 130 packages, some minutes of downloads, 2.1 GB of disk (6 GB where PyPI has torch with CUDA alone)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@echo "$(VENV) is ready."
 	touch $@
 
 $(VENV)/lab: $(VENV)/installed requirements-lab.txt
+	@echo "Adding JupyterLab to $(VENV), once: a minute."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lab.txt
 	touch $@
 
 $(VENV)/site: $(VENV)/installed requirements-site.txt
+	@echo "Adding Sphinx to $(VENV), once: a minute."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-site.txt
 	touch $@

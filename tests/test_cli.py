@@ -273,6 +273,22 @@ def test_what_no_notebook_is_called_is_one_line_with_the_nearest(word, hint):
     assert not hint or f"; did you mean '{hint}" in said
     assert "20_injection_ratio, 21_oracle_random" in said and ", paper; a number, or" in said
 
+@pytest.mark.parametrize("file", sorted((ROOT / "figures").glob("*/*.tex")), ids=lambda f: f.stem)
+def test_a_saved_table_is_printed_in_three_forms(file, capsys, monkeypatch):
+    from unloc.cli import main
+    monkeypatch.chdir(ROOT)
+    def printed(form):
+        words = file.stem, "--profile", file.parent.name, "--as", form
+        assert main(["table", *words]) == 0
+        return capsys.readouterr().out
+    assert printed("latex") == file.read_text("utf-8")
+    assert printed("csv") == file.with_suffix(".csv").read_text("utf-8")
+    about = json.loads(file.with_suffix(".json").read_text("utf-8"))
+    head, rule, *rows = printed("markdown").split("\n\n")[0].splitlines()
+    assert len(rows) == len(about["rows"]) and rule == "|" + " --- |" * len(about["columns"])
+    assert main(["table", f"{file.stem}x", "--profile", file.parent.name]) == 1
+    assert f"did you mean '{file.stem}'?" in capsys.readouterr().err
+
 # --- a level that no run reaches
 
 def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):

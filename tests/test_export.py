@@ -307,6 +307,8 @@ def test_a_card_says_what_was_done(exported):
         (exported(name) / "README.md").read_text("utf-8"), "What was done")} for name in RUNS}
     oracle = said["oracle"]
     assert oracle["facts"].startswith("Author world: n_authors 3, n_forget 1, n_holdout 2, sha256")
+    assert oracle["to be forgotten"] == "10 facts, all of the forget set"
+    assert "to be forgotten" not in said["base"] and "to be forgotten" in said["zeroed"]
     assert oracle["objective"] == "WGA: lr 0.01, epochs 2, batch_size 4"
     assert oracle["region"].startswith("Oracle: the target region")
     assert "32 value vectors, 25.0% of all" in oracle["region"]

@@ -1,6 +1,6 @@
 """What a package brings along: a wheel with types and metadata, and files that say how to cite it,
 what changed and how to take part."""
-import email, re, shutil, subprocess, sys, tomllib, zipfile
+import email, re, shutil, subprocess, sys, sysconfig, tomllib, zipfile
 from pathlib import Path
 import pytest
 import unloc
@@ -9,10 +9,10 @@ from unloc.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory, command): # command: skips where there is none
+def wheel_file(tmp_path_factory, command): # command: skips where there is none
     "Build the wheel"
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "settings.ini", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "settings.ini", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "unloc", source / "unloc")
     (source / "nbs").mkdir()
@@ -25,8 +25,12 @@ def wheel(tmp_path_factory, command): # command: skips where there is none
         capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     made, = (source / "dist").glob("*.whl")
-    with zipfile.ZipFile(made) as archive:
-        yield {name: archive.read(name) for name in archive.namelist()}
+    return made
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file): # name: content
+    with zipfile.ZipFile(wheel_file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 @pytest.fixture(scope="module")
 def metadata(wheel):
@@ -55,6 +59,34 @@ def test_every_address_stands_in_the_readme_too(metadata):
     readme = (ROOT / "README.md").read_text("utf-8")
     urls = [line.partition(", ")[2] for line in metadata.get_all("Project-URL")]
     assert urls and all(url in readme for url in urls)
+
+@pytest.mark.slow
+def test_a_wheel_works_in_an_environment_of_its_own(wheel_file, tmp_path, guarded):
+    "Nothing of the checkout is reached; libraries are those of this environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "own"], check=True)
+    here = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    python = tmp_path / "own" / "bin" / "python"
+    shelf = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True, capture_output=True, encoding="utf-8").stdout.strip()
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel_file)],
+        check=True)
+    # behind its own; what these folders would add by .pth files, such as a checkout, is not read
+    Path(shelf, "libraries.pth").write_text("\n".join({*here.values()}) + "\n", "utf-8")
+    env = {k: v for k, v in guarded.items() if not k.startswith("UNLOC_P")}
+    def call(*words, cwd=tmp_path):
+        done = subprocess.run([tmp_path / "own" / "bin" / "unloc", *words], cwd=cwd, env=env,
+            capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    where = subprocess.run([python, "-c", "import unloc; print(unloc.__file__)"], cwd=tmp_path,
+        check=True, capture_output=True, encoding="utf-8", env=env).stdout
+    assert where.startswith(str(tmp_path / "own"))
+    assert call("--version") == f"unloc {unloc.__version__}\n"
+    assert re.search(r"^  21_oracle_random +\S", call("list"), re.M)
+    call("init", "mine")
+    planned = call("plan", "--profile", "mine", cwd=tmp_path / "mine")
+    assert "profile mine: " in planned and planned.endswith("everything is there and fits\n")
 
 def citation():
     yaml = pytest.importorskip("yaml")
@@ -85,7 +117,8 @@ def test_files_and_pages_that_are_named_exist(name, capsys):
         assert (ROOT / path).exists(), path
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     for link in links: assert (ROOT / link).exists(), link
-    commands = set(re.findall(r"\bunloc (reproduce|plan|run|list|pack|unpack|init|export)\b", text))
+    known = "reproduce|plan|run|list|pack|unpack|init|export|table"
+    commands = set(re.findall(rf"\bunloc ({known})\b", text))
     for command in commands:
         with pytest.raises(SystemExit) as stopped: main([command, "--help"])
         assert stopped.value.code == 0 and "usage: unloc" in capsys.readouterr().out

@@ -193,7 +193,7 @@ def test_jobs_are_a_limit_and_workers_do_the_work(on_ray, tmp_path, monkeypatch)
     assert str(os.getpid()) not in {line.split()[2] for line in lines(tmp_path / "log")}
     # the driver's alone: a node has no such file
     events = [json.loads(line) for line in lines(tmp_path / "events")]
-    assert events[0]["total"] == 4
+    assert events[0]["of"] == 4
     assert sorted(e["run"] for e in events[1:]) == sorted(events[0]["ids"])
     assert {e["fraction"] for e in events[1:]} == {1.}
     assert {run.json()["told"] for run in found} == {None}
@@ -360,7 +360,7 @@ def test_a_silent_address_is_given_up_in_time(silent, monkeypatch):
         (
             ["--engine", "rey"],
             None,
-            "unknown engine 'rey'; did you mean 'ray'? (known: local, ray)"),
+            "unknown engine 'rey'; did you mean 'ray'? (known: local, ray, slurm)"),
         (
             ["--engine", "ray"],
             ("RAY_ADDRESS", "nonsense"),

@@ -455,7 +455,7 @@ def test_progress_reaches_the_file(tmp_path, monkeypatch):
     sweep(Store(tmp_path / "s"), [{"kind": "progress", "n": n} for n in range(2)], compute=steps)
     events = [json.loads(line) for line in (tmp_path / "events").read_text("utf-8").splitlines()]
     assert events[0]["stage"] == "progress"
-    assert events[0]["total"] == 2 == len(set(events[0]["ids"]))
+    assert events[0]["of"] == 2 == len(set(events[0]["ids"])) and events[0]["before"] == 0
     for name in events[0]["ids"]:
         # of 100 within a second, the first; and the end
         assert [e["fraction"] for e in events if e.get("run") == name] == [0., 1.]

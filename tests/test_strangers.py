@@ -232,7 +232,7 @@ def of(runs, **fields): # names of the runs whose descriptions have some fields
 def wheel(tmp_path_factory, command): # command: skips where there is none
     "Install the package as a wheel into a folder; None where no wheel can be made"
     source, to = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("pyproject.toml", "setup.py", "settings.ini", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "settings.ini", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("unloc", "nbs"): shutil.copytree(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

@@ -237,12 +237,23 @@ def _model_said(base:dict)->str: # base: description
     how = f"{label('arch', base['arch'])}, {base['precision']}"
     return f"{how}: {_settings(base['model'])}"
 
+_FORGETS = 'unlearn', 'edit' # kinds of run that are to forget
+
+def _sizes(run:Run)->dict[str, int]: # part of the facts: how many a run was judged on
+    "Count the facts of the sets that a run was judged on"
+    name = 'evaluation' if run.description['kind'] in ('inject', 'teach') else 'facts'
+    found = run.tensors(f'{name}.safetensors')
+    return {part: found[f'{part}_es'].shape[-1] for part in ('forget', 'retain')
+        if f'{part}_es' in found}
+
 # %% ../nbs/17_export.ipynb #a3f96f0e
 def what_was_done(run:Run, region=None)->dict[str, str]: # what: in words
     "Say how the model of a run came about"
     d, base = run.description, base_of(run.description)
     found = {'facts': _named(label('dataset', base['data'].get('name', 'data')),
         {name: x for name, x in base['data'].items() if name != 'name'})}
+    if d['kind'] in _FORGETS:
+        found['to be forgotten'] = f"{_sizes(run)['forget']} facts, all of the forget set"
     found['model'] = _model_said(base)
     line = {one['kind']: one for one in _line(d)}
     if base.get('pretrain'): found['pretraining'] = _settings(base['pretrain'])
@@ -377,11 +388,8 @@ def _asked(run:Run)->str: # '' where it is not known
     if run.description['kind'] == 'base':
         judged = _children(run, 'judge')
         return f'Measured by run `{judged[0].path.name}`.\n\n' if judged else ''
-    name = 'evaluation' if run.description['kind'] in ('inject', 'teach') else 'facts'
-    found = run.tensors(f'{name}.safetensors')
-    n = {part: found[f'{part}_es'].shape[-1] for part in ('forget', 'retain')
-        if f'{part}_es' in found}
-    return f"Measured on {' and '.join(f'{k} {part} facts' for part, k in n.items())}.\n\n"
+    told = [f'{k} {part} facts' for part, k in _sizes(run).items()]
+    return f"Measured on {' and '.join(told)}.\n\n"
 
 # %% ../nbs/17_export.ipynb #32521553
 def _measured(run:Run, known:dict)->str: # known: from `measured`
@@ -391,8 +399,6 @@ def _measured(run:Run, known:dict)->str: # known: from `measured`
     return f'{table}\n\n{_asked(run)}' + _points(f'**{k}**: {x}.' for k, x in MEASURES.items())
 
 def _points(lines)->str: return '\n'.join(f'- {line}' for line in lines)
-
-_FORGETS = 'unlearn', 'edit' # kinds of run that are to forget
 
 def _recovery(run:Run, attacks:list[Attacked])->str:
     "Write what attacks recovered, and that no attack is no proof"

@@ -363,9 +363,9 @@ methods.WATCHERS.append(_watch)
 
 # %% ../nbs/14_identity.ipynb #ac2b5f05
 APART = (
-    'arguments', 'register', 'identity', 'settings', 'progress', 'project', 'runs', 'transport',
-    'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study', 'figures',
-    'export', 'cli') # no result depends on them
+    'arguments', 'register', 'identity', 'settings', 'progress', 'project', 'events', 'runs',
+    'transport', 'cluster', 'joint', 'cost', 'plan', 'pages', 'comparison', 'profiles', 'study',
+    'figures', 'export', 'wheel', 'cli') # no result depends on them
 _ROOT = Path(__file__).parent if '__file__' in globals() else Path(find_spec('unloc').origin).parent
 
 def _file(

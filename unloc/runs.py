@@ -21,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .arguments import checked
+from .events import events
 from .identity import demand, load_plugins, receive, shipment
-from .progress import report
+from .progress import report, watched
 from .project import checkout, in_checkout
 
 # %% ../nbs/14_runs.ipynb #fe170f05
@@ -337,9 +338,7 @@ def do_group(store:Store, group:list[dict], compute:Callable)->list[str]: # name
 def _work(store, group, compute, parent, sent=None)->list[str]:
     _leave_with(parent)
     receive(sent)
-    names = do_group(store, group, compute)
-    for name in names: report(run=name, fraction=1.)
-    return names
+    return do_group(store, group, compute)
 
 def on_this_machine(store:Store, missing:list[dict], jobs:int, compute:Callable)->Iterator[str]:
     "Do runs in processes of this machine and name each when it is done"
@@ -425,11 +424,22 @@ def _described(descriptions)->list[dict]:
         f"a run is described by a dictionary with its kind, got {odd[0]!r:.60}")
     return descriptions
 
-def _follow(done:Iterable, missing:list[dict])->None:
-    "Wait for runs, with a bar where nobody else shows one"
-    from tqdm.std import tqdm
-    hidden = True if 'UNLOC_PROGRESS' in os.environ else None
-    for _ in tqdm(done, total=len(missing), desc=missing[0]['kind'], disable=hidden): pass
+def _do_stages(
+    store,
+    waiting:list[list[dict]], # stages of what may be missing
+    do:Callable, # the runs of a stage, and name each when it is done
+    keep:Callable, # is given the folder of each
+)->None:
+    "Do the stages of a sweep, each when those before it are done, and report how far they are"
+    before, of = 0, sum(map(len, waiting))
+    for stage in waiting:
+        missing = [d for d in stage if d not in store and not store.lost(d)]
+        ids = [run_id(d) for d in missing]
+        if ids: report(stage=missing[0]['kind'], ids=ids, before=before, of=of)
+        for name in do(missing) if ids else ():
+            report(run=name, fraction=1.)
+            keep(store.root / name)
+        before += len(stage)
 
 # %% ../nbs/14_runs.ipynb #6529eec2
 @checked(but=['descriptions', 'jobs', 'compute'])
@@ -448,14 +458,16 @@ def sweep(
         got = f'sweep takes a function that computes a run, got {compute!r:.60}'
         raise ValueError(f"{got}; give unloc.steps.compute")
     load_plugins()
+    keep = events()
     _meet(store, descriptions, mixed)
-    for stage in stages(descriptions): # of a finished run, too: its parents may have been deleted
-        if not (missing := [d for d in stage if d not in store and not store.lost(d)]): continue
-        report(stage=missing[0]['kind'], total=len(missing), ids=[run_id(d) for d in missing])
-        _follow(through(store, missing, jobs, compute), missing)
+    # of a finished run, too: its parents may have been deleted
+    waiting = [[d for d in stage if d not in store] for stage in stages(descriptions)]
+    with watched() if any(waiting) else contextlib.nullcontext():
+        _do_stages(store, waiting, lambda missing: through(store, missing, jobs, compute), keep)
     found = [store[d] for d in descriptions]
     _meet(store, descriptions, mixed)
     _name_diverged(store, found)
+    for run in found: keep(run.path)
     return found
 
 # %% ../nbs/14_runs.ipynb #dad388b1

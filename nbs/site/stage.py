@@ -5,7 +5,7 @@ from pathlib import Path
 
 import api
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / "nbs"
 FIRST = "tiny" # the profile whose figures a page shows, where it has them
 TEXTS = {"README.md": "guide", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
