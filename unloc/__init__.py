@@ -17,6 +17,7 @@ Modules:
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
