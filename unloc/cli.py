@@ -553,6 +553,12 @@ def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come f
         f"({', '.join(sorted(kinds))}; this one is {here}): the same seeds give other digits here, "
         "verdicts near a margin may change, and git will show changed files")
 
+def _find(root:Path, copies:Path)->None: # copies: where executed pages go
+    "Compute what the manuscript quotes, from the figures that are saved"
+    page, saved = root / 'nbs' / '90_findings.ipynb', root / 'figures'
+    values = {'saved': str(saved), 'out': str(saved / 'findings')}
+    _execute(page, copies / page.name, values)
+
 def _run_all(root, asked, only, watch):
     for i, (notebook, values) in enumerate(asked.chosen.items()):
         watch.label = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}'
@@ -562,6 +568,7 @@ def _run_all(root, asked, only, watch):
         watch.say(f"  done in {time.monotonic() - began:.0f} s")
     manuscript = (root / 'paper' / 'unloc.typ').exists()
     if 'paper' in only or not only and manuscript and asked.figures == root / 'figures':
+        _find(root, asked.copies)
         watch.say(f"  wrote {compile_paper(root).relative_to(root)}")
 
 # %% ../nbs/18_cli.ipynb #24417ed6
@@ -585,30 +592,19 @@ def reproduce(
             _run_all(root, asked, only, watch)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
-def _told()->dict[str, str]: # name: JSON
-    "Tell the manuscript what the register knows: labels, and defaults that no profile sets"
-    from unloc.register import METHODS, methods
-    from unloc.training import Recipe
-    labels = {kind: {name: m.label for name, m in methods(kind).items()} for kind in METHODS}
-    options = {name: {option: default for option, (_, default) in m.options.items()}
-        for name, m in methods('objective').items()}
-    usual = vars(Recipe('wga', lr=1., epochs=1))
-    recipe = {name: usual[name] for name in ('batch_size', 'every', 'gamma', 'alpha')}
-    found = {'labels': labels, 'options': options, 'recipe': recipe}
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
-
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
-    "Compile the manuscript, told what the register knows"
+    "Compile the manuscript, which reads its numbers from figures/findings"
     import typst
     from unloc.figures import write_whole
     source, pdf = (root / 'paper' / f'unloc.{suffix}' for suffix in ('typ', 'pdf'))
-    own = {'ignore_system_fonts': True, 'sys_inputs': _told()}
+    own = {'ignore_system_fonts': True}
     own['pdf_tags'] = False # typst 0.15 fails to tag floats in some layouts
     try: write_whole(pdf, typst.compile(str(source), root=str(root), **own))
     except OSError as error: raise Problem(_said(error)) from None
     except typst.TypstError as error:
         why = f"the paper does not compile: {' '.join(str(error).split())}"
-        raise Problem(f"{why}; regenerate the figures it reads with unloc reproduce") from None
+        remedy = "regenerate the figures with unloc reproduce, and rewrite what no longer holds"
+        raise Problem(f"{why}; {remedy}") from None
     return pdf
 
 # %% ../nbs/18_cli.ipynb #83de6133
