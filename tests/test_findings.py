@@ -1,5 +1,5 @@
-"""What pages, README and manuscript say is what the committed figures hold: each finding is computed
-anew, every number cites one, and a claim that no longer holds stops the text that makes it."""
+"""What pages, README and manuscript say is what the committed figures hold: each finding is
+computed anew, every number cites one, and a claim that no longer holds stops its text."""
 import json, re, shutil
 from pathlib import Path
 
@@ -283,8 +283,8 @@ def test_all_pages_with_a_committed_result_are_read():
     assert len(SAYING) == 22 and SAYING[-1].stem == "56_unlearning_token" # of other runs, too
 
 VERSIONS = ("Python 3.11", "Llama 3.1", "torch 2.11.0", "CUDA 13.0", "5.17.0", "| 1.5 ×", "Phi 1.5",
-    "Llama 3.2", "4.51 and", "torch 2.11", "transformers 5.17", "3.11, 3.12 and 3.13", "Python 3.12", "-3.13",
-    "Apache-2.0", "OLMo 2", "95 %")
+    "Llama 3.2", "4.51 and", "torch 2.11", "transformers 5.17", "3.11, 3.12 and 3.13",
+    "Python 3.12", "-3.13", "Apache-2.0", "OLMo 2", "95 %")
 
 def test_every_decimal_of_the_readme_is_a_finding_or_a_version():
     assert unsupported((ROOT / "README.md").read_text("utf-8"), found, VERSIONS, True) == []
@@ -297,7 +297,8 @@ def test_a_text_that_the_data_no_longer_support_is_named():
         ("tiny.area.held are", False, "fails")):
         other[name] = type(found[name])(**vars(found[name]) | {"value": value, "printed": printed})
     problems = unsupported(text, other, decimals=True)
-    assert [p.split(":")[0] for p in problems] == ["tiny.area.llama.rmu", "tiny.area.held are", "0.047"]
+    names = [problem.split(":")[0] for problem in problems]
+    assert names == ["tiny.area.llama.rmu", "tiny.area.held are", "0.047"]
 
 # --- the manuscript
 
