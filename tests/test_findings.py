@@ -1,10 +1,13 @@
-"""What a result page says it finds is what the committed figures hold: each number of a finding is
-computed anew, and its sentence must carry it."""
-import json
+"""What pages, README and manuscript say is what the committed figures hold: each finding is
+computed anew, every number cites one, and a claim that no longer holds stops its text."""
+import json, re, shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from unloc.findings import load, quoted, unsupported
+from unloc.pages import execute_page
 from unloc.profiles import profiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +16,7 @@ EVERY = sorted((ROOT / "nbs").glob("[23][0-9]_*.ipynb"))
 DRAWN = profiles(ROOT)["tiny"]["notebooks"] # the pages whose figures are committed
 PAGES = {p.stem[:2]: p for p in EVERY if p.stem in DRAWN}
 HELD = .05
+COMMENT = re.compile("<!--.*?-->")
 WORDS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -31,7 +35,7 @@ def finding(n):
         if c["cell_type"] == "markdown"]
     found = [text for text in cells if text.startswith("## What we find")]
     assert len(found) == 1 and cells[-1] == found[0], "one finding, at the end of the page"
-    return " ".join(found[0].split())
+    return " ".join(COMMENT.sub("", found[0]).split())
 
 def carries(n, *parts):
     text = finding(n)
@@ -227,13 +231,121 @@ def test_31_injection():
         f"{signed(usual.loc['AUES'])} AUES and {signed(usual.loc['recovered'])} of what was"
         " forgotten")
 
-def test_the_paper_compiles_with_what_the_register_knows():
+# --- findings by name
+
+FINDINGS = ROOT / "figures" / "findings" / "findings.json"
+PAGE = ROOT / "nbs" / "90_findings.ipynb"
+SAYING = [p for p in sorted((ROOT / "nbs").glob("[2-5][0-9]_*.ipynb"))
+    if "## What we find" in p.read_text("utf-8")]
+found = load(FINDINGS)
+
+def computed(saved, out):
+    execute_page(PAGE, {"saved": str(saved), "out": str(out)})
+    return json.loads((out / "findings.json").read_text("utf-8"))
+
+def test_findings_are_those_of_the_saved_figures(tmp_path):
+    stored = json.loads(FINDINGS.read_text("utf-8"))
+    again = computed(ROOT / "figures", tmp_path)
+    assert again == stored, "call: unloc reproduce --profile findings"
+    names = {name.removesuffix(".interval") for name in quoted(ROOT)}
+    assert {name.removesuffix(".interval") for name in found} <= names, "nothing quotes a finding"
+
+def test_what_is_not_saved_is_left_out_by_name(tmp_path):
+    for name in ("table2_oracle_random", "localization"):
+        for file in TINY.glob(f"{name}*"):
+            (tmp_path / "figures/tiny").mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "figures/tiny")
+    about = computed(tmp_path / "figures", tmp_path / "out")
+    names = {row["name"] for row in about["rows"]}
+    assert "tiny.find.chance" in names and "tiny.recovery.held" not in names
+    assert about["skipped"]["tiny: 28_recovery"] == (
+        "no committed data: tiny/table3_recovery.json")
+    assert "study/bases.json" in about["skipped"]["study: 32_bases"]
+
+def said(page):
+    cells = ("".join(c["source"]) for c in json.loads(page.read_text("utf-8"))["cells"])
+    return next(text for text in cells if text.startswith("## What we find"))
+
+@pytest.mark.parametrize("page", SAYING, ids=lambda page: page.stem)
+def test_every_decimal_of_a_page_names_where_it_comes_from(page):
+    assert unsupported(said(page), found, decimals=True) == []
+
+DIRECTION = re.compile(
+    r"\b(better|worse|more|most|less|ahead|nearer|nearest|farther|deeper|strongest|steepest"
+    r"|overshoots|none|no)\b")
+
+@pytest.mark.parametrize("page", SAYING[:-1], ids=lambda page: page.stem)
+def test_every_comparison_in_words_cites_a_finding(page):
+    sentences = re.split(r"(?<=[.;])\s+", said(page))
+    alone = [s for s in sentences if DIRECTION.search(COMMENT.sub("", s)) and not COMMENT.search(s)]
+    assert alone == []
+
+def test_all_pages_with_a_committed_result_are_read():
+    assert len(SAYING) == 22 and SAYING[-1].stem == "56_unlearning_token" # of other runs, too
+
+VERSIONS = ("Python 3.11", "Llama 3.1", "torch 2.11.0", "CUDA 13.0", "5.17.0", "| 1.5 ×", "Phi 1.5",
+    "Llama 3.2", "4.51 and", "torch 2.11", "transformers 5.17", "3.11, 3.12 and 3.13",
+    "Python 3.12", "-3.13", "Apache-2.0", "OLMo 2", "95 %")
+
+def test_every_decimal_of_the_readme_is_a_finding_or_a_version():
+    assert unsupported((ROOT / "README.md").read_text("utf-8"), found, VERSIONS, True) == []
+
+def test_a_text_that_the_data_no_longer_support_is_named():
+    text = said(PAGES["21"])
+    other = dict(found)
+    for name, value, printed in (
+        ("tiny.area.llama.rmu", .051, "+0.051"),
+        ("tiny.area.held are", False, "fails")):
+        other[name] = type(found[name])(**vars(found[name]) | {"value": value, "printed": printed})
+    problems = unsupported(text, other, decimals=True)
+    names = [problem.split(":")[0] for problem in problems]
+    assert names == ["tiny.area.llama.rmu", "tiny.area.held are", "0.047"]
+
+# --- the manuscript
+
+PAPER = ROOT / "paper" / "unloc.typ"
+
+def compiled(root):
     typst = pytest.importorskip("typst")
-    from unloc.cli import _told
-    told = _told()
-    assert json.loads(told["labels"])["objective"]["npo"] == "NPO"
-    assert json.loads(told["recipe"])["alpha"] == 1
-    found = typst.compile(
-        str(ROOT / "paper" / "unloc.typ"), root=str(ROOT), ignore_system_fonts=True,
-        pdf_tags=False, sys_inputs=told)
-    assert found.startswith(b"%PDF") and len(found) > 100_000
+    return typst.compile(
+        str(root / "paper" / "unloc.typ"), root=str(root), ignore_system_fonts=True,
+        pdf_tags=False)
+
+def test_the_paper_compiles_from_the_findings_alone():
+    made = compiled(ROOT)
+    assert made.startswith(b"%PDF") and len(made) > 100_000
+    if f"typst=={version('typst')}" in (ROOT / "requirements.txt").read_text("utf-8").split():
+        same = made == PAPER.with_suffix(".pdf").read_bytes()
+        assert same, "call: unloc reproduce --only paper"
+    text = PAPER.read_text("utf-8")
+    assert re.findall(r'(?:json|csv|read)\("([^"]+)"', text) == ["/figures/findings/findings.json"]
+    assert found["default.alpha"].value == 1 and "NPO" in FINDINGS.read_text("utf-8")
+
+def test_the_paper_is_short_and_its_abstract_shorter():
+    assert sum(len(p.read_text("utf-8").splitlines()) for p in PAPER.parent.glob("*.typ")) <= 350
+    abstract = re.search(r"Abstract\.\](.*?)\n\]", PAPER.read_text("utf-8"), re.S)[1]
+    abstract = re.sub(r'#claim\((?:"[^"]*",?\s*)+\)', "", abstract)
+    abstract = re.sub(r'#\w+\("[^"]*"\)', "7", abstract)
+    assert 100 < len(abstract.split()) <= 160
+
+def test_the_paper_does_not_compile_with_a_claim_that_fails(tmp_path):
+    pytest.importorskip("typst")
+    shutil.copytree(ROOT / "paper", tmp_path / "paper")
+    about = json.loads(FINDINGS.read_text("utf-8"))
+    for image in (ROOT / one["image"].lstrip("/") for one in about["figures"].values()):
+        (tmp_path / image.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / image.relative_to(ROOT))
+    row = next(row for row in about["rows"] if row["name"] == "tiny.area.held are")
+    (tmp_path / "figures/findings").mkdir()
+    for printed in ("holds", "fails"):
+        row["printed"] = printed
+        (tmp_path / "figures/findings/findings.json").write_text(json.dumps(about), "utf-8")
+        if printed == "holds": assert compiled(tmp_path).startswith(b"%PDF")
+    with pytest.raises(Exception, match="no longer holds: tiny.area.held are"): compiled(tmp_path)
+
+def test_every_number_in_the_manuscript_is_read():
+    text = re.sub(r"^\s*//.*|```.*?```", "", PAPER.read_text("utf-8"), flags=re.M | re.S)
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith(("#let", "#set",
+        "#show")))
+    prose = re.sub(r'"[^"]*"|\$[^$]*\$|@\w+|\b(?:size|width|inset|size): [\d.]+\w*%?', "", prose)
+    assert re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose) == []

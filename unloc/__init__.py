@@ -17,6 +17,7 @@ Modules:
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
 - `unloc.fronts`: Give every arm the learning rate that suits it, by one rule, and compare what arms offer over a grid of rates
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
@@ -30,6 +31,7 @@ Modules:
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
+- `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
 - `unloc.methods.causal_traces`: In which layer a state carries the answer of a fact, and whether facts differ in it
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
@@ -53,6 +55,8 @@ Modules:
 - `unloc.methods.miacr`: Whether it is settled that a model was not trained on the facts it forgot
 - `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
 - `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
+- `unloc.methods.partial_area`: The mean retention of a run on its way to a level of forgetting
+- `unloc.methods.privacy`: Whether a model can be told to have seen the facts that it forgot, and by how much more than the retained model
 - `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
 - `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
 - `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
@@ -63,6 +67,7 @@ Modules:
 - `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and ask again
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
+- `unloc.methods.rs_at_fs`: What a run has kept at the moment when it has forgotten enough
 - `unloc.methods.sampling`: Ask many times, and keep the best answer
 - `unloc.methods.single_edits`: Edit facts of a stored model one at a time, and measure success, portability, locality and fluency of each edit
 - `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
@@ -77,6 +82,7 @@ Modules:
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
+- `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
@@ -88,6 +94,7 @@ Modules:
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
+- `unloc.stored`: Exact memorization, probability, membership and privacy leakage: measured with every run, and now in a table
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
@@ -98,6 +105,7 @@ Modules:
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
 - `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
 - `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
-- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared"""
+- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared
+- `unloc.wheel`: Build a wheel that carries the result pages and their profiles"""
 
 __version__ = "0.1.0"

@@ -10,7 +10,8 @@ __all__ = ['AT_LEVEL', 'Settings', 'Placed', 'Origins', 'Descriptions', 'Named',
            'Runs', 'defaults', 'Begun', 'mean_of', 'Swept', 'Study']
 
 # %% ../nbs/19_study.ipynb #e676dde7
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -37,7 +38,8 @@ from .steps.measure import measuring
 from .steps.supervise import supervision
 from .steps.teach import teaching
 from .steps.unlearn import ARMS, localized_unlearning, unlearning
-from .tradeoff import at, judged as judged_in_full, measures, summaries
+from .tradeoff import (
+    NOT_REACHED, at, judged as judged_in_full, measures, summaries)
 
 # %% ../nbs/19_study.ipynb #3f27f37e
 def _in_full(name:str, value, kind:type):
@@ -453,6 +455,15 @@ class Attacked(Saved):
         return found
 
 # %% ../nbs/19_study.ipynb #a17b0004
+def _shares(
+    undefined:dict, # key, the summary last: reason
+    runs:int,
+)->dict: # the same, of the summaries that some runs do not reach: with their share
+    "Count the runs that never get to the level or the price of a summary"
+    late = [key for key, why in undefined.items() if why == NOT_REACHED]
+    counts = Counter(key[-1] for key in late)
+    return {key: f'{NOT_REACHED} in {counts[key[-1]]} of {runs} runs' for key in late}
+
 class Runs(Attacked):
     "The runs of a grid, measured"
     def tradeoff(
@@ -460,11 +471,12 @@ class Runs(Attacked):
         rule:str='trapezoid', # how AUES integrates
         rule_mu95:str='first_crossing', # where MU95 reads forget quality
         shown:tuple[str, ...]=(), # summaries whose reasons, where undefined, are kept; (): all
+        more:Mapping[str, Mapping]={}, # summaries beside the usual ones: their options
     ): # pandas.DataFrame, a row a run: summaries, by all rules, FS_start … FQ_end, result.json
         "Measure how each run trades retention for forgetting"
         self.undefined.clear()
-        rows, shown = iter(self.done), shown or [*summaries()]
-        options = {'AUES': {'rule': rule}, 'MU95': {'rule': rule_mu95}}
+        rows, shown = iter(self.done), shown or [*summaries(more)]
+        options = {'AUES': {'rule': rule}, 'MU95': {'rule': rule_mu95}} | more
         def measure(run):
             place = dict(zip(self.names, next(rows)))
             values, why = _checkpoints(run, options)
@@ -472,7 +484,14 @@ class Runs(Attacked):
             for name in shown:
                 if name in why: self.undefined[*place.values(), seed, name] = why[name]
             return values
-        return self.rows(measure)
+        found = self.rows(measure)
+        late = _shares(self.undefined, len(self.done))
+        reasons = {name: {why for key, why in self.undefined.items() if key[-1] == name}
+            for name in {key[-1] for key in late}}
+        self.undefined |= late
+        alone = [name for name, why in reasons.items() if why == {NOT_REACHED}]
+        if alone: found.attrs['without'] = dict.fromkeys(alone, NOT_REACHED)
+        return found
 
 # %% ../nbs/19_study.ipynb #f9bc3670
 def defaults(localizer:str)->dict: # option: its usual value
