@@ -154,7 +154,8 @@ def _grid_panel(axis, here, by:Sequence[str], rate:str, styles:dict)->None: # st
         _grid_line(axis, _offers(own, rate), styles[arm] | {'label': label(by[-1], arm)})
     ticks, first = sorted(here[rate].unique()), here.iloc[0]
     axis.set_xscale('log')
-    axis.set_xticks(ticks, [f'{x:g}' for x in ticks])
+    axis.set_xticks(ticks, [f'{x:g}'.removeprefix('0') for x in ticks])
+    if len(ticks) > 4: axis.tick_params(axis='x', labelrotation=90)
     axis.minorticks_off()
     title = ' '.join(label(name, first[name]) for name in by[:-1])
     axis.set(xlabel=rate, title=title, ylim=(-.05, 1.05))
