@@ -13,13 +13,16 @@ UNLOC = str(Path(sys.executable).with_name("unloc"))
 NOTEBOOKS = [
     "20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision",
     "24_localization", "25_localizers", "26_region_share", "27_arms", "28_recovery",
-    "29_reversal", "30_dose_response", "31_injection", "32_bases"]
+    "29_reversal", "30_dose_response", "31_injection", "32_tuning",
+    "33_study"]
 FIGURES = [
     "injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision",
-    "localization", "region_share", "recovery", "reversal", "dose_response", "injection", "bases"]
+    "localization", "region_share", "recovery", "reversal", "dose_response", "injection",
+    "tuning_grid", "study_forest"]
 TABLES = [
     "table2_oracle_random", "table1_localizers", "table1_own_units", "table3_recovery",
-    "table4_arms", "table5_equal_retention", "table6_inside", "bases_pairs", "bases_localizers"]
+    "table4_arms", "table5_equal_retention", "table6_inside", "tuning", "tuning_attack",
+    "study_excluded", "study_arms", "study_claims", "study_levels"]
 FILES = (
     {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")}
     | {f"{name}{suffix}" for name in TABLES for suffix in (".json", ".csv", ".tex", "_data.csv")}

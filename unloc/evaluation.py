@@ -733,6 +733,17 @@ def _check_useful(probe)->None:
     right = probe.choices['retain'].right
     _check_rows('useful', probe.useful, 'the right answers of retain', right)
 
+# %% ../nbs/09_evaluation.ipynb #30c74767
+def _check_sets(probe)->None:
+    "Demand sets that fit each other"
+    if len(probe.retain): check_apart(forget=probe.forget, retain=probe.retain)
+    else: check_examples(probe.forget, 'forget')
+    if len(probe.rehearsed): check_apart(retain=probe.retain, rehearsed=probe.rehearsed)
+    for name, c in probe.choices.items(): _check_choices(name, c)
+    _check_others(probe)
+    _check_useful(probe)
+    _check_retained(probe)
+
 # %% ../nbs/09_evaluation.ipynb #2068e66b
 @checked(but=['retained'])
 @dataclass(frozen=True)
@@ -755,13 +766,7 @@ class Probe:
         if type(n) is not int or n < 1:
             raise ValueError(
                 f"max_new_tokens must be a whole number of at least 1, got {n!r}")
-        if len(self.retain): check_apart(forget=self.forget, retain=self.retain)
-        if len(self.rehearsed): check_apart(retain=self.retain, rehearsed=self.rehearsed)
-        else: check_examples(self.forget, 'forget')
-        for name, c in self.choices.items(): _check_choices(name, c)
-        _check_others(self)
-        _check_useful(self)
-        _check_retained(self)
+        _check_sets(self)
 
     def asked(self)->Iterator[tuple[str, Sequence[Example], int]]: # name, facts, most new tokens
         "List all that a model is asked"

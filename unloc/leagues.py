@@ -78,7 +78,7 @@ def rank_correlations(
 def correlation_grid(
     pairs, # pandas.DataFrame from rank_correlations
 ): # matplotlib.figure.Figure
-    "Draw the rank correlations of all pairs; one whose interval holds 0 is pale"
+    "Draw all rank correlations; one whose interval holds 0 stands in brackets, or is left out"
     import matplotlib.pyplot as plt, seaborn as sns
     from unloc.figures import PAGE, set_look
     set_look()
@@ -89,10 +89,14 @@ def correlation_grid(
         for x, sure in zip(pairs.rho, clear)])
     texts = told.pivot(index='second', columns='first', values='told')
     wide, texts = (x.reindex(index=order[1:], columns=order[:-1]) for x in (wide, texts))
+    many = len(order) > 16 # too many for numbers
+    if many: wide = wide.where(~texts.fillna('(').map(lambda text: text.startswith('(')))
     side = min(PAGE, 1.6 + .34 * len(order))
     figure, axis = plt.subplots(figsize=(side, .8 * side))
-    sns.heatmap(wide, annot=texts.fillna(''), fmt='', cmap='vlag', vmin=-1, vmax=1, square=False,
-        annot_kws={'fontsize': 6}, cbar_kws={'label': 'rank correlation'}, ax=axis)
+    sns.heatmap(wide, annot=None if many else texts.fillna(''), fmt='', cmap='vlag', vmin=-1,
+        vmax=1, annot_kws={'fontsize': 6}, cbar_kws={'label': 'rank correlation'}, ax=axis,
+        xticklabels=True, yticklabels=True)
+    if many: axis.tick_params(labelsize=5.5)
     axis.set(xlabel='', ylabel='')
     return figure
 

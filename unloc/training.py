@@ -497,20 +497,21 @@ class Recipe:
         object.__setattr__(self, 'options', self._checked_options())
         sizes = {'batch_size': self.batch_size, 'every': self.every, 'full_every': self.full_every}
         _check_steps(self.epochs, self.lr, **sizes)
-        if not 0 <= self.jitter <= .01: raise ValueError(
-            f"jitter stands for rounding and must lie in [0, 0.01], got {self.jitter!r}")
-
-    def methods(self)->list[Method]: # one or two
-        "Find the objective and, where there is one, the retain term"
-        known = methods('retain')
-        if self.retain not in (*known, 'none'): raise ValueError(
-            f"unknown retain term {self.retain!r}; known: {', '.join((*known, 'none'))}")
-        kept = [] if self.retain == 'none' else [known[self.retain]]
-        return [find('objective', self.objective), *kept]
 
 # %% ../nbs/10_training.ipynb #0e1bc819
+def _methods(self)->list[Method]: # one or two
+    "Find the objective and, where there is one, the retain term"
+    known = methods('retain')
+    if self.retain not in (*known, 'none'): raise ValueError(
+        f"unknown retain term {self.retain!r}; known: {', '.join((*known, 'none'))}")
+    kept = [] if self.retain == 'none' else [known[self.retain]]
+    return [find('objective', self.objective), *kept]
+
+Recipe.methods = _methods
+
 def _checked_options(self)->dict: # option: value of the type that its method wants
     "Compare options with the signatures of the objective and its retain term"
+    _check_jitter(self.jitter)
     if self.choose is not None: check_variant('rule of choosing', self.choose, RULES)
     whose, found = self.methods(), {}
     for name in self.options:
@@ -590,6 +591,10 @@ def _beside(forget, rows, retain, batch_size, seed, epoch)->list[tuple[list[int]
     return [(batch, [partners[i] for i in batch if partners]) for batch in drawn]
 
 # %% ../nbs/10_training.ipynb #5b1e7a02
+def _check_jitter(size:float)->None:
+    if not 0 <= size <= .01: raise ValueError(
+        f"jitter stands for rounding and must lie in [0, 0.01], got {size!r}")
+
 @torch.no_grad()
 def jittered(
     weights:Iterable[Tensor], # float32 or float64, changed in place

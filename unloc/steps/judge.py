@@ -25,8 +25,9 @@ from ..evaluation import (KINDS, USUAL_METRICS, Evaluation, Probe, choices, eval
     membership, membership_aucs, other_answers, undefined)
 from ..runs import Run
 from ..settings import Count, Settings, about, checked
-from .common import (above, ancestor, built_on, described, examples_of, kept_apart,
-    prepare, retained_model, save_json, spread, template_of, tokenizer_of, with_options, without)
+from .common import above, ancestor, built_on, described, examples_of, kept_apart
+from .common import prepare, retained_model, save_json, spread, template_of
+from .common import tokenizer_of, with_options, without
 from ..tokens import encode
 
 # %% ../../nbs/steps/judge.ipynb #8716ad79
@@ -37,8 +38,8 @@ class Evaluate(Settings):
     every: Annotated[Count, about("epochs between judgements along a run")] = 1
     full_every: Annotated[Count, about("epochs between those with forget quality and utility")] = 1
     metrics: Annotated[dict, about("what is measured beside the usual metrics")] = None
-    unrehearsed: Annotated[Count, about("retain facts that nothing rehearses once the base knows "
-        "them; RS is measured on these, the metric RS_rehearsed on the others; left out: none")] = None
+    unrehearsed: Annotated[Count, about("retain facts that no unlearning run rehearses; RS is "
+        "measured on these, RS_rehearsed on the others; left out: none")] = None
 
 def standard(base:dict, evaluate:dict)->dict: # evaluate: settings of that group
     "Describe the judgement of a retained model, the standard for all that is built on it"
@@ -73,6 +74,7 @@ def probe_of(
     return Probe(*map(tokenized, (facts.forget, kept, useful)), offered, tokenizer,
         others=_further(tokenizer, sets, template), rehearsed=tokenized(rehearsed), **more)
 
+# %% ../../nbs/steps/judge.ipynb #0691bff5
 def _retained_facts(retain:list, how:dict)->tuple[list, list]: # those of RS; rehearsed beside
     "Choose the retain facts of a judgement: with wrong answers, where the data have them"
     def some(facts): return spread([f for f in facts if f.perturbed_answer] or facts, how['retain'])

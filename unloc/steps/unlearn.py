@@ -53,6 +53,7 @@ class Unlearn(Settings):
     jitter: Annotated[NotNegative, about("relative size of a random change of the start, which "
         "stands for rounding; left out: none")] = None
 
+# %% ../../nbs/steps/unlearn.ipynb #54a09187
 def _options(objective:str, unlearn:dict)->dict: # name: type
     "Say which options an objective and its retain term have"
     method = find('objective', objective)
@@ -213,8 +214,9 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     model = original_model(origin, base)
     region = region_of(description, parent, model)
     recipe = training.Recipe.of(description['objective'], often | description['recipe'])
+    seed, start = seed_of(description), load_evaluation(origin)
     trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'],
-        probe, recipe, seed_of(description), examples['refusals'], load_evaluation(origin), progress)
+        probe, recipe, seed, examples['refusals'], start, progress)
     keep_unlearning(folder, region, trajectory, values, model.dtype)
 
 # %% ../../nbs/steps/unlearn.ipynb #1326407d
