@@ -4,8 +4,10 @@ import itertools, math
 
 import numpy as np, pandas as pd, pytest
 
+from unloc.comparison import PAIR
 from unloc.fronts import (
     AT_LEVEL, BELOW, at_level, choose_rates, front, grid_plot, rates_told)
+from unloc.study import Study
 from unloc.tradeoff import aues, area_up_to, retained_at
 
 RATES = .25, .5, 1.
@@ -197,3 +199,29 @@ def test_the_figure_draws_what_the_rule_compares():
     alone = grid_plot(grid(), by=("arm",), level=.8)
     assert len(alone.axes) == 1
     plt.close(alone)
+
+# --- the runs of a study
+
+def test_the_curves_of_a_study_are_tuned_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events")) # no bars
+    study = Study(store=str(tmp_path), unlearn={"wga": {"lr": 5e-3, "epochs": 2}})
+    def unlearned(arch, objective, arm, rate, seed):
+        return study.unlearning(study.injection(arch, seed), arm, objective, rate)
+    runs = study.sweep(study.grid(unlearned, arch=study.archs, objective=study.unlearn,
+        arm=PAIR, rate=(.01, 1.), seed=range(1)))
+    curves, by = runs.curves(), ("arch", "objective", "arm")
+    retained = {arch: found["FS"] for arch, found in study.retained.items()}
+    curves = curves.assign(retained_FS=curves.arch.map(retained))
+    read = at_level(curves, by, expected=runs.points)
+    assert read.level.tolist() == pytest.approx([retained[a] - BELOW for a in read.arch])
+    ends = runs.tradeoff(more={"rs_at_fs": {"level": float(read.level[0])}})
+    first = read.level == read.level[0]
+    assert read[AT_LEVEL][first].tolist() == pytest.approx(
+        ends.rs_at_fs[first].tolist(), abs=1e-12, nan_ok=True)
+    chosen = choose_rates(curves, by, expected=runs.points)
+    assert len(chosen) == 2 * len(study.archs) and {*chosen.rate} <= {.01, 1.}
+    assert chosen.at_edge.all() and "best rate at the edge of the grid" in rates_told(chosen, by)
+    areas = front(curves, by, expected=runs.points)
+    both = curves.groupby([*by, "seed"], sort=False)
+    assert areas.area.tolist() == [aues(own.FS, own.RS, "step") for _, own in both]
+    one_line(lambda: choose_rates(runs.tradeoff(), by, level=.5), "no column 'FS'", "Runs.curves")

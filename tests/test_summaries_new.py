@@ -16,6 +16,7 @@ from unloc.register import find
 from unloc.runs import Run, run_id
 from unloc.steps.measure import scene_of
 from unloc.stored import ATTACKS, MEASURED, also_measured, also_table, leakages
+from unloc.study import Study
 from unloc.tradeoff import NOT_REACHED, area_up_to, measures, mu95, retained_at, summaries
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -285,3 +286,35 @@ def test_a_page_can_save_the_table(both, place):
     assert table["AUC (loss), original"][0] == (
         f"{own['AUC loss original'].mean():.2f} ± {own['AUC loss original'].std():.2f}")
     one_line(lambda: also_table(frame, ["arm"], "recall"), "unknown membership attack 'recall'")
+
+# --- a profile asks for summaries
+
+def test_a_study_refuses_summaries_that_cannot_be_measured():
+    for asked, says in (({"rs_at": {}}, "unknown summary 'rs_at'"),
+            ({"rs_at_fs": {"level": 2.}}, "summary rs_at_fs: level must be"),
+            ({"rs_at_fs": {"rule": "step"}}, "summary rs_at_fs has no option 'rule'")):
+        one_line(lambda: Study(summarised=asked), says)
+    assert Study().summarised == {} and Study(summarised=ASKED).summarised == ASKED
+
+@pytest.mark.parametrize("n, table, own", [
+    ("21", "table2_oracle_random", {}),
+    ("25", "table1_localizers", {"localizers": ["activations"], "localizer_seeds": 1,
+        "own_units": {}, "localized_unlearn": SLOW["unlearn"]}),
+    ("27", "table4_arms", {"arms": ["Oracle", "Random"], "attacked_seeds": 1,
+        "attacked_unlearn": SLOW["unlearn"]})])
+def test_what_a_study_asks_for_stands_in_its_tables(place, n, table, own):
+    asked = {"rs_at_fs": {"level": 1e-6}, "partial_area": {"level": 1.}}
+    page(place, n, f"plain{n}", **SLOW | own)
+    names = page(place, n, f"asked{n}", summarised=asked, **SLOW | own)
+    plain, told = (json.loads((place / f"{kind}{n}" / f"{table}.json").read_text("utf-8"))
+        for kind in ("plain", "asked"))
+    new = "RS at equal FS", "partial area"
+    rows = [row for row in told["rows"] if row["metric"] not in new]
+    assert rows == plain["rows"] and len(told["rows"]) == 2 * len(rows)
+    assert {row["metric"] for row in told["rows"]} == {"AUES", "MU95", *new}
+    late = [row for row in told["rows"] if row["metric"] == "partial area"]
+    assert all(NOT_REACHED in row.values() for row in late)
+    assert f"{NOT_REACHED} in" in told["caption"]
+    assert "±0.03 rs_at_fs" in told["caption"]
+    assert told["conventions"]["partial_area"].startswith("partial area, level 1.0 (")
+    assert names["measured"].rs_at_fs.notna().all()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from .register import RECOVERED, label, methods, registered_name
+from .register import RECOVERED, find, label, methods, registered_name
 from unloc.statistics import (
     DASH, Undefined, adjusted, arms_cells, compare as compare_values, comparison_cells, mean_sd,
     mixed, number, p_text,
@@ -381,7 +381,7 @@ def spread_table(
 ): # pandas.DataFrame of strings
     "Print arms by several outcomes: for each objective, over all of them, and the tests"
     rows, headings = [], {label('objective', name): name for name in objectives}
-    digits = digits or {name: m.about['digits'] for name, m in methods('summary').items()}
+    digits = digits or {name: find('summary', name).about['digits'] for name in tests}
     for group, outcome, arm in product(groups, tests, arms):
         (by, column), one, n = tests[outcome].by, tests[outcome], digits[outcome]
         own = frame[(frame[by] == group) & (frame[column] == arm)]

@@ -363,23 +363,28 @@ OF_TRADEOFF = [ # what a table of AUES and MU95 says
     'model utility', 'test', 'equivalence', 'equivalence MU95']
 
 def tradeoff_told(
-    study, # unloc.study.Study: its rules and margins
+    study, # unloc.study.Study: its rules, margins and summaries
     runs:str, # what means and standard deviations are taken over, such as '3 seeds'
     difference:str, # that is tested, such as 'arm − Oracle'
 )->str:
     "Explain a table of summaries of runs, for a caption"
-    margins = ', '.join(f'±{study.margins[name]:g} {name}' for name in summaries())
+    margins = ', '.join(f'±{study.margins[name]:g} {name}' for name in summaries(study.summarised))
     return (f'AUES (rule: {study.rule}) and MU95 (rule: {study.rule_mu95}), mean ± standard '
         f"deviation over {runs}. " + pairs_told(difference, 'the rows of a metric', margins))
 
 # %% ../nbs/16_figures.ipynb #f16a0082
 def of_summaries(
     margins:Mapping[str, float], # of the study, by outcome
+    more:Mapping[str, Mapping]={}, # summaries that the study asks for: their options
 )->dict[str, str]: # name: sentence
-    "Define the summaries that are a user's own"
-    own = [m for m in register.methods('summary').values() if not m.own]
-    return {m.name: f"{m.label}{f' ({m.source})' if m.source else ''}; TOST, margin "
-        f"{margins[m.name]:g}, alpha 0.05" for m in own}
+    "Define the summaries that are a user's own, or that a study asks for, with their options"
+    found = {name: m for name, m in summaries(more).items() if name in more or not m.own}
+    told = {}
+    for name, method in found.items():
+        options = ''.join(f', {k} {x}' for k, x in more.get(name, {}).items())
+        source = f' ({method.source})' if method.source else ''
+        told[name] = f'{method.label}{options}{source}; TOST, margin {margins[name]:g}, alpha 0.05'
+    return told
 
 # %% ../nbs/16_figures.ipynb #f16a0010
 def save(

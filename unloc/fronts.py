@@ -21,7 +21,8 @@ def _demand_columns(frame, names:Iterable[str])->None:
     "Demand the columns that a run is named by"
     missing = [name for name in names if name not in frame]
     if missing: raise ValueError(f"the frame has no column {missing[0]!r}; it has "
-        f"{', '.join(map(str, frame))}; name the columns in by, rate and run")
+        f"{', '.join(map(str, frame))}; give checkpoints, as Runs.curves does, and name their "
+        "columns in by, rate and run")
 
 def _demand_one_grid(points, by:Sequence[str], rest:Sequence[str])->None:
     "Demand that all arms of a group ran at the same rates, for the same runs"

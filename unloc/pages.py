@@ -83,7 +83,7 @@ _RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room
 _MAY_BE_EMPTY = {
     'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
     'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates', 'region_rates',
-    'margins', 'relearned'}
+    'margins', 'relearned', 'summarised'}
 
 def _names_for(page:dict)->dict: # parameter: the names that it may hold
     "Say which names the parameters of a page choose from"

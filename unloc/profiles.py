@@ -146,6 +146,7 @@ SHARED = { # parameter of the whole study: its type
     'attack': dict, # FS at which arms are compared, and how they are attacked
     'rule': str, # how AUES integrates
     'rule_mu95': str, # where MU95 reads forget quality
+    'summarised': dict, # summaries beside the usual ones: their options, such as a level
     'device': str, # "cuda" for the large profiles
     'threads': int, # CPU threads of a base run; every other run takes one
     'precision': str, # of the weights; "bfloat16" for the large profiles

@@ -64,7 +64,7 @@ def _parameters(
     for name in changes: known_name('parameter of the study', name, [*SHARED])
     usual = {
         'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}',
-        'attacked_data': {}}
+        'attacked_data': {}, 'summarised': {}}
     there = {name: value for name, value in section.items() if name in SHARED}
     found = overlaid(overlaid(usual | known.get('smoke', {}), there), changes)
     found = {name: value for name, value in found.items() if name in SHARED} | own
@@ -76,6 +76,8 @@ def _parameters(
     if found.get('attacked_data') in ({}, '{}'): del found['attacked_data'], kinds['attacked_data']
     found = page_parameters({'__annotations__': kinds} | found)
     Margins(found.get('margins', {})).demand_known()
+    for name, method in summaries(found['summarised']).items():
+        method.checked(found['summarised'].get(name, {}))
     return found
 
 # %% ../nbs/19_study.ipynb #19a00a01
