@@ -278,6 +278,6 @@ def stage(folder):
     reference(site, pages)
     index = next(p for p in pages if p.name == "index")
     write_page(site, index, tools(site, index), tree(start, "Start"),
-        tree(["results", "gallery"], "The study"),
+        tree(["results", "gallery", "preregistration"], "The study"),
         tree(["chapters", "methods", "steps", "api/index"], "The package"),
         tree(["contributing", "changelog"], "The project"))
