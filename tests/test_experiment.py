@@ -57,7 +57,7 @@ def plain(field): # Python's type of a setting
 SETTINGS = {group: {name: plain(f) for name, f in found.items()} for group, found in FIELDS.items()}
 REQUIRED = {
     group: {name for name, f in found.items() if f.required} for group, found in FIELDS.items()}
-MAY_BE_ZERO = (
+MAY_BE_ZERO = ("jitter", 
     "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots", "n_new", "composed",
     "aliased", "changed")
 def settings(group, given): return checked(GROUPS[group], given)
@@ -71,7 +71,8 @@ def test_settings_name_real_parameters():
     often = {"every", "full_every"}
     assert SETTINGS["unlearn"] == {
         k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}}
-    assert SETTINGS["evaluate"].keys() == {"retain", "utility", "max_new_tokens", "metrics"} | often
+    assert SETTINGS["evaluate"].keys() == {
+        "retain", "utility", "max_new_tokens", "metrics", "unrehearsed"} | often
     for group, function, own in (
         ("model", tiny_model, {}),
         ("pretrain", training.finetune, {}),
@@ -279,7 +280,7 @@ def test_words_are_those_of_the_registers_and_the_steps():
             lambda: unlearning(injection(JUDGED, 0, INJECT), "Oracle", "npo", {"coefficient": 1.}),
             (
                 "unlearn has no setting 'coefficient'; known: lr, epochs, batch_size, retain,"
-                " gamma, alpha, full_every, choose, beta")),
+                " gamma, alpha, full_every, choose, jitter, beta")),
         (
             lambda: unlearning(
                 injection(JUDGED, 0, INJECT | {"fraction": .6}), "Random", "npo", UNLEARN),

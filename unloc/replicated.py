@@ -42,7 +42,7 @@ def planned_runs(
 def measured(
     runs, # unloc.study.Runs, axes arch, objective, arm, base, injection and more
     judged:Mapping[tuple, dict], # (arch, base): result of the judgement of the retained model
-    original:Mapping[tuple, dict], # (arch, base, injection): result of the injection
+    origins:Mapping[tuple, dict], # (arch, base, injection): result of the injection
     rule:str='trapezoid', # how AUES integrates
 ): # pandas.DataFrame, a row a run: RS at level, its summaries, and what its original model knew
     "Measure runs at the level of forgetting of their base"
@@ -56,7 +56,7 @@ def measured(
     places = [*zip(found.arch, found.base, found.injection)]
     found['retained_RS'] = [judged[key[:2]]['retained']['RS'] for key in places]
     for name in ('FS', 'RS'):
-        found[f'original_{name}'] = [original[key]['original'][name] for key in places]
+        found[f'original_{name}'] = [origins[key]['original'][name] for key in places]
     return found
 
 # %% ../nbs/19_replicated.ipynb #3eb0000c
@@ -98,7 +98,7 @@ def admitted(
             'the same, so no row confirms or refutes what was planned.')
     if len(counted): return counted, left_out, told
     raise ValueError(f"no run counts: {left_out[0].what} has {left_out[0].value}, "
-        f"expected {left_out[0].rule}; train longer, or set exploratory = true to look all the same")
+        f"expected {left_out[0].rule}; train longer, or set exploratory = true to see them all")
 
 # %% ../nbs/19_replicated.ipynb #3eb00010
 def arm_means(
