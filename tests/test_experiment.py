@@ -57,9 +57,9 @@ def plain(field): # Python's type of a setting
 SETTINGS = {group: {name: plain(f) for name, f in found.items()} for group, found in FIELDS.items()}
 REQUIRED = {
     group: {name for name, f in found.items() if f.required} for group, found in FIELDS.items()}
-MAY_BE_ZERO = ("jitter", 
+MAY_BE_ZERO = (
     "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots", "n_new", "composed",
-    "aliased", "changed")
+    "aliased", "changed", "jitter")
 def settings(group, given): return checked(GROUPS[group], given)
 
 def test_settings_name_real_parameters():

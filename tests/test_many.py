@@ -90,6 +90,14 @@ def together(model, chosen, how, seeds, probe=PROBE, **more):
 
 # --- unlearning
 
+def test_a_changed_start_is_that_of_the_run_alone():
+    model, how = small(), recipe(jitter=1e-3)
+    chosen = regions(model)
+    found, usual = (together(model, chosen, r, [3, 4, 5]) for r in (how, recipe()))
+    for k, result in enumerate(found): close(result, alone(model, chosen[k], how, k + 3), 1e-10)
+    for got, other in zip(found, usual):
+        assert all((got[1][layer][1] != x).all() for layer, (_, x) in other[1].items())
+
 @pytest.mark.parametrize(
     "objective, retain",
     [(o, None) for o in OBJECTIVES] + [(o, r) for o in ("npo", "pdu") for r in (*RETAIN, "none")])
