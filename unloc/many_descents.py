@@ -603,10 +603,10 @@ def _unlearn_together(
     with _held_many(model, regions, originals) as (columns, digests):
         views = {k: _ManyUnlearning(model, columns, k, recipe, seed, refusals, known[k], home)
             for k, (recipe, seed) in enumerate(zip(recipes, seeds))}
-        for k, view in views.items():
-            training.jittered(view.columns.parameters(), recipes[k].jitter, seeds[k])
         runs = [_forgetting(view, forget, retain) for view in views.values()]
         starts = _starts(model, columns, probe, originals, starts)
+        for k, view in views.items():
+            training.jittered(view.columns.parameters(), recipes[k].jitter, seeds[k])
         records = _Records(model, columns, probe, recipes, starts, runs)
         def prepare(terms): _references(model, columns, views, terms)
         optimizer = _descend_many(model, columns, runs, home, prepare=prepare,

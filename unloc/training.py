@@ -8,7 +8,7 @@ Models are trained in evaluation mode, without dropout, and in the precision of 
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'descend', 'Checkpoint', 'finetune', 'held', 'inject', 'make_room', 'Unlearning', 'reference_hidden',
-           'Term', 'weighted_sum', 'bound', 'noted', 'Trajectory', 'Recipe', 'jittered', 'unlearn', 'mlp_targets',
+           'Term', 'weighted_sum', 'bound', 'noted', 'Trajectory', 'jittered', 'Recipe', 'unlearn', 'mlp_targets',
            'supervise']
 
 # %% ../nbs/10_training.ipynb #912b8368
@@ -471,6 +471,24 @@ def _watch_gradients(columns):
     finally:
         for hook in hooks.values(): hook.remove()
 
+# %% ../nbs/10_training.ipynb #5b1e7a02
+def _check_jitter(size:float)->None:
+    if not 0 <= size <= .01: raise ValueError(
+        f"jitter stands for rounding and must lie in [0, 0.01], got {size!r}")
+
+@torch.no_grad()
+def jittered(
+    weights:Iterable[Tensor], # float32 or float64, changed in place
+    size:float, # relative, as a standard deviation; 0: nothing is changed
+    seed:int, # of the run
+)->None:
+    "Change weights by as little as rounding does"
+    if not size: return
+    generator = torch.Generator().manual_seed(seed)
+    for x in weights:
+        change = 1 + size * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x.copy_((x.double() * change.to(x.device)).to(x.dtype))
+
 # %% ../nbs/10_training.ipynb #0e1bc817
 @checked
 @dataclass(frozen=True)
@@ -589,24 +607,6 @@ def _beside(forget, rows, retain, batch_size, seed, epoch)->list[tuple[list[int]
     order = shuffled([forget[i] for i in rows], batch_size, seed, epoch)
     drawn = [[rows[k] for k in batch] for batch in order]
     return [(batch, [partners[i] for i in batch if partners]) for batch in drawn]
-
-# %% ../nbs/10_training.ipynb #5b1e7a02
-def _check_jitter(size:float)->None:
-    if not 0 <= size <= .01: raise ValueError(
-        f"jitter stands for rounding and must lie in [0, 0.01], got {size!r}")
-
-@torch.no_grad()
-def jittered(
-    weights:Iterable[Tensor], # float32 or float64, changed in place
-    size:float, # relative, as a standard deviation; 0: nothing is changed
-    seed:int, # of the run
-)->None:
-    "Change weights by as little as rounding does"
-    if not size: return
-    generator = torch.Generator().manual_seed(seed)
-    for x in weights:
-        change = 1 + size * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        x.copy_((x.double() * change.to(x.device)).to(x.dtype))
 
 # %% ../nbs/10_training.ipynb #59edd144
 @measuring('on')
