@@ -79,9 +79,9 @@ class Bars:
         self.whole = self.progress.add_task('', total=1, count='', visible=False)
         self.part = self.progress.add_task('', total=1, count='', visible=False)
         self.before = 0
-        self.open()
+        self.show()
 
-    def open(self): self.progress.start()
+    def show(self): self.progress.start()
     def close(self): self.progress.stop()
     def draw(self): pass # rich does it by itself
 
@@ -113,7 +113,7 @@ class InNotebook(Bars):
         super().__init__(Console(
             width=90, force_jupyter=False, force_terminal=False, color_system=None))
 
-    def open(self):
+    def show(self):
         from IPython.display import display
         self.drawn = ''
         self.output = display({'text/plain': ''}, raw=True, display_id=True)
