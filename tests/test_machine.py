@@ -672,7 +672,7 @@ def test_runs_of_two_kinds_are_told_where_allowed_and_so_is_their_table(
     monkeypatch.setenv("UNLOC_PROGRESS", str(tmp_path / "events"))
     sweep(store, grid, compute=compute, mixed=True)
     assert [
-        cli._lines(json.loads(line), tmp_path)
+        progress._lines(json.loads(line), tmp_path)
         for line in (tmp_path / "events").read_text("utf-8").splitlines()
     ][-1][0].startswith("  note: these runs come from several kinds")
 
