@@ -10,7 +10,7 @@ __all__ = ['Saved', 'read_saved', 'naming', 'Tested', 'Row', 'SideBySide', 'side
            'committed', 'place_of', 'changed_since']
 
 # %% ../nbs/17_recomputed.ipynb #d0912886
-import contextlib, io, json, subprocess, tarfile, tempfile
+import contextlib, io, json, os, subprocess, tarfile, tempfile
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
@@ -325,7 +325,7 @@ def place_of(given:str): # a folder, or COMMIT:FOLDER as git writes it; gives a 
 
 _SHOWN = 10 # changed verdicts at most
 
-def _changes(found:SideBySide, names:list[str])->list[str]: # lines
+def _changes(found:SideBySide, names:list[str], folder:Path)->list[str]: # lines
     "Say in a few lines which verdicts are others than those committed"
     both = [row for row in found.rows if row.in_both]
     changed = [row for row in both if not row.agrees]
@@ -333,8 +333,9 @@ def _changes(found:SideBySide, names:list[str])->list[str]: # lines
         f"{found.second.kinds(names)}: {len(changed)} of {len(both)} verdicts differ, "
         f"{sum(row.turned for row in both)} effects have another sign", _held(both)]
     lines += [f'  {row}' for row in changed[:_SHOWN]]
-    more = len(changed) - _SHOWN
-    return [*lines, f'  and {more} more'] if more > 0 else lines
+    if len(changed) > _SHOWN: lines.append(f'  and {len(changed) - _SHOWN} more')
+    place = os.path.relpath(folder)
+    return [*lines, f'for all of it: unloc compare-figures HEAD:{place} {place}']
 
 def changed_since(
     folder:Path, # of figures, in a checkout
@@ -348,4 +349,4 @@ def changed_since(
         elsewhere = [name for name in names if before.machines.get(name)
             and before.machines[name] != now.machines.get(name)]
         if not elsewhere: return []
-        return _changes(side_by_side(before, now, elsewhere), elsewhere)
+        return _changes(side_by_side(before, now, elsewhere), elsewhere, folder)
