@@ -473,7 +473,6 @@ def _since_commit(asked, profile:str)->list[str]: # asked: from order; lines
     except (OSError, ValueError) as error:
         return [f'not compared with what git holds: {_line_of(error)}']
 
-# %% ../nbs/18_cli.ipynb #9d289546
 def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come from this kind
     "Say it where stored figures come from another kind of processor"
     from unloc.runs import processor
@@ -487,6 +486,7 @@ def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come f
         f"({', '.join(sorted(kinds))}; this one is {here}): the same seeds give other digits here, "
         "verdicts near a margin may change, and git will show changed files")
 
+# %% ../nbs/18_cli.ipynb #9d289546
 def _promised(root:Path, profile:str)->str:
     "Say what a profile is, how long it takes, and that it can be stopped"
     said = about(root).get(profile, 'a section of settings.ini.')

@@ -109,12 +109,14 @@ class Tested:
     verdict:str
     effect:float # difference, effect or slope, in the unit of its outcome; NaN where none
     held:bool # whether p is below 0.05 after Holm's adjustment
+    printed:str # the effect, with the digits of its table
 
 def _tested(row:dict[str, str], family:str)->Tested:
     "Read one test from the cells of a row"
     effect = next((row[family + name] for name in _EFFECTS if family + name in row), DASH)
     held = _leading(row.get(f'{family}p Holm', DASH)) < LEVEL
-    return Tested(row.get(f'{family}verdict', DASH), _leading(effect), held)
+    verdict = row.get(f'{family}verdict', DASH)
+    return Tested(verdict, _leading(effect), held, effect.split(' ')[0])
 
 def _lists(about:dict)->dict[str, list[dict]]: # key: rows
     "Find the tables with verdicts in what is saved with a figure or table"
@@ -158,7 +160,7 @@ class Row:
         first, second = (getattr(side, 'verdict', 'no such row') for side in (
             self.first, self.second))
         words = first if self.agrees else f'{first} → {second}'
-        effects = [f'{side.effect:+g}' for side in (self.first, self.second)
+        effects = [side.printed for side in (self.first, self.second)
             if side and not isnan(side.effect)]
         return f'{self.table}: {self.name}: {words} ({" → ".join(effects) or DASH})'
 
@@ -323,6 +325,7 @@ def place_of(given:str): # a folder, or COMMIT:FOLDER as git writes it; gives a 
             "HEAD:figures/tiny")
         yield Path(place), given
 
+# %% ../nbs/17_recomputed.ipynb #4ea68133
 _SHOWN = 10 # changed verdicts at most
 
 def _changes(found:SideBySide, names:list[str], folder:Path)->list[str]: # lines
