@@ -1,6 +1,6 @@
 """Two computations of one profile are set side by side row by row: what changed by hand in real
 tables is found, and nothing else; what cannot be compared is one line."""
-import json, shutil, subprocess
+import json, re, shutil, subprocess
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,8 @@ def test_a_changed_verdict_is_found_wherever_its_row_stands(change, other):
     alone = [row.name.split(", ")[0] for row in found.rows if not row.in_both]
     assert alone == (["Another"] if change == "one more" else [])
     lines = text_of(found)
+    assert lines[lines.index("  in the second alone") + 1] == f"    {changed[0]}"
+    assert "  in both" in lines and "  in the first alone" not in lines
     assert f"  {changed[0]}" in lines and "another sign of the effect: 1" in lines
     assert any(f"p Holm below {LEVEL}" in line and "1 in the second alone" in line
         for line in lines)
@@ -141,7 +143,7 @@ def test_what_cannot_be_compared_is_one_line(how, says, other, capsys, monkeypat
     assert cli.main(["compare-figures", str(TINY), str(given)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("unloc: ") and err.count("\n") == 1
-    assert __import__("re").search(says, err), err
+    assert re.search(says, err), err
 
 # --- against a commit
 

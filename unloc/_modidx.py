@@ -1540,6 +1540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.recomputed._differing': ('recomputed.html#_differing', 'unloc/recomputed.py'),
                                   'unloc.recomputed._families': ('recomputed.html#_families', 'unloc/recomputed.py'),
                                   'unloc.recomputed._held': ('recomputed.html#_held', 'unloc/recomputed.py'),
+                                  'unloc.recomputed._holding': ('recomputed.html#_holding', 'unloc/recomputed.py'),
                                   'unloc.recomputed._largest': ('recomputed.html#_largest', 'unloc/recomputed.py'),
                                   'unloc.recomputed._lists': ('recomputed.html#_lists', 'unloc/recomputed.py'),
                                   'unloc.recomputed._other_settings': ('recomputed.html#_other_settings', 'unloc/recomputed.py'),

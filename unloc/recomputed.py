@@ -261,10 +261,10 @@ def _held(rows:list[Row])->str:
         f"({sum(row.turned for row in both)} with another sign), {pairs.count((True, False))} in "
         f"the first alone, {pairs.count((False, True))} in the second alone")
 
-def _largest(rows:list[Row])->list[str]: # one line a table
+def _largest(rows:list[Row])->list[str]: # one line a table, where an effect moved
     "Name the effect that moved farthest, table by table"
     found = {}
-    for row in (row for row in rows if not isnan(row.moved)):
+    for row in (row for row in rows if row.moved > 0):
         if row.table not in found or row.moved > found[row.table].moved: found[row.table] = row
     return [f'  {row.moved:g} in {row}' for row in found.values()]
 
@@ -272,6 +272,16 @@ def _under(head:str, rows:list)->list[str]:
     return [f'{head}: {len(rows) or "none"}', *(f'  {row}' for row in rows)]
 
 # %% ../nbs/17_recomputed.ipynb #77dac618
+def _holding(rows:list[Row])->list[str]: # lines
+    "List the rows that hold after Holm's adjustment, in both and in one"
+    sides = {'both': (True, True), 'the first alone': (True, False),
+        'the second alone': (False, True)}
+    lines = [_held(rows)]
+    for words, pair in sides.items():
+        found = [row for row in rows if (row.first.held, row.second.held) == pair]
+        if found: lines += [f'  in {words}', *(f'    {row}' for row in found)]
+    return lines
+
 def _differing(found:SideBySide)->list[str]: # lines
     "Say what else differs: settings, tables and rows"
     lines = [f"another setting: {name}, in {', '.join(tables)}"
@@ -280,6 +290,7 @@ def _differing(found:SideBySide)->list[str]: # lines
         if tables: lines.append(f"only in {side.called}: {', '.join(tables)}")
     return lines
 
+# %% ../nbs/17_recomputed.ipynb #ccbfd638
 def text_of(found:SideBySide)->list[str]: # lines
     "Write two computations side by side"
     both = [row for row in found.rows if row.in_both]
@@ -290,7 +301,7 @@ def text_of(found:SideBySide)->list[str]: # lines
         f"  first: {first.called}, computed on {first.kinds()}",
         f"  second: {second.called}, computed on {second.kinds()}", *_differing(found),
         f"{len(both)} rows of {tables} tables are in both: {agree} verdicts agree",
-        _held(both),
+        *_holding(both),
         *_under('another verdict', [row for row in both if not row.agrees]),
         *_under('another sign of the effect', [row for row in both if row.turned]),
         *_under('in one alone', [row for row in found.rows if not row.in_both]),
