@@ -84,6 +84,7 @@ Modules:
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
 - `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
+- `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new

@@ -461,13 +461,24 @@ def _hub(names:list[str]):
         with _set(HF_HUB_OFFLINE='1'): yield
     finally: constants.HF_HUB_OFFLINE = False
 
-# %% ../nbs/18_cli.ipynb #9d289546
+# %% ../nbs/18_cli.ipynb #2a061636
+def _saved_by(chosen)->set[str]: # chosen: notebooks
+    "Name the figures and tables that notebooks save"
+    return {name.partition('.')[0] for notebook in chosen for name in artefacts(notebook)}
+
+def _since_commit(asked, profile:str)->list[str]: # asked: from order; lines
+    "Say which verdicts differ from those that git holds and another kind of machine computed"
+    from unloc.recomputed import changed_since
+    try: return changed_since(asked.figures / profile, _saved_by(asked.chosen))
+    except (OSError, ValueError) as error:
+        return [f'not compared with what git holds: {_line_of(error)}']
+
 def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come from this kind
     "Say it where stored figures come from another kind of processor"
     from unloc.runs import processor
     try: known = json.loads((folder / 'machine.json').read_text('utf-8'))
     except (OSError, ValueError): return ''
-    names = {name.partition('.')[0] for notebook in chosen for name in artefacts(notebook)}
+    names = _saved_by(chosen)
     kinds = {kind.split(' + ')[0] for name, kind in dict(known).items() if name in names}
     kinds -= {here := processor()}
     if not kinds: return ''
@@ -475,6 +486,7 @@ def _elsewhere(chosen:dict[Path, dict], folder:Path)->str: # '' where all come f
         f"({', '.join(sorted(kinds))}; this one is {here}): the same seeds give other digits here, "
         "verdicts near a margin may change, and git will show changed files")
 
+# %% ../nbs/18_cli.ipynb #9d289546
 def _promised(root:Path, profile:str)->str:
     "Say what a profile is, how long it takes, and that it can be stopped"
     said = about(root).get(profile, 'a section of settings.ini.')
@@ -488,7 +500,7 @@ def _find(root:Path, copies:Path)->None: # copies: where executed pages go
     values = {'saved': str(saved), 'out': str(saved / 'findings')}
     _execute(page, copies / page.name, values)
 
-def _run_all(root, asked, only, watch):
+def _run_all(root, asked, only, watch, profile):
     for i, (notebook, values) in enumerate(asked.chosen.items()):
         label = f'[{i + 1}/{len(asked.chosen)}] {notebook.stem}'
         began = time.monotonic()
@@ -496,6 +508,7 @@ def _run_all(root, asked, only, watch):
         watch.begin(label)
         _execute(notebook, asked.copies / notebook.name, values)
         watch.say(f"  done in {time.monotonic() - began:.0f} s")
+    for line in _since_commit(asked, profile): watch.say(line)
     manuscript = (root / 'paper' / 'unloc.typ').exists()
     if 'paper' in only or not only and manuscript and asked.figures == root / 'figures':
         if FINDINGS not in {notebook.stem for notebook in asked.chosen}: _find(root, asked.copies)
@@ -520,7 +533,7 @@ def reproduce(
         with _apart(asked.copies / 'stderr.log'), Watch(root, len(asked.chosen)) as watch:
             watch.say(_promised(root, profile))
             if engine == 'local': _demand_memory(profile, asked, watch)
-            _run_all(root, asked, only, watch)
+            _run_all(root, asked, only, watch, profile)
 
 # %% ../nbs/18_cli.ipynb #0bcd49f0
 def compile_paper(root:Path)->Path: # paper/unloc.pdf
@@ -733,6 +746,22 @@ def table(
 def _print_table(root:Path, form:str, **rest)->None:
     print(table(root, form=form, **rest), end='')
 
+# %% ../nbs/18_cli.ipynb #6ba90e79
+def _compare_figures(root:Path, first:str, second:str)->None:
+    "Print two computations of one profile side by side"
+    from unloc import recomputed
+    page = {page.stem: page for page in notebooks(root)}.get(FINDINGS)
+    with contextlib.ExitStack() as places:
+        try:
+            given = [places.enter_context(recomputed.place_of(side)) for side in (first, second)]
+            sides = [recomputed.read_saved(*side) for side in given]
+            lines = recomputed.text_of(recomputed.side_by_side(*sides))
+            for line in lines: print(line, flush=True)
+            if page is None: return
+            found = [recomputed.claims(side, page) for side in sides]
+        except (OSError, ValueError) as error: raise Problem(_line_of(error)) from None
+    for line in recomputed.claims_text(*found): print(line)
+
 # %% ../nbs/18_cli.ipynb #214f7a73
 def _shared(command:argparse.ArgumentParser)->None:
     "Add the options of every command that takes a profile"
@@ -774,6 +803,11 @@ def _exporting(command:argparse.ArgumentParser)->None:
     add('--model', nargs='+', action='extend', default=[], metavar='NAME=PLACE',
         help='a checkpoint that the run is built on: retained or original, a folder or hub id')
 
+def _comparing(command:argparse.ArgumentParser)->None:
+    "Add the words of unloc compare-figures"
+    command.add_argument('first', help='a folder such as figures/tiny, or HEAD:figures/tiny')
+    command.add_argument('second', help='figures of the same profile, computed elsewhere')
+
 def _tabled(command:argparse.ArgumentParser)->None:
     "Add the words of unloc table"
     add = command.add_argument
@@ -803,6 +837,9 @@ def _parser()->argparse.ArgumentParser:
         '--store', type=Path, metavar='DIR', help='where runs are kept (default: _runs)')
     _exporting(commands.add_parser('export', help='write the model of a run', allow_abbrev=False))
     _tabled(commands.add_parser('table', help='print a saved table', allow_abbrev=False))
+    _comparing(commands.add_parser(
+        'compare-figures', help='set two computations of a profile side by side',
+        allow_abbrev=False))
     new = commands.add_parser('init', help='write a small project of your own', allow_abbrev=False)
     new.add_argument('folder', type=Path, help='new, or empty')
     return parser
@@ -822,7 +859,8 @@ def _do(command:str, asked:dict)->int: # exit status
         if place and (Path(place).exists() or name != 'UNLOC_TOFU'):
             os.environ[name] = str(Path(place).resolve())
     acts = {'list': show, 'pages': _store_results, 'pack': _to_file, 'unpack': _from_file,
-        'export': _to_folder, 'table': _print_table}
+        'export': _to_folder, 'table': _print_table,
+        'compare-figures': _compare_figures}
     if command not in acts: return _do_profile(command, root, asked)
     acts[command](root, **asked)
     sys.stdout.flush() # a reader that is gone is noticed here
