@@ -4,7 +4,7 @@ line."""
 import ast, codecs, json, os, re, shutil, socket, subprocess, sys, threading, warnings
 from pathlib import Path
 import pytest
-from unloc import cli, cluster, figures, identity, runs, steps
+from unloc import cli, cluster, figures, identity, progress, runs, steps
 from unloc.identity import page_digest, pages_behind
 from unloc.project import in_checkout
 from unloc.runs import Store, cores, libraries, machines, processor, sweep
