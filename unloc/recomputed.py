@@ -319,7 +319,7 @@ def committed(
     try: done = subprocess.run(words, capture_output=True)
     except OSError: return False
     if done.returncode: return False
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+    with tarfile.TarFile(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(to, filter='data')
     return True
 
