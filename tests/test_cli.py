@@ -349,7 +349,7 @@ def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     assert (
         code == 0
         and err == ""
-        and out.startswith("profile smoke: 13 notebooks, 228 runs, 228 to do, 1 at a time\n")
+        and out.startswith("profile smoke: 14 notebooks, 229 runs, 229 to do, 1 at a time\n")
         and out.endswith("everything is there and fits\n")), (out, err)
     assert {
         kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1]
@@ -367,7 +367,7 @@ def test_the_plan_of_what_is_done(smoke):
     code, out, err = smoke.call("plan", "--profile", "smoke", "--set", 'margins={"AUES": 0.05}')
     assert code == 0
     assert err == ""
-    assert out.split("\n")[0] == "profile smoke: 13 notebooks, 228 runs, 0 to do"
+    assert out.split("\n")[0] == "profile smoke: 14 notebooks, 229 runs, 0 to do"
     assert out.endswith("everything is there\n")
     assert files(smoke.out, smoke.store) == before
     code, out, err = smoke.call("plan", "--profile", "cost", "--only", "40_cost")
