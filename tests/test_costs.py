@@ -1,7 +1,7 @@
 """What the pages of costs measure: each way leaves the model as it found it, the tables have the
 columns and rows of the committed ones, the sentences say what the committed figures say, and what
 measures needs no library of figures."""
-import contextlib, copy, csv, json, statistics, subprocess, sys, weakref
+import contextlib, copy, csv, json, re, statistics, subprocess, sys, weakref
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -22,7 +22,8 @@ def page(name): # cells of code, and whether they hold the parameters
 
 def prose(name):
     cells = json.loads((NBS / f"{name}.ipynb").read_text("utf-8"))["cells"]
-    return " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    found = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.sub(r"<!--.*?-->", "", found) # what a finding is called
 
 def rows(path):
     with open(ROOT / "figures" / path, encoding="utf-8", newline="") as f:
