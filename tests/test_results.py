@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from unloc.figures import Shown
-from unloc.profiles import project_root
+from unloc.profiles import profiles, project_root
 from unloc.project import pages_of
 from unloc.results import saved_by, store_results, with_results
 from unloc.study import Settings
@@ -78,3 +78,9 @@ def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
     numbers = re.findall(r"−?\d+\.\d+", re.sub("<!--.*?-->", "", finding))
     assert len(numbers) > 0
     assert [x for x in numbers if x not in text] == []
+
+def test_the_rates_of_the_study_are_those_that_the_rule_chose():
+    chosen, labels = {}, {"NPO": "npo", "RMU": "rmu", "WGA": "wga", "DPO": "dpo"}
+    for row in json.loads((ROOT / "figures" / "study" / "tuning.json").read_text("utf-8"))["rows"]:
+        chosen.setdefault(labels[row["objective"]], {})[row["arm"]] = float(row["rate"])
+    assert profiles(ROOT)["study"]["region_rates"] == chosen
