@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 
+from .register import methods
+
 # %% ../nbs/17_findings.ipynb #5f1d0007
 _WORDS = ('none one two three four five six seven eight nine ten eleven twelve').split()
 
@@ -205,12 +207,13 @@ def _wrong(text:str, begin:int, name:str, found:dict[str, Finding])->tuple[str, 
 def unsupported(
     text:str, # Markdown with citations
     found:dict[str, Finding], # by name
-    free:tuple[str, ...]=('OLMo 2', '95 %'), # phrases whose numbers are names or conventions
+    free:tuple[str, ...]=('95 %',), # phrases whose numbers are conventions; names are free
     decimals:bool=False, # whether whole numbers need no citation
 )->list[str]: # one line for each number or claim that does not hold
     "List what a text says that no finding supports"
     bare, wrong = _blank(_CODE, text), []
-    for phrase in free: bare = _blank(re.compile(re.escape(phrase)), bare)
+    names = [method.label for method in methods('architecture').values()]
+    for phrase in (*free, *names): bare = _blank(re.compile(re.escape(phrase)), bare)
     for cited in _CITED.finditer(text):
         problem, covered = _wrong(text, cited.start(), cited[1].strip(), found)
         if problem: wrong.append(problem)
