@@ -14,15 +14,15 @@ NOTEBOOKS = [
     "20_injection_ratio", "21_oracle_random", "22_trajectories", "23_direct_supervision",
     "24_localization", "25_localizers", "26_region_share", "27_arms", "28_recovery",
     "29_reversal", "30_dose_response", "31_injection", "32_tuning",
-    "33_study"]
+    "33_study", "34_testbed"]
 FIGURES = [
     "injection_ratio", "trajectories", "trajectories_utility", "figure1_direct_supervision",
     "localization", "region_share", "recovery", "reversal", "dose_response", "injection",
-    "tuning_grid", "study_forest"]
+    "tuning_grid", "study_forest", "testbed_axes"]
 TABLES = [
     "table2_oracle_random", "table1_localizers", "table1_own_units", "table3_recovery",
     "table4_arms", "table5_equal_retention", "table6_inside", "tuning", "tuning_attack",
-    "study_excluded", "study_arms", "study_claims", "study_levels"]
+    "study_excluded", "study_arms", "study_claims", "study_levels", "testbed"]
 FILES = (
     {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "pdf", "csv", "json")}
     | {f"{name}{suffix}" for name in TABLES for suffix in (".json", ".csv", ".tex", "_data.csv")}
@@ -349,7 +349,7 @@ def test_the_plan_counts_what_reproduce_then_does(smoke, tmp_path):
     assert (
         code == 0
         and err == ""
-        and out.startswith("profile smoke: 14 notebooks, 229 runs, 229 to do, 1 at a time\n")
+        and out.startswith("profile smoke: 15 notebooks, 235 runs, 235 to do, 1 at a time\n")
         and out.endswith("everything is there and fits\n")), (out, err)
     assert {
         kind: re.search(rf"^  {kind} +(\d+)/(\d+) +\d+ MiB +< 1 min +\d+ MiB  \w", out, re.M)[1]
@@ -367,7 +367,7 @@ def test_the_plan_of_what_is_done(smoke):
     code, out, err = smoke.call("plan", "--profile", "smoke", "--set", 'margins={"AUES": 0.05}')
     assert code == 0
     assert err == ""
-    assert out.split("\n")[0] == "profile smoke: 14 notebooks, 229 runs, 0 to do"
+    assert out.split("\n")[0] == "profile smoke: 15 notebooks, 235 runs, 0 to do"
     assert out.endswith("everything is there\n")
     assert files(smoke.out, smoke.store) == before
     code, out, err = smoke.call("plan", "--profile", "cost", "--only", "40_cost")
