@@ -1,8 +1,12 @@
 """Rank correlations of metrics: against scipy, with intervals that hold what they should"""
 import math
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np, pandas, pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
+
+from unloc.figures import label
 
 from unloc.leagues import distance_left, rank_correlation, rank_correlations, sees_suppression
 
@@ -56,3 +60,59 @@ def test_a_metric_that_reads_what_comes_back_sees_it_and_a_constant_one_does_not
 def test_every_pair_once():
     found = rank_correlations(frame(), {"m_end": "M", "flat_end": "Flat", "recovered": "R"})
     assert found[["first", "second"]].values.tolist() == [["M", "Flat"], ["M", "R"], ["Flat", "R"]]
+
+def one_pair(a, b, clusters, n_resamples=2000, seed=0):
+    """The same interval, one pair and one resample at a time"""
+    def spearman(x, y):
+        x, y = (rankdata(v) - (len(v) + 1) / 2 for v in (x, y))
+        size = np.linalg.norm(x) * np.linalg.norm(y)
+        return np.clip(x @ y / size, -1, 1) if size else math.nan
+    there = np.isfinite(a) & np.isfinite(b)
+    a, b, clusters = a[there], b[there], clusters[there]
+    known = np.unique(clusters)
+    if len(known) < 3: return math.nan, math.nan, math.nan, len(a)
+    if math.isnan(value := spearman(a, b)): return value, math.nan, math.nan, len(a)
+    found = []
+    for row in np.random.default_rng(seed).integers(0, len(known), (n_resamples, len(known))):
+        drawn = np.concatenate([np.flatnonzero(clusters == known[i]) for i in row])
+        found.append(spearman(a[drawn], b[drawn]))
+    return value, *np.nanpercentile(found, (2.5, 97.5)), len(a)
+
+@pytest.mark.parametrize("n_seeds", [3, 6])
+def test_all_pairs_at_once_are_bit_identical_with_one_pair_at_a_time(n_seeds):
+    rng = np.random.default_rng(n_seeds)
+    seeds = rng.integers(0, n_seeds, 40) # clusters of different sizes, in no order
+    a, b = metrics(3)[:2]
+    columns = {"a": a, "b": b, "ties": a.round(), "constant": np.ones(40),
+        "mostly": np.where(seeds > 0, 1., b), # constant in some resamples
+        "missing": np.where(rng.uniform(size=40) < .3, np.nan, a + b),
+        "few": np.where(seeds < 2, a, np.inf)}
+    found = rank_correlations(pandas.DataFrame({"seed": seeds, **columns}), {c: c for c in columns})
+    for row, (x, y) in zip(found.itertuples(), combinations(columns, 2), strict=True):
+        assert (row.first, row.second) == (x, y)
+        alone = one_pair(columns[x], columns[y], seeds)
+        np.testing.assert_array_equal([row.rho, row.low, row.high, row.n], alone, f"{x}, {y}")
+        np.testing.assert_array_equal(
+            rank_correlation(columns[x], columns[y], seeds)[:4], alone, f"{x}, {y} alone")
+
+def test_the_committed_league_is_what_its_models_give_bit_for_bit():
+    folder = Path(__file__).parents[1] / "figures" / "related"
+    models = pandas.read_csv(folder / "league_localizers_data.csv")
+    stored = pandas.read_csv(folder / "league_judges.csv", keep_default_na=False,
+        na_values={name: "" for name in ("rho", "low", "high")})
+    called = {label("metric", c.removesuffix("_end")): c for c in models if c.endswith("_end")}
+    names = {called[name]: name for name in dict.fromkeys([*stored["first"], *stored.second])}
+    found = rank_correlations(models, names)
+    pandas.testing.assert_frame_equal(found, stored, check_exact=True)
+
+def test_equal_drawings_are_ranked_once(monkeypatch):
+    calls = []
+    def counted(x, **options):
+        calls.append(x.shape)
+        return rankdata(x, **options)
+    monkeypatch.setattr("scipy.stats.rankdata", counted)
+    rng = np.random.default_rng(0)
+    columns = {f"m{i}": rng.normal(size=30) for i in range(12)}
+    rank_correlations(pandas.DataFrame({"seed": np.arange(30) % 3, **columns}),
+        {c: c for c in columns})
+    assert calls == [(12, 30)] * 11, "10 drawings of three seeds, and the models themselves"

@@ -11,6 +11,7 @@ __all__ = ['FEWEST', 'Rank', 'rank_correlation', 'rank_correlations', 'correlati
 # %% ../nbs/16_leagues.ipynb #6a010004
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +29,58 @@ class Rank(NamedTuple):
     n:int # models that both metrics judged
     reason:str='' # why there is none
 
-def _spearman(a, b)->float: # NaN where one of them is constant
+def _spearman(metrics): # [k, n] float64; gives [k, k] float64, NaN where one of two is constant
     from scipy.stats import rankdata
-    ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
-    size = math.prod(np.linalg.norm(x) for x in ranks)
-    return float(np.clip(ranks[0] @ ranks[1] / size, -1, 1)) if size else math.nan
+    ranks = rankdata(metrics, axis=1) - (metrics.shape[1] + 1) / 2
+    # multiples of one half: neither sum nor product is rounded, in whatever order they are taken
+    norms = np.sqrt((ranks**2).sum(1))
+    size = np.outer(norms, norms)
+    return np.clip(ranks @ ranks.T / np.where(size, size, math.nan), -1, 1)
+
+def _resampled(
+    metrics, # [k, n] float64, finite
+    clusters, # [n]
+    n_resamples:int,
+    seed:int,
+)->np.ndarray: # [n_resamples, k, k] float64
+    "Correlate every two metrics over clusters drawn with replacement"
+    which = np.unique(clusters, return_inverse=True)[1]
+    sizes = np.bincount(which)
+    members = np.split(np.argsort(which, kind='stable'), np.cumsum(sizes)[:-1])
+    drawn = np.random.default_rng(seed).integers(0, len(sizes), (n_resamples, len(sizes)))
+    different, place = np.unique(np.sort(drawn, 1), axis=0, return_inverse=True)
+    models = [np.concatenate([members[i] for i in row]) for row in different]
+    return np.stack([_spearman(metrics[:, chosen]) for chosen in models])[place.ravel()]
 
 # %% ../nbs/16_leagues.ipynb #6a010019
+def _on_same_models(metrics, clusters, n_resamples:int, seed:int):
+    "Correlate every two metrics, [k, n] and finite; gives a function of two of them"
+    n, known = metrics.shape[1], len(np.unique(clusters))
+    none = Rank(math.nan, math.nan, math.nan, n)
+    if known < FEWEST:
+        none = none._replace(reason=f'{known} seeds, {FEWEST} or more expected')
+        return lambda i, j: none
+    value, found = _spearman(metrics), _resampled(metrics, clusters, n_resamples, seed)
+    def rank(i, j):
+        if math.isnan(value[i, j]): return none._replace(reason='one is constant')
+        ends = np.nanpercentile(found[:, i, j], (2.5, 97.5))
+        return Rank(float(value[i, j]), *map(float, ends), n)
+    return rank
+
+def _every_two(metrics, clusters, n_resamples:int=2000, seed:int=0)->dict:
+    "Give the Rank of every two metrics, [k, n] with NaN where one judged no model"
+    there, shared = np.isfinite(metrics), {}
+    for i, j in combinations(range(len(metrics)), 2):
+        shared.setdefault((there[i] & there[j]).tobytes(), []).append((i, j))
+    ranks = {}
+    for pairs in shared.values():
+        models = there[[*pairs[0]]].all(0)
+        chosen = sorted({i for pair in pairs for i in pair})
+        rank = _on_same_models(
+            metrics[chosen][:, models], clusters[models], n_resamples, seed)
+        ranks |= {(i, j): rank(chosen.index(i), chosen.index(j)) for i, j in pairs}
+    return ranks
+
 def rank_correlation(
     a:Sequence[float], # [n] one metric, of n models
     b:Sequence[float], # [n] another one
@@ -46,17 +92,7 @@ def rank_correlation(
     both, names = np.array([a, b], dtype=np.float64), np.asarray(clusters)
     if both.shape[1] != len(names): raise ValueError(
         f"{both.shape[1]} models and {len(names)} clusters: expected one cluster for each model")
-    there = np.isfinite(both).all(0)
-    both, names = both[:, there], names[there]
-    n, known = both.shape[1], np.unique(names)
-    none = Rank(math.nan, math.nan, math.nan, n)
-    if len(known) < FEWEST: return none._replace(
-        reason=f'{len(known)} seeds, {FEWEST} or more expected')
-    if math.isnan(value := _spearman(*both)): return none._replace(reason='one is constant')
-    rng, members = np.random.default_rng(seed), [np.flatnonzero(names == x) for x in known]
-    drawn = rng.integers(0, len(known), (n_resamples, len(known)))
-    found = [_spearman(*both[:, np.concatenate([members[i] for i in row])]) for row in drawn]
-    return Rank(value, *map(float, np.nanpercentile(found, (2.5, 97.5))), n)
+    return _every_two(both, names, n_resamples, seed)[0, 1]
 
 # %% ../nbs/16_leagues.ipynb #6a01000e
 def rank_correlations(
@@ -66,12 +102,13 @@ def rank_correlations(
 ): # pandas.DataFrame, a row a pair: first, second, rho, low, high, n, reason
     "Correlate the ranks of every two metrics"
     import pandas
-    rows, columns = [], [*names]
-    for i, a in enumerate(columns):
-        for b in columns[i + 1:]:
-            found = rank_correlation(frame[a], frame[b], frame[cluster])
-            rows.append({'first': names[a], 'second': names[b], 'rho': found.value,
-                **found._asdict()})
+    metrics = frame[[*names]].to_numpy(dtype=np.float64).T
+    called, rows = [*names.values()], []
+    ranks = _every_two(metrics, frame[cluster].to_numpy())
+    for i, j in combinations(range(len(called)), 2):
+        rank = ranks[i, j]
+        rows.append({'first': called[i], 'second': called[j], 'rho': rank.value,
+            **rank._asdict()})
     return pandas.DataFrame(rows).drop(columns='value')
 
 # %% ../nbs/16_leagues.ipynb #6a010029
