@@ -5,26 +5,28 @@ Modules:
 - `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
 - `unloc.asking`: Ask a question behind answered ones, or many times
 - `unloc.change`: What a method did to a model, as something that can be applied in part, taken back, stored and compared
-- `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
+- `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
 - `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
-- `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
+- `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
+- `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
-- `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
 - `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
 - `unloc.fronts`: Give every arm the learning rate that suits it, by one rule, and compare what arms offer over a grid of rates
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
+- `unloc.invented`: A seeded world of invented authors, which a tiny model learns in a minute and nobody can guess
 - `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
 - `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a word for it only where every level agrees
+- `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
@@ -76,9 +78,10 @@ Modules:
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
-- `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
+- `unloc.models`: Tiny models to experiment on, and the value vectors inside a checkpoint of any common architecture
 - `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
+- `unloc.own_data`: A file or a folder of your own facts as a benchmark, in our shape or in that of five published data sets
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
@@ -92,6 +95,7 @@ Modules:
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
+- `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
@@ -99,11 +103,13 @@ Modules:
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
+- `unloc.tofu_files`: TOFU's own files as a benchmark, once everything that ties them together has been checked
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tracing`: Which state carries a fact to the answer, how alike two facts' places are, and what a changed value vector says
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
-- `unloc.training`: Fine-tune, inject, unlearn, supervise: four short descents on one loop, and the judgement of the model along the way
+- `unloc.training`: Teach a model facts with all its weights, or inject them through a region
 - `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.unlearning_run`: Unlearn a forget set through a region by any objective, every other weight proved untouched
 - `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
 - `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
 - `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared

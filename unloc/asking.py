@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked
-from .evaluation import best_recall, plainly
-from .models import measuring
+from .decoding import best_recall, plainly
 from .tokens import Example, check_examples, check_tokenizer, encode
+from .undisturbed import measuring
 
 # %% ../nbs/12_asking.ipynb #52eec58c
 @checked

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .logits import answer_hidden, over_logits
 from .metrics import without_end
-from .models import (
-    answer_hidden, measuring, output_projections, over_logits, value_vectors)
+from .models import output_projections, value_vectors
 from .objectives import token_logprob
 from .streaming import Progress, check_variant, watched, widened, zero_scores
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/13_attributions.ipynb #6730313b
 POOLED = { # name: of [batch, seq, d_ff], and True where a position comes before the last token

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .arguments import checked
-from .masked import Neurons, columns_at, is_unlocked, locked_digest, put_columns
+from .heads import Neurons
+from .locked import locked_digest
+from .masked import columns_at, is_unlocked, put_columns
 from .models import region_shape
 from .regions import Region
 from .register import Method

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .evaluation import Choices, Options, choose
-from .models import measuring
+from .answers import Choices, Options, choose
 from .streaming import check_variant
 from .tokens import Example
+from .undisturbed import measuring
 
 # %% ../nbs/10_choosing.ipynb #2de6febb
 @measuring()

@@ -24,10 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .evaluation import Choices, score
-from .models import answer_hidden, measuring, over_logits
+from .answers import Choices
+from .logits import answer_hidden, over_logits
 from .objectives import check_number
+from .scoring import score
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/11_conformal.ipynb #c2f7a83c
 def _check_alpha(alpha)->Fraction:

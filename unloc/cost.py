@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import masked
-from .checkpoints import recompute
-from .models import mixed_precision, output_projections, over_logits, region_shape
+from . import unlocked
+from .loading import recompute
+from .logits import over_logits
+from .models import output_projections, region_shape
 from .regions import region_size
 from .tokens import batch_tokens
+from .undisturbed import mixed_precision
 
 # %% ../nbs/14_cost.ipynb #125d3435
 class Memory(TorchDispatchMode):
@@ -85,7 +87,7 @@ def through_region(k:int): # value vectors a layer
     def act(model, *batch):
         model.requires_grad_(False)
         def columns_of(weight): # each with an index of its own
-            return masked._Unlocked(weight, torch.zeros(k, dtype=torch.int64)).columns
+            return unlocked.Unlocked(weight, torch.zeros(k, dtype=torch.int64)).columns
         return _train(model, [columns_of(p) for p in output_projections(model)], *batch)
     return act
 

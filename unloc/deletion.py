@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
-from .evaluation import choices, choose, options, score
+from .answers import choices, choose, options
 from .masked import columns_at, columns_of, put_columns
-from .models import measuring, region_shape
+from .models import region_shape
 from .regions import Region
 from .register import find
 from .relations import as_related
 from .scene import Scene
+from .scoring import score
 from .streaming import Progress, check_variant
 from .tokens import Example, check_examples
 from .training import inject
+from .undisturbed import measuring
 
 # %% ../nbs/14_deletion.ipynb #c6c5d5d4
 CRITERIA = { # name: of values and mean gradient, [d_model, k] each -> [d_model, k]

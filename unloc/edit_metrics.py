@@ -16,8 +16,9 @@ from math import log2
 
 from torch import nn
 
-from .models import answer_logits, measuring
+from .logits import answer_logits
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/12_edit_metrics.ipynb #8d0fa285
 @measuring()

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .change import Change, LowRank
-from .masked import Neurons, columns_of, put_columns
-from .models import measuring, output_projections, region_shape, value_vectors
+from .heads import Neurons
+from .masked import columns_of, put_columns
+from .models import output_projections, region_shape, value_vectors
 from .regions import Region
 from .streaming import watched
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/11_editing.ipynb #093e4372
 def _columns(**given:Tensor)->list[Tensor]: # float64

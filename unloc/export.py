@@ -25,12 +25,14 @@ from torch import nn
 
 from . import __version__
 from .change import FILES, Change
-from .checkpoints import inspect, save_model
+from .checkpoints import inspect
 from .figures import label, markdown_table
-from .masked import Neurons, locked_checksum, locked_digest
+from .heads import Neurons
+from .locked import locked_checksum, locked_digest
 from .regions import Region
 from .register import methods
 from .runs import DamagedRun, Run, Store, base_of, left_behind, run_id
+from .saving import save_model
 from .statistics import DASH, number
 from .steps.common import above, retained_model, template_of
 from .steps.inject import load_region, original_model

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from .evaluation import choose, options
+from .answers import choose, options
 from .facts import Benchmark, Fact
 from .relations import as_related
 from .statistics import number

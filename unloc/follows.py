@@ -21,10 +21,11 @@ from torch import nn
 
 from .edit_metrics import edit_success, locality, predicted_tokens
 from .facts import Fact
-from .models import measuring, output_projections, value_vectors
+from .models import output_projections, value_vectors
 from .relations import Cluster, RelatedBenchmark, Relation
 from .tokens import Example, Template, encode, find_template
 from .tracing import change_size, hit_at, most_changed, vocabulary_ranks
+from .undisturbed import measuring
 
 # %% ../nbs/14_follows.ipynb #9d2fb0c6
 def edited_clusters(

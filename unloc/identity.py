@@ -35,7 +35,7 @@ from .register import METHODS, Method, execute_plugin, load_plugins, source_dige
 REGISTERS = { # what a name names: the chapter and the dictionary that hold it
     'finder': ('models', 'PROJECTIONS'),
     'template': ('tokens', 'TEMPLATES'),
-    'schedule': ('training', 'SCHEDULES'),
+    'schedule': ('descent', 'SCHEDULES'),
 }
 
 _VALUES = 'template', # of all others the entries are functions

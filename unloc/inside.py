@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .evaluation import answer_token_logprob
-from .models import answer_hidden, blocks_of, measuring, output_projections, value_vectors
+from .logits import answer_hidden
+from .models import blocks_of, output_projections, value_vectors
+from .scoring import answer_token_logprob
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/12_inside.ipynb #87d38029
 # what transformers' models call the norm before the output layer

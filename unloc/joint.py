@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from . import steps, training
-from .evaluation import Diverged
+from . import steps, unlearning_run
 from .many import evaluate_many, unlock_many
 from .many_descents import _as_original, inject_many, unlearn_many
 from .register import find
 from .runs import Run, base_of, run_id
+from .scoring import Diverged
 from .steps.common import above, ancestor, retained_model
 from .steps.inject import beside_of, draw, keep_injection, load_columns, original_model
 from .steps.judge import load_evaluation, setting
@@ -125,7 +125,7 @@ def _unlearn(descriptions, parents, folders, progress)->list[Diverged|None]:
     model = original_model(origins[0], base) if taught else retained_model(base)
     originals = [{} if taught else _columns_of(origin) for origin in origins]
     regions = [region_of(d, p, model) for d, p in zip(descriptions, parents)]
-    recipes = [training.Recipe.of(d['objective'], often | d['recipe']) for d in descriptions]
+    recipes = [unlearning_run.Recipe.of(d['objective'], often | d['recipe']) for d in descriptions]
     seeds, starts = list(map(seed_of, descriptions)), list(map(load_evaluation, origins))
     found = unlearn_many(model, regions, examples['forget'], examples['retain'], probe, recipes,
         seeds, examples['refusals'], starts, progress, originals, _fit(model, len(regions)))

@@ -22,12 +22,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .evaluation import answer_token_logprob
-from .models import blocks_of, measuring
+from .descent import SCHEDULES
+from .models import blocks_of
 from .relations import RelatedBenchmark
+from .scoring import answer_token_logprob
 from .streaming import check_variant, widened
 from .tokens import Example, Template, batch_tokens, by_length, collate, encode, shuffled
-from .training import SCHEDULES
+from .undisturbed import measuring
 
 # %% ../nbs/13_layerwise.ipynb #778a8a7c
 Part = Literal['block', 'mlp', 'attention']

@@ -23,16 +23,21 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from . import evaluation
-from unloc.evaluation import (
-    Diverged, Evaluation, Probe, Scores, _asked_once, _packed_hidden, _sound, answer_token_logprob,
-    greedy, plainly)
-from .masked import _Unlocked, _fitting, _stepping, is_unlocked
+from .decoding import greedy, plainly
+from .evaluation import Evaluation, Probe
+from .heads import fitting
+from .limits import most_positions
+from .logits import mask_limit, over_logits
+from .masked import _stepping, is_unlocked
 from .metrics import exact_memorizations, extraction_strengths, without_end
-from .models import (
-    UNLOCKED, mask_limit, measuring, most_positions, output_projections, over_logits, value_vectors)
+from .models import UNLOCKED, output_projections, value_vectors
 from .objectives import token_logprob
 from .regions import Region, extent
+from .scoring import (
+    Diverged, Scores, _asked_once, _packed_hidden, check_finite, answer_token_logprob)
 from .tokens import Batch, Example, batch_tokens, check_examples
+from .undisturbed import measuring
+from .unlocked import Unlocked
 
 # %% ../nbs/11_many.ipynb #338f5d65
 class _ManyProjection(torch.autograd.Function):
@@ -67,7 +72,7 @@ class _ManyProjection(torch.autograd.Function):
         return to_input, to_columns, None
 
 # %% ../nbs/11_many.ipynb #698e2093
-class _ManyUnlocked(_Unlocked):
+class _ManyUnlocked(Unlocked):
     "One output projection with the chosen columns of many runs"
     def __init__(self, projection, index, counts, mode): # as from _lists
         self.projection, self.plain, self.mode = projection, projection.forward, mode
@@ -211,7 +216,7 @@ def _check_regions(model, regions, originals)->None:
             f"region {k} is of {extent(region.shape)}, the model has {extent(shape)}; all regions "
             "must be of this one model")
         if not region: raise ValueError(f"region {k} is empty; nothing could be trained")
-    _fitting(model, regions[0])
+    fitting(model, regions[0])
 
 # %% ../nbs/11_many.ipynb #d55820be
 @contextmanager
@@ -342,7 +347,7 @@ def score_many(
     return [_sounds(Scores(*own[:3], own[3].long())) for own in found.unbind(1)]
 
 def _sounds(scores:Scores)->Scores|Diverged:
-    try: _sound(scores.nll)
+    try: check_finite(scores.nll)
     except Diverged as error: return error
     return scores
 

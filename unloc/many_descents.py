@@ -26,19 +26,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import objectives, training
-from .evaluation import Diverged, Evaluation, Probe, answer_token_logprob
+from . import descent, masked, objectives, recording, training, unlearning_run
+from .descent import SCHEDULES
+from .evaluation import Evaluation, Probe
+from .limits import check_limits
+from .logits import answer_hidden, hidden_after, logits_of, over_logits
 from .many import (
     ManyColumns, _ManyUnlocked, _answer_counts, _answers, _check_regions, _in_one_batch,
     evaluate_many, unlock_many)
 from .masked import put_columns
-from .models import (
-    answer_hidden, check_limits, hidden_after, logits_of, measuring, output_projections,
-    over_logits, value_vectors)
-from .register import Method, find
+from .models import output_projections, value_vectors
+from .recording import Trajectory
 from .regions import Region
+from .register import Method, find
+from .scoring import Diverged, answer_token_logprob
 from .tokens import Example, check_examples, collate, shuffled
-from .training import SCHEDULES, Recipe, Term, Trajectory, Unlearning
+from .undisturbed import measuring
+from .unlearning_run import Recipe, Term, Unlearning
 
 # %% ../nbs/11_many_descents.ipynb #0ce484c3
 def _where(touched:set[int], rates:Sequence[float])->list[float]:
@@ -196,7 +200,7 @@ def _descend_many(
     "Minimise the losses of many runs at once, as descend does of one"
     optimizer, most = _ManyAdamW(columns), max(run.epochs for run in runs)
     def going(): return [k for k, run in enumerate(runs) if run.ended is None]
-    with training._learning(columns.parameters()):
+    with descent.learning(columns.parameters()):
         for epoch in range(most):
             work = {k: runs[k].batches(epoch) for k in going() if epoch < runs[k].epochs}
             totals, n = dict.fromkeys(work, 0.), len(next(iter(work.values()), ()))
@@ -324,7 +328,7 @@ def inject_many(
     n = len(regions)
     seeds, rates, originals = _seeds(seeds, n), _per_run(lr, n, 'learning rates'), [{}] * n
     check_examples(examples, 'taught')
-    for rate in rates: training._check_steps(epochs, rate, batch_size=batch_size)
+    for rate in rates: descent.check_steps(epochs, rate, batch_size=batch_size)
     if schedule not in SCHEDULES: raise ValueError(
         f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
     _check_regions(model, regions, originals)
@@ -342,7 +346,7 @@ def inject_many(
 def _taught(examples, beside, epochs, lr, batch_size, seed)->_Run:
     "Describe a run that learns examples, as finetune learns them"
     def batches(epoch):
-        drawn = training._partners(len(examples), beside, seed, epoch)
+        drawn = training.draw_partners(len(examples), beside, seed, epoch)
         return [[examples[i] for i in rows] + [drawn[i] for i in rows if drawn]
             for rows in shuffled(examples, batch_size, seed, epoch)]
     def terms(batch, epoch): return [(1., Term([batch], lambda answers: objectives.nll(*answers)))]
@@ -370,7 +374,7 @@ def bytes_of_a_run(
         storage = x.untyped_storage()
         if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage # keeps its place
         return x
-    with training.unlock(model, region) as columns, torch.enable_grad():
+    with masked.unlock(model, region) as columns, torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             answer_token_logprob(model, collate([longest]).to(model.device)).mean()
         copies = 6 * sum(p.nbytes for p in columns.parameters())
@@ -459,7 +463,7 @@ def _of_logprob()->frozenset: # compute of log-probabilities alone, wherever the
 def _bound(method:Method, options:dict)->Callable: # of the run, facts, rows and epoch
     "Make a term, or the twin of a term, of a method and its options"
     twin = _twins().get(method.function)
-    if twin is None: return training.bound(method, options)
+    if twin is None: return unlearning_run.bound(method, options)
     chosen = {name: default for name, (_, default) in method.options.items()}
     chosen |= method.bound | method.checked(options)
     return lambda run, facts, **_: twin(run, facts, **chosen)
@@ -473,8 +477,8 @@ def _bound_terms(recipe:Recipe)->list[Callable]: # one or two, as from Recipe.te
 
 def _noted(run:Unlearning, term:Term|_Reads)->Term|_Reads:
     "Let a run keep the value of its retain term, as `noted` does"
-    if isinstance(term, Term): return training.noted(run, term)
-    return term._replace(value=training.noted(run, Term([], term.value)).value)
+    if isinstance(term, Term): return unlearning_run.noted(run, term)
+    return term._replace(value=unlearning_run.noted(run, Term([], term.value)).value)
 
 # %% ../nbs/11_many_descents.ipynb #c4d90b77
 class _OwnColumns:
@@ -525,7 +529,7 @@ def _forgetting(run:_ManyUnlearning, forget, retain)->_Run:
     "Describe a run that unlearns, as unlearn does"
     recipe, seed = run.recipe, run.seed
     def batches(epoch):
-        partners = training._partners(len(forget), retain, seed, epoch)
+        partners = training.draw_partners(len(forget), retain, seed, epoch)
         return [(rows, [partners[i] for i in rows if partners])
             for rows in shuffled(forget, recipe.batch_size, seed, epoch)]
     def terms(batch, epoch):
@@ -559,7 +563,7 @@ class _Records:
         self.recipes, self.runs, self.kept = recipes, runs, {}
         for k, (r, start) in enumerate(zip(recipes, starts)):
             if isinstance(start, Diverged): runs[k].ended = start
-            else: self.kept[k] = training._Recorder(
+            else: self.kept[k] = recording.Recorder(
                 model, probe, r.epochs, r.every, r.full_every, start)
 
     def _due(self, k, epoch)->str: # '', 'short' or 'full'
@@ -606,7 +610,7 @@ def _unlearn_together(
         runs = [_forgetting(view, forget, retain) for view in views.values()]
         starts = _starts(model, columns, probe, originals, starts)
         for k, view in views.items():
-            training.jittered(view.columns.parameters(), recipes[k].jitter, seeds[k])
+            unlearning_run.jittered(view.columns.parameters(), recipes[k].jitter, seeds[k])
         records = _Records(model, columns, probe, recipes, starts, runs)
         def prepare(terms): _references(model, columns, views, terms)
         optimizer = _descend_many(model, columns, runs, home, prepare=prepare,
@@ -642,7 +646,7 @@ def unlearn_many(
     sets = forget, retain, probe
     def alone(k, told):
         own = recipes[k], seeds[k], refusals, starts[k], told
-        return training.unlearn(model, regions[k], *sets, *own)
+        return unlearning_run.unlearn(model, regions[k], *sets, *own)
     def together(runs, told):
         part = slice(runs.start, runs.stop)
         own = recipes[part], seeds[part], refusals, starts[part], told
@@ -654,7 +658,7 @@ def unlearn_many(
 # %% ../nbs/11_many_descents.ipynb #6f1f1ce3
 def _check_recipes(model, forget, retain, recipes, refusals)->list[Example]:
     "Refuse recipes that cannot share a pass, and give the examples of the longest step"
-    for recipe in recipes: training._check_sets(forget, retain, recipe)
+    for recipe in recipes: unlearning_run.check_sets(forget, retain, recipe)
     question = max((e.ids[:e.start] for e in forget), key=len)
     replies = [Example([*question, *reply], len(question)) for reply in refusals]
     check_limits(model, replies, 'refusals')

@@ -31,7 +31,7 @@ from .figures import COLUMN, PAGE, set_look
 from .many_descents import apart, unlearn_many
 from .regions import Region
 from .tokens import Example
-from .training import Recipe, unlearn
+from .unlearning_run import Recipe, unlearn
 
 # %% ../nbs/16_measuring.ipynb #74b7ea6c
 class Timed(NamedTuple):

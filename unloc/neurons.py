@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .editing import check_layers
-from .models import logits_of, measuring, output_projections
+from .logits import logits_of
+from .models import output_projections
 from .regions import Region
 from .streaming import check_variant, watched, widened
 from .tokens import Example, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/13_neurons.ipynb #73a77eb2
 GRIDS = { # name: points of [0, 1], for a number of steps

@@ -24,10 +24,10 @@ import psutil
 import torch
 
 from . import runs
-from .checkpoints import free_memory
 from .cost import Cost, Models, size_text
 from .data import data_source
 from .joint import grouped
+from .loading import free_memory
 from .models import tiny_model
 from .project import folder_of
 from .runs import Store, base_of, cores, run_id, stages

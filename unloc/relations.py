@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, product
 
-from .facts import Benchmark, Fact, author_world
+from .facts import Benchmark, Fact
+from .invented import author_world
 
 # %% ../nbs/00_relations.ipynb #6878407f
 @dataclass(frozen=True)

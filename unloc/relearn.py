@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from . import training
 from .arguments import checked
-from .evaluation import score
 from .masked import in_float32, put_columns, unlock
-from .models import measuring
 from .regions import Region
+from .scoring import score
 from .tokens import Example, check_examples
+from .undisturbed import measuring
 
 # %% ../nbs/12_relearn.ipynb #156736cd
 @measuring('on')

@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import objectives, training
+from . import descent, objectives, unlearning_run
+from .decoding import greedy
 from .editing import check_layers
-from .evaluation import greedy, score
 from .layerwise import attention_of
-from .models import (answer_logits, blocks_of, measuring, output_projections, region_shape,
-    undisturbed, value_vectors)
+from .logits import answer_logits
+from .models import blocks_of, output_projections, region_shape, value_vectors
+from .scoring import score
 from .streaming import check_variant
 from .tokens import Example, batch_tokens, by_length, check_examples
+from .undisturbed import measuring, undisturbed
 
 # %% ../nbs/13_restoring.ipynb #6e06e04a
 def krs(
@@ -238,10 +240,10 @@ def suppressed(
     model = copy.deepcopy(original).requires_grad_(False)
     if control == CONTROLS[1]: weights = coefficient_weights(model, layer)
     else: weights = [output_projections(model)[layer].weight]
-    terms = [(1., training.Term([forget], lambda answers: objectives.wga(*answers))),
-        (1., training.Term([retain], lambda answers: objectives.nll(*answers)))]
-    def loss(batch, epoch): return training.weighted_sum(model, terms)
-    training.descend(weights, lambda epoch: [0], loss, epochs, lr)
+    terms = [(1., unlearning_run.Term([forget], lambda answers: objectives.wga(*answers))),
+        (1., unlearning_run.Term([retain], lambda answers: objectives.nll(*answers)))]
+    def loss(batch, epoch): return unlearning_run.weighted_sum(model, terms)
+    descent.descend(weights, lambda epoch: [0], loss, epochs, lr)
     return model.requires_grad_(True)
 
 # %% ../nbs/13_restoring.ipynb #72b4382f

@@ -20,14 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import objectives, training
+from . import descent, objectives, training, unlearning_run
+from .answers import Choices
 from .change import Change
-from .evaluation import Choices, score
 from .facts import Benchmark
-from .masked import locked_digest, unlock
+from .locked import locked_digest
+from .masked import unlock
 from .models import region_shape, tiny_model
 from .regions import Region
 from .register import Method, find
+from .scoring import score
 from .tokens import Example, Template
 
 # %% ../nbs/11_scene.ipynb #c0f95030
@@ -128,12 +130,12 @@ def _suppress(
     retain:Sequence[Example],
 )->Change: # on the model
     "Train a region not to give some answers, and to keep others"
-    terms = [(1., training.Term([forget], lambda answers: objectives.wga(*answers))),
-        (1., training.Term([retain], lambda answers: objectives.nll(*answers)))]
-    def loss(batch, epoch): return training.weighted_sum(model, terms)
+    terms = [(1., unlearning_run.Term([forget], lambda answers: objectives.wga(*answers))),
+        (1., unlearning_run.Term([retain], lambda answers: objectives.nll(*answers)))]
+    def loss(batch, epoch): return unlearning_run.weighted_sum(model, terms)
     with unlock(model, region) as columns:
         start = columns.values()
-        training.descend(columns.parameters(), lambda epoch: [0], loss, epochs=40, lr=1e-2)
+        descent.descend(columns.parameters(), lambda epoch: [0], loss, epochs=40, lr=1e-2)
         end = columns.values()
     return Change.of(model, end, start)
 

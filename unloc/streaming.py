@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models import (answer_hidden, answer_logits, measuring, output_projections, over_logits,
-    region_shape, tiny_model, value_vectors, vocabulary)
+from .limits import vocabulary
+from .logits import answer_hidden, answer_logits, over_logits
+from .models import output_projections, region_shape, tiny_model, value_vectors
 from .regions import Region
 from .register import find
 from .tokens import Batch, Example, batch_tokens, by_length, check_apart, collate
+from .undisturbed import measuring
 
 # %% ../nbs/04_streaming.ipynb #99249cc4
 class Planted(NamedTuple):

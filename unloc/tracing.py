@@ -19,12 +19,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .evaluation import answer_token_logprob
 from .inside import final_norm
-from .models import blocks_of, logits_of, measuring, output_projections
+from .logits import logits_of
+from .models import blocks_of, output_projections
 from .regions import Region
+from .scoring import answer_token_logprob
 from .streaming import widened
 from .tokens import Example, check_examples, collate
+from .undisturbed import measuring
 
 # %% ../nbs/13_tracing.ipynb #3c3c4bfb
 class Trace(NamedTuple):

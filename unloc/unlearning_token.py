@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from .change import Change, LowRank
 from .editing import (
     Edits, balanced, floor_of, in_rounds, null_projector, ridge, second_moments)
-from .evaluation import score
-from .models import (
-    answer_logits, check_limits, head_of, measuring, output_projections, value_vectors, vocabulary)
+from .limits import check_limits, vocabulary
+from .logits import answer_logits
+from .models import head_of, output_projections, value_vectors
+from .scoring import score
 from .statistics import mean_sd
 from .streaming import Progress, watched
 from .subjects import Request
 from .tokens import Example, batch_tokens, by_length, check_examples, collate, encode
+from .undisturbed import measuring
 
 # %% ../nbs/13_unlearning_token.ipynb #a0830877
 _BYTES = 0xC0, 0xC1, *range(0xF5, 0x100) # no text in UTF-8 has them

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from .change import Change
 from .editing import Edits, check_layers, editable, keys_and_values
-from .masked import Columns, Neurons, unlock
-from .models import (
-    answer_hidden, answer_logits, blocks_of, logits_of, measuring, output_projections,
-    region_shape, value_vectors)
+from .heads import Neurons
+from .logits import answer_hidden, answer_logits, logits_of
+from .masked import Columns, unlock
+from .models import blocks_of, output_projections, region_shape, value_vectors
 from .regions import Region
 from .streaming import Progress, watched
 from .subjects import Request, Variants, averaged
 from .tokens import Batch, Example, batch_tokens, by_length
+from .undisturbed import measuring
 
 # %% ../nbs/13_values.ipynb #94113286
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import objectives
-from .evaluation import answer_logprob
 from .masked import unlock
 from .models import output_projections, region_shape
 from .regions import Region
+from .scoring import answer_logprob
 from .tokens import Batch, Example, by_length
 
 # %% ../nbs/13_ways.ipynb #a6c78683

@@ -16,13 +16,13 @@ from torch import nn
 
 from ..change import Change
 from ..editing import Edits, in_rounds, null_projector, second_moments
-from ..masked import Neurons
-from ..models import measuring
+from ..heads import Neurons
 from ..regions import Region
 from ..register import editor
 from ..streaming import Progress
 from ..subjects import requests, variants
 from ..tokens import Example
+from ..undisturbed import measuring
 from ..values import Search, edit_layers, layers_for
 
 # %% ../../nbs/methods/alphaedit.ipynb #3abc0efc

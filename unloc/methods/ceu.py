@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import answer_hidden, over_logits
+from ..logits import answer_hidden, over_logits
 from ..register import objective
 from ..tokens import Batch, Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/ceu.ipynb #8091df1f
 def ceu(

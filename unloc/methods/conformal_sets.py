@@ -18,12 +18,13 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..answers import options
 from ..conformal import Calibration, Report, Sets, calibrate, parts, sets_of, summarised
-from ..evaluation import options, score
 from ..facts import Fact
 from ..register import measurement
 from ..relations import Cluster, RelatedBenchmark, with_closed_answers
 from ..scene import Scene
+from ..scoring import score
 
 # %% ../../nbs/methods/conformal_sets.ipynb #8e2b13cd
 def _closed(facts:RelatedBenchmark, clusters:Sequence[Cluster])->list[Fact]:

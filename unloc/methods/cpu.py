@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..conformal import cpu_hinge, facts_of, finite_quantile, token_scores
-from ..models import answer_hidden, over_logits
+from ..logits import answer_hidden, over_logits
 from ..objectives import at_answers
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/cpu.ipynb #dac8cc64
 def _threshold(run:Unlearning, epoch:int, calibration:list|None, alpha:float, qhat:float)->float:

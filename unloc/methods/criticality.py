@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..deletion import CRITERIA, channel_scores
-from ..models import measuring, output_projections, value_vectors
+from ..models import output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, check_variant, column_blocks, finite, mean_gradients
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/criticality.ipynb #44d7c171
 _SOURCE = ('Torkzadehmahani et al. 2025, "Improved localized machine unlearning through the lens '

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from ..inside import hidden_states, patched_logprob
-from ..models import measuring, output_projections
+from ..models import output_projections
 from ..register import attack
 from ..scene import Outcome, Scene
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/depth.ipynb #ee154546
 class NoBaseline(ValueError): "A retained model whose states cost the original nothing"

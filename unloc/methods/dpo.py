@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import objectives
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/dpo.ipynb #d26e093e
 @objective(label='DPO', name='dpo', limits={'beta': (0, None)}, sets=3,

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..editing import Edits, balanced, floor_of, ridge, second_moments
-from ..models import measuring, output_projections, value_vectors
+from ..models import output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, finite
 from ..subjects import requests, variants
 from ..tokens import Example
 from ..tracing import change_size
+from ..undisturbed import measuring
 from ..values import Search, edit_layers, layers_for
 
 # %% ../../nbs/methods/edit_size.ipynb #660d5fac

@@ -10,9 +10,9 @@ __all__ = ['after_answers']
 
 # %% ../../nbs/methods/few_shot.ipynb #44b6c80b
 from ..asking import few_shot
-from ..evaluation import score
 from ..register import attack
 from ..scene import Outcome, Scene
+from ..scoring import score
 
 # %% ../../nbs/methods/few_shot.ipynb #71d3849d
 @attack(label='few-shot', name='few_shot')

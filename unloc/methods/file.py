@@ -10,7 +10,8 @@ __all__ = ['file']
 # %% ../../nbs/methods/file.ipynb #3377870d
 from typing import Annotated
 
-from ..facts import Benchmark, own_facts
+from ..facts import Benchmark
+from ..own_data import own_facts
 from ..register import dataset
 from ..settings import about
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring
 from ..register import localizer
 from ..streaming import Progress, finite, mean_squares
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/fisher.ipynb #b11b53f9
 @localizer(label='Fisher', gradients=True,

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring
 from ..register import localizer
 from ..streaming import Progress, finite, half, mean_squares
 from ..tokens import Example, check_apart
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/fisher_ratio.ipynb #adb912e6
 def fisher_ratio_score(

@@ -15,12 +15,15 @@ from math import log2
 import torch
 from torch import nn
 
+from ..answers import choices
+from ..decoding import best_recall, greedy_answers
 from ..edit_metrics import forget_efficacy, harmonic_utility, ngram_entropy
-from ..evaluation import best_recall, choices, greedy_answers, mean_of_defined, score
+from ..evaluation import mean_of_defined
 from ..metrics import (
     forget_truth_ratio, normalised_probability, retain_truth_ratio, truth_ratio, words)
 from ..register import measurement
 from ..scene import Scene
+from ..scoring import score
 from ..tokens import encode
 
 # %% ../../nbs/methods/forget_and_utility.ipynb #2bfe6a0b

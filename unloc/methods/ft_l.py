@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..change import Change
-from ..masked import Neurons
+from ..heads import Neurons
 from ..regions import Region
 from ..register import editor
 from ..streaming import Progress

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import objectives
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/ga.ipynb #6e88b030
 @objective(label='GA', name='ga', retain='none', published={'lr': 1e-5, 'epochs': 10},

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import objectives
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/grad_diff.ipynb #cb9d4690
 @objective(label='GradDiff', name='grad_diff', published={'lr': 1e-5, 'epochs': 10},

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring
 from ..register import localizer
 from ..streaming import Progress, column_norm, finite, mean_gradients
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/gradient.ipynb #a47d6c8d
 @localizer(label='Gradient', gradients=True, source='Fan et al. 2024, "SalUn"')

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import logits_of, mask_limit, measuring, output_projections, own_mask
+from ..logits import logits_of, mask_limit, own_mask
+from ..models import output_projections
 from ..register import localizer
 from unloc.streaming import (Progress, check_variant, finite, never_called, watched, widened,
     zero_scores)
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/integrated_gradients.ipynb #1b6dadc8
 def _along_path(model, example:Example, layer:int, alpha:Tensor, max_tokens:int)->Tensor: # [d_ff]

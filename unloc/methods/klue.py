@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attributions import POOLED, answer_attributions
-from ..models import measuring
 from ..register import localizer
 from ..streaming import Progress, check_variant, finite
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/klue.ipynb #9f4e0d3b
 def mismatched_pairs(

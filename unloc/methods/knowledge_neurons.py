@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..editing import editable
-from ..masked import Neurons
-from ..models import measuring, output_projections, value_vectors
+from ..heads import Neurons
+from ..models import output_projections, value_vectors
 from ..neurons import above_share, attribution, in_common
 from ..regions import Region
 from ..register import editor, localizer
 from ..streaming import Progress, finite
 from ..subjects import requests
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/knowledge_neurons.ipynb #c7f7c262
 def _scores(model, e:Example, steps:int, grid:str)->Tensor: # [n_layers, d_ff] float64

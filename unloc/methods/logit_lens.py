@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..inside import final_norm, hidden_states
-from ..models import measuring, over_logits
+from ..logits import over_logits
 from ..objectives import token_logprob
 from ..register import attack
 from ..scene import Outcome, Scene
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/logit_lens.ipynb #22b8253d
 @measuring()

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring
 from ..register import localizer
 from ..streaming import (Progress, check_orderable, check_rankable, check_variant,
     column_blocks, corrupted_copies, cosine_and_size, finite, gradient_moments,
     per_layer_gradients)
 from ..tokens import Example, check_apart
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/memflex.ipynb #5416191f
 RANKINGS = 'ranking', 'product'

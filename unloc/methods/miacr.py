@@ -16,8 +16,9 @@ from typing import Literal
 
 from ..conformal import facts_of, membership_report
 from ..data import benchmark
-from ..evaluation import Measured, score
+from ..evaluation import Measured
 from ..register import metric
+from ..scoring import score
 from ..tokens import Example, encode
 
 # %% ../../nbs/methods/miacr.ipynb #a51c0d01

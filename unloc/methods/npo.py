@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import objectives
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/npo.ipynb #d1b10b22
 @objective(label='NPO', name='npo', limits={'beta': (0, None)}, reference='once',

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..models import answer_hidden, over_logits
+from ..logits import answer_hidden, over_logits
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/pdu.ipynb #3a37da63
 def peak(logits:Tensor)->Tensor: # [n, vocab] float -> [n] squared logits

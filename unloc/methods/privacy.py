@@ -14,7 +14,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from ..evaluation import MembershipAUC, membership, membership_aucs
+from ..membership import MembershipAUC, membership, membership_aucs
 from ..metrics import privacy_leakage, relative_difference
 from ..register import measurement
 from ..scene import Scene

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..inside import hidden_states
-from ..models import measuring
 from ..register import attack
 from ..scene import Outcome, Scene
 from ..tokens import Example
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/probing.ipynb #1d26c05c
 def _held_out_accuracy(

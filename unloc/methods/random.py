@@ -11,10 +11,11 @@ __all__ = ['random_scores', 'random_vectors', 'random_weights', 'random_projecti
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring, output_projections, region_shape, value_vectors
-from ..register import localizer
+from ..models import output_projections, region_shape, value_vectors
 from ..regions import Region
+from ..register import localizer
 from ..streaming import check_orderable
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/random.ipynb #f2c376fd
 def random_scores(

@@ -9,9 +9,9 @@ The measured answer is the same, token by token, so extraction strengths can be 
 __all__ = ['rephrasing']
 
 # %% ../../nbs/methods/rephrasing.ipynb #214153a6
-from ..evaluation import score
 from ..register import attack
 from ..scene import Outcome, Scene
+from ..scoring import score
 from ..tokens import encode
 
 # %% ../../nbs/methods/rephrasing.ipynb #3bd6e7af

@@ -16,12 +16,12 @@ from torch import nn
 
 from ..change import Change
 from ..deletion import taught_again
-from ..masked import Neurons
-from ..models import measuring
+from ..heads import Neurons
 from ..regions import Region
 from ..register import editor
 from ..streaming import Progress
 from ..tokens import Example
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/reset.ipynb #2e2d4223
 @editor(label='Reset and fine-tune', passes=300,

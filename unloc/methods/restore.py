@@ -12,7 +12,8 @@ __all__ = ['restore']
 from torch import nn
 
 from ..change import Change
-from ..masked import AllWeights, Neurons, columns_of
+from ..heads import Neurons
+from ..masked import AllWeights, columns_of
 from ..regions import Region
 from ..register import editor
 

@@ -11,10 +11,10 @@ __all__ = ['restoring']
 # %% ../../nbs/methods/restoring.ipynb #ac731baf
 from torch import Tensor, nn
 
-from ..evaluation import score
 from ..register import attack
 from ..restoring import Restoring, krs_curves, layers_around
 from ..scene import Outcome, Scene
+from ..scoring import score
 from ..streaming import Progress
 
 # %% ../../nbs/methods/restoring.ipynb #82a18e9d

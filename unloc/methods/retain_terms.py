@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from .. import objectives
-from ..models import answer_hidden, hidden_after, logits_of, over_logits
+from ..logits import answer_hidden, hidden_after, logits_of, over_logits
 from ..register import retain_term
 from ..tokens import Batch, Example
-from ..training import Term, Unlearning, reference_hidden
+from ..unlearning_run import Term, Unlearning, reference_hidden
 
 # %% ../../nbs/methods/retain_terms.ipynb #298e69cb
 @retain_term(label='NLL', name='nll')

@@ -11,10 +11,10 @@ __all__ = ['rmu_term']
 from collections.abc import Sequence
 
 from .. import objectives
-from ..models import hidden_after
+from ..logits import hidden_after
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/rmu.ipynb #c900d659
 @objective(label='RMU', name='rmu', limits={'layer': (0, 1), 'coefficient': (0, None)},

@@ -16,13 +16,13 @@ from torch import nn
 
 from ..change import Change
 from ..editing import Edits, floor_of, keys_and_values, rank_one, second_moments
-from ..masked import Neurons
-from ..models import measuring
+from ..heads import Neurons
 from ..regions import Region
 from ..register import editor
 from ..streaming import Progress
 from ..subjects import Request, Variants, averaged, requests, variants
 from ..tokens import Example
+from ..undisturbed import measuring
 from ..values import Search, find_values, layers_for
 
 # %% ../../nbs/methods/rome.ipynb #95a81e31

@@ -9,10 +9,10 @@ Eight bits change next to nothing, four bits have a coarse grid; the kernels of 
 __all__ = ['rounding']
 
 # %% ../../nbs/methods/rounding.ipynb #a7a26931
-from ..evaluation import score
 from ..quantization import library_quantized, quantized
 from ..register import attack
 from ..scene import Outcome, Scene
+from ..scoring import score
 
 # %% ../../nbs/methods/rounding.ipynb #cb48c428
 def _rounded_strength(block, bits:int, examples): # -> model -> [n] float64

@@ -12,9 +12,11 @@ __all__ = ['sampling']
 import math
 
 from ..asking import best_of
-from ..evaluation import mean_of_defined, rouge, score
+from ..decoding import rouge
+from ..evaluation import mean_of_defined
 from ..register import attack
 from ..scene import Outcome, Scene
+from ..scoring import score
 
 # %% ../../nbs/methods/sampling.ipynb #4db1d46c
 @attack(label='sampled answers', passes=3)

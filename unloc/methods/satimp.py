@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives import at_answers, check_number
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/satimp.ipynb #67a89892
 def satimp(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..objectives import check_number, sequence_logprob
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/simnpo.ipynb #f34b10f8
 def simnpo(

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layerwise import layer_gradient_norms, relative_norms, standing_out
-from ..models import measuring, region_shape
+from ..models import region_shape
 from ..register import localizer
 from ..streaming import check_orderable, finite
 from ..tokens import Example, check_apart
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/tgl.ipynb #abdbfd43
 _SOURCE = 'Fernandez et al. 2024, arXiv 2411.04448'

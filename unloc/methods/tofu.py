@@ -10,7 +10,7 @@ __all__ = ['HUB', 'tofu']
 # %% ../../nbs/methods/tofu.ipynb #f768d06b
 from typing import Annotated
 
-from .. import facts
+from .. import facts, tofu_files
 from ..register import dataset
 from ..settings import Count, about
 
@@ -26,4 +26,4 @@ def tofu(
         "them")]=200,
 )->facts.Benchmark: # twenty facts an author
     "Load TOFU, checked"
-    return facts.tofu(source, forget, n_authors)
+    return tofu_files.tofu(source, forget, n_authors)

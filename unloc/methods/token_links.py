@@ -14,9 +14,9 @@ import copy
 from torch import nn
 
 from ..change import Change
-from ..evaluation import score
 from ..register import measurement
 from ..scene import Scene
+from ..scoring import score
 from ..tokens import Example, encode
 from ..unlearning_token import refused, spare_row, token_chain, token_of, token_rows
 

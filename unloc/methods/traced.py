@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..editing import keys_and_values
-from ..models import measuring, output_projections, value_vectors
+from ..models import output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, finite
 from ..subjects import subject_spans
 from ..tokens import Example, check_apart, check_examples
 from ..tracing import causal_trace
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/traced.ipynb #1eb3c36b
 @localizer(label='Causal trace', passes=60,

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import answer_hidden, logits_of, over_logits
+from ..logits import answer_hidden, logits_of, over_logits
 from ..objectives import check_number
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning, reference_hidden
+from ..unlearning_run import Term, Unlearning, reference_hidden
 
 # %% ../../nbs/methods/undial.ipynb #e9baa7fe
 def undial(

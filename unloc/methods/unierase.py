@@ -17,13 +17,14 @@ from torch import nn
 
 from ..change import Change
 from ..editing import Edits
-from ..masked import Neurons
-from ..models import measuring, region_shape
+from ..heads import Neurons
+from ..models import region_shape
 from ..regions import Region
 from ..register import editor
 from ..streaming import Progress
 from ..subjects import requests, variants
 from ..tokens import Example
+from ..undisturbed import measuring
 from unloc.unlearning_token import (
     Protection, TokenRow, leading_to, other_layers, protected, refused, rounds, spare_row, stages,
     teach_token)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring
 from ..register import localizer
 from ..streaming import Progress, check_variant, column_blocks, finite, per_layer_gradients
 from ..tokens import Example
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/wagle.ipynb #163f208d
 POOLS = { # [d_model, k] -> [k]

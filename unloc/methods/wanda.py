@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring, output_projections, value_vectors
+from ..models import output_projections, value_vectors
 from ..register import localizer
 from ..streaming import Progress, column_norm, finite, per_layer_coefficients, zero_scores
 from ..tokens import Example, check_examples
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/wanda.ipynb #16a20267
 def wanda_score(

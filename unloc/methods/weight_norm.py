@@ -11,9 +11,10 @@ __all__ = ['weight_norm']
 import torch
 from torch import Tensor, nn
 
-from ..models import measuring, output_projections, value_vectors
+from ..models import output_projections, value_vectors
 from ..register import localizer
 from ..streaming import column_norm, finite
+from ..undisturbed import measuring
 
 # %% ../../nbs/methods/weight_norm.ipynb #02285b40
 @localizer(label='Weight norm', passes=0)

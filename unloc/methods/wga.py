@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import objectives
 from ..register import objective
 from ..tokens import Example
-from ..training import Term, Unlearning
+from ..unlearning_run import Term, Unlearning
 
 # %% ../../nbs/methods/wga.ipynb #cd667624
 @objective(label='WGA', name='wga', limits={'beta': (0, None)},

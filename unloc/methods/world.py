@@ -10,7 +10,8 @@ __all__ = ['world']
 # %% ../../nbs/methods/world.ipynb #09d507a0
 from typing import Annotated
 
-from ..facts import Benchmark, author_world
+from ..facts import Benchmark
+from ..invented import author_world
 from ..register import dataset
 from ..settings import Count, CountOrZero, about
 

@@ -12,7 +12,8 @@ __all__ = ['zeroing']
 from torch import nn
 
 from ..change import Change
-from ..masked import Neurons, columns_of
+from ..heads import Neurons
+from ..masked import columns_of
 from ..regions import Region
 from ..register import editor
 

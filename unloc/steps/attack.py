@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import pandas
 from safetensors.torch import save_file
 
+# %% ../../nbs/steps/attack.ipynb #c1d9f0aa
 from ..change import FILES, Change, compared
 from ..cost import Cost, Models
 from ..data import benchmark
-from ..evaluation import score
 from ..level import MEASURES, TOLERANCE, Level, at_level
 from ..masked import columns_at, put_columns
 from ..methods.relearning import SUPPORTS, TAUGHT
@@ -27,8 +27,9 @@ from ..regions import Region
 from ..register import find
 from ..runs import Run
 from ..scene import Scene, run_attacks
-from ..settings import Count, CountOrZero, Positive, Settings, ZeroToOne, about, checked
-from ..settings import demand_known
+from ..scoring import score
+from ..settings import (
+    Count, CountOrZero, Positive, Settings, ZeroToOne, about, checked, demand_known)
 from .common import (above, ancestor, built_on, demand_retain, described, facts_of,
     save_json, template_of, with_options)
 from .inject import load_columns, model_without, others_of

@@ -19,18 +19,22 @@ from typing import Annotated
 import torch
 import transformers
 
-from ..checkpoints import inspect, load_tokenizer, save_pretrained
+from ..checkpoints import inspect
 from ..cost import Cost, Models, size_text
 from ..data import benchmark
-from ..evaluation import check_unseen, score
-from ..models import mixed_precision
+from ..decoding import check_unseen
+from ..descent import Checkpoint
 from ..identity import check_name, load_plugins
+from ..loading import load_tokenizer
 from ..register import find
+from ..saving import save_pretrained
+from ..scoring import score
 from ..settings import Count, Positive, Settings, about, checked
 from .common import (described, examples_of, load, named, place_of, prepare, save_json,
     template_of, tokenizer_of)
 from ..tokens import Example, Template, check_template, find_template, train_tokenizer
-from ..training import Checkpoint, finetune
+from ..training import finetune
+from ..undisturbed import mixed_precision
 
 # %% ../../nbs/steps/base.ipynb #3a067127
 class Model(Settings):

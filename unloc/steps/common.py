@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..checkpoints import load_model, recompute
 from ..data import benchmark, counts
 from ..facts import Fact
 from ..identity import check_name, code_of
+from ..loading import load_model, recompute
 from ..register import find
 from ..runs import Run, run_id
 from ..settings import word

@@ -18,6 +18,7 @@ import torch
 from ..change import edited
 from ..cost import Cost, Models
 from ..evaluation import Evaluation, evaluate
+from ..recording import Trajectory
 from ..register import find
 from ..runs import Run
 from unloc.steps.common import (ancestor, built_on, demand_retain, described, retained_model,
@@ -25,7 +26,6 @@ from unloc.steps.common import (ancestor, built_on, demand_retain, described, re
 from .inject import model_without, original_model
 from .judge import judged_once, load_evaluation, setting
 from .unlearn import ARMS, demand_arm, region_of, save_trajectory, trained
-from ..training import Trajectory
 
 # %% ../../nbs/steps/edit.ipynb #e5a1c107
 def _place(origin:dict, arm:str, draw:int, fraction:float, seed:int)->dict:

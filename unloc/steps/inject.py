@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from .. import training
 from ..cost import Cost, Models
 from ..evaluation import Evaluation, Probe, evaluate
-from ..masked import Neurons, in_float32, put_columns
+from ..heads import Neurons
+from ..masked import in_float32, put_columns
 from ..models import region_shape
 from ..regions import Region
 from ..runs import Run

@@ -19,15 +19,16 @@ from typing import Annotated
 
 from safetensors.torch import save_file
 
+from ..answers import choices, other_answers
 from ..cost import Cost, Models
 from ..data import benchmark
-from ..evaluation import (KINDS, USUAL_METRICS, Evaluation, Probe, choices, evaluate,
-    membership, membership_aucs, other_answers, undefined)
+from ..evaluation import KINDS, USUAL_METRICS, Evaluation, Probe, evaluate, undefined
+from ..membership import membership, membership_aucs
 from ..runs import Run
 from ..settings import Count, Settings, about, checked
-from .common import above, ancestor, built_on, described, examples_of, kept_apart
-from .common import prepare, retained_model, save_json, spread, template_of
-from .common import tokenizer_of, with_options, without
+from .common import (
+    above, ancestor, built_on, described, examples_of, kept_apart, prepare, retained_model,
+    save_json, spread, template_of, tokenizer_of, with_options, without)
 from ..tokens import encode
 
 # %% ../../nbs/steps/judge.ipynb #8716ad79

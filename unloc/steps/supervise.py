@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from .. import training
-from ..checkpoints import recompute
+from .. import direct_supervision
 from ..cost import Cost, Models
+from ..loading import recompute
 from ..runs import Run
 from ..settings import Count, Positive, Settings, about, checked
 from .common import described, retained_model
@@ -39,11 +39,11 @@ def supervision(injected:dict, arm:str, supervise:dict, draw:int=0)->dict:
 def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float], None])->None:
     "Descend to the retained model's MLP outputs through the region of an arm"
     examples, probe, base, often = setting(description, parent)
-    targets = training.mlp_targets(retained_model(base), examples['forget'])
+    targets = direct_supervision.mlp_targets(retained_model(base), examples['forget'])
     model = original_model(parent, base)
     recompute(model, on=False)
     region = region_of(description, parent, model)
-    trajectory = training.supervise(model, region, examples['forget'], probe, targets,
+    trajectory = direct_supervision.supervise(model, region, examples['forget'], probe, targets,
         seed=description['seed'], **description['recipe'], **often,
         start=load_evaluation(parent), progress=progress)
     save_trajectory(folder, region, trajectory)

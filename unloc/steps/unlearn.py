@@ -20,7 +20,7 @@ import pandas
 import torch
 from safetensors.torch import save_file
 
-from .. import training
+from .. import recording, unlearning_run
 from ..choosing import RULES
 from ..cost import Cost, Models
 from ..regions import Region
@@ -84,7 +84,7 @@ def _recipe(objective:str, unlearn:dict, parent:dict)->tuple[dict, dict]: # its 
     "Check how a run unlearns, and name the methods that it uses"
     options = _options(objective, unlearn) if isinstance(unlearn, dict) else {}
     given = checked(Unlearn, unlearn, options)
-    try: recipe = training.Recipe.of(objective, given)
+    try: recipe = unlearning_run.Recipe.of(objective, given)
     except ValueError as error: raise ValueError(f"unlearn: {error}") from None
     used = {'objective': objective, 'schedule': 'constant'}
     if recipe.retain == 'none': return given, used
@@ -182,7 +182,7 @@ def _matched(region:Region, seed:int)->Region:
     return Region(mask)
 
 # %% ../../nbs/steps/unlearn.ipynb #058cf849
-def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
+def save_trajectory(folder:Path, region, trajectory:recording.Trajectory)->None:
     "Write what a run went through, and that it changed nothing outside its region"
     points = in_rows(pandas.DataFrame(trajectory.points))
     points.to_csv(folder / 'trajectory.csv', index=False, lineterminator='\n')
@@ -195,7 +195,7 @@ def save_trajectory(folder:Path, region, trajectory:training.Trajectory)->None:
 def keep_unlearning(
     folder:Path,
     region, # Region or Neurons; None: all weights
-    trajectory:training.Trajectory,
+    trajectory:recording.Trajectory,
     values:dict, # the trained columns, or weights by name
     dtype:torch.dtype, # of the model
 )->None:
@@ -213,10 +213,11 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     origin = ancestor(description, parent, 'inject', 'teach')
     model = original_model(origin, base)
     region = region_of(description, parent, model)
-    recipe = training.Recipe.of(description['objective'], often | description['recipe'])
+    recipe = unlearning_run.Recipe.of(description['objective'], often | description['recipe'])
     seed, start = seed_of(description), load_evaluation(origin)
-    trajectory, values = training.unlearn(model, region, examples['forget'], examples['retain'],
-        probe, recipe, seed, examples['refusals'], start, progress)
+    trajectory, values = unlearning_run.unlearn(
+        model, region, examples['forget'], examples['retain'], probe, recipe, seed,
+        examples['refusals'], start, progress)
     keep_unlearning(folder, region, trajectory, values, model.dtype)
 
 # %% ../../nbs/steps/unlearn.ipynb #1326407d
@@ -237,7 +238,7 @@ def cost(models:Models, description:dict)->Cost:
     forget, retain = m.examples['forget'], m.examples['retain']
     about = find('objective', d['objective']).about
     sets, asked = about['sets'], about['reference']
-    size = min(len(forget), recipe.get('batch_size', training.Recipe.batch_size))
+    size = min(len(forget), recipe.get('batch_size', unlearning_run.Recipe.batch_size))
     usual = sorted(retain or forget, key=lambda e: len(e.ids))[len(retain or forget) // 2]
     longest = max(forget, key=lambda e: len(e.ids))
     width = ceil((len(longest.ids) + (sets - 1) * len(usual.ids)) / sets)
