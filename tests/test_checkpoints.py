@@ -762,7 +762,8 @@ def serve(root, asked): # the part of the hub that a client needs for one model,
 
 CLIENT = """
 import os, urllib.request, huggingface_hub
-from unloc.checkpoints import *
+from unloc.checkpoints import inspect
+from unloc.loading import load_model, load_tokenizer
 def weights(): return sum(p.double().sum().item() for p in load_model('some/model').parameters())
 found = inspect('some/model')
 print(len(found.missing), found.weights_bytes, found.commit, found.d_ff)

@@ -247,7 +247,7 @@ def test_parts_change_no_score(monkeypatch):
 def test_a_run_descends_on_the_weighted_sum(objective, monkeypatch):
     losses, terms = [], []
     monkeypatch.setattr(
-        descent,
+        unlearning_run,
         "descend",
         lambda parameters, batches, loss, *a, **k: losses.append(
             [loss(b, 0).item() for b in batches(0)])

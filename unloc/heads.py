@@ -68,6 +68,7 @@ def writers_of(model)->set[str]: # places in the model
 def _attention_of(projection:str)->str: return f"{projection.rsplit('.', 2)[0]}.self_attn"
 
 def unlocked_as(place:str, writers:set[str])->type:
+    "Choose columns of a layer that writes to the residual stream, rows of any other"
     return Unlocked if place in writers else UnlockedRows
 
 # %% ../nbs/05_heads.ipynb #2d803a6a

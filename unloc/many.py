@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked
-from . import evaluation
+from . import decoding, evaluation
 from .decoding import greedy, plainly
 from .evaluation import Evaluation, Probe
 from .heads import fitting
@@ -407,7 +407,7 @@ def _decode_all(model, columns, asked:dict[int, _Greedy], max_rows:int=512)->Non
 
 def _evaluating_with(score:Callable, greedy:Callable)->Callable: # evaluate
     "Give the judgement of the chapter before its scores and its greedy answers"
-    names = dict(vars(evaluation))
+    names = {**vars(decoding), **vars(evaluation)}
     for name in ('evaluate', '_scores_of', '_rouges', 'rouge', 'greedy_answers'):
         plain = inspect.unwrap(names[name])
         names[name] = FunctionType(plain.__code__, names, name, plain.__defaults__)
