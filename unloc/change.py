@@ -82,7 +82,7 @@ def _check_weight(name, value, parameters:dict)->None:
 
 # %% ../nbs/11_change.ipynb #c8bf44aa
 def _at(self:Change, share:float)->None: # share: 0 is the original model, 1 the changed one
-    "Put the model at a share of the way"
+    "Move the model to a share of the line"
     if self.model is None:
         raise ValueError(
             "the change is not on a model yet; call change.on(model) with the original one")

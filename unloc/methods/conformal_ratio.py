@@ -1,6 +1,6 @@
 """Measure whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 
-The metrics are those of arXiv 2501.19403, on the choices of a full judgement: coverage, set size, their quotient, the conformal ratio CR, and the recover ratio. With `classes='candidates'` the classes of a question are its right and its wrong answers; with `'vocabulary'` they are the whole vocabulary at each answer token.
+The metrics are those of arXiv 2501.19403, on the choices of a full judgement: coverage, set size, the conformal ratio CR (coverage divided by size) and the recover ratio. With `classes='candidates'` the classes of a question are its right and its wrong answers; with `'vocabulary'` they are the whole vocabulary at each answer token.
 One half of the retain facts of utility, drawn at random, calibrates the threshold; the other half checks it. Both halves use paraphrased answers, which no model is trained on. A metric is NaN, and a warning states why, where the threshold is infinite, the check fails or nothing can be counted.
 The coverage of the checking half is reported even where the check fails, unless the threshold is infinite."""
 

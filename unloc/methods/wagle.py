@@ -1,4 +1,4 @@
-"""Score value vectors, or single weights, by their effect on forgetting, held back by the retain loss
+"""Score value vectors, or single weights, by their effect on forgetting while the retain loss holds them back
 
 Gradients are means over facts, and `gamma` belongs to mean gradients. A published value belongs to sums, so it is divided by the number of batches. A result names `gamma` and `pool`, because the ranking depends on both."""
 
@@ -42,7 +42,7 @@ def wagle(
     max_tokens:int|None=None, # most tokens a batch, padding included; None: as suits the device
     progress:Progress=None, # called with the share done
 )->Tensor: # [n_layers, d_ff] float32
-    "Score value vectors by their effect on forgetting, held back by the retain loss"
+    "Score value vectors by their effect on forgetting while the retain loss holds them back"
     check_variant('pool', pool, POOLS)
     _check_gamma(gamma)
     def combine(*layer):
