@@ -1,4 +1,4 @@
-"""What else a model still knows: retain facts, real authors, the world
+"""Measure what else a model still knows: retain facts, real authors, the world
 
 *Model utility* (MU) is the harmonic mean of nine parts (Maini et al. 2024): probability, ROUGE-L recall and truth ratio, each of retain facts, real authors and world facts. One part near zero makes it small.
 All parts are fractions and are better when higher."""
