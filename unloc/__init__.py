@@ -3,15 +3,15 @@
 Modules:
 
 - `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
-- `unloc.asking`: Ask a question behind answered ones, or many times
-- `unloc.change`: What a method did to a model, as something that can be applied in part, taken back, stored and compared
+- `unloc.asking`: Query a model behind answered questions, or many times
+- `unloc.change`: Describe how a method changed a model, so that the change can be applied in part, taken back, stored and compared
 - `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
-- `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
+- `unloc.conformal`: Calibrate prediction sets on facts that a model keeps, measure whether a wrong answer hides a right one, and define the loss that drives it out
 - `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
-- `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
-- `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
+- `unloc.edit_metrics`: Measure what an edit reached, what follows from it, what it left alone, and how fluent the model still is
+- `unloc.editing`: Solve for a change of an output projection: for one key, for many keys, and for many keys in a space that other keys do not use
 - `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
 - `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
@@ -20,7 +20,7 @@ Modules:
 - `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
 - `unloc.fronts`: Give every arm the learning rate that suits it, by one rule, and compare what arms offer over a grid of rates
 - `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
-- `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
+- `unloc.inside`: Record the hidden states of each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.invented`: A seeded world of invented authors, which a tiny model learns in a minute and nobody can guess
 - `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
 - `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
@@ -31,50 +31,52 @@ Modules:
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
-- `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
+- `unloc.methods.alphaedit`: Give questions of the forget set another answer, along directions that retain facts do not use
+- `unloc.methods.answered_lists`: Measure how many questions of each list a stored model answers: base questions, other wordings, two hops, same answers
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
-- `unloc.methods.causal_traces`: In which layer a state carries the answer of a fact, and whether facts differ in it
-- `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
-- `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
+- `unloc.methods.causal_traces`: Measure in which layer a state carries the answer of a fact, and whether facts differ in it
+- `unloc.methods.conformal_ratio`: Measure whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
+- `unloc.methods.conformal_sets`: Measure which answers of a closed relation a stored model has not excluded, for facts that it keeps and facts that it forgot
 - `unloc.methods.cpu`: Drive answer tokens out of the prediction sets that kept facts calibrate
 - `unloc.methods.criticality`: Score value vectors, or single weights, by how much the loss on the forget set would change without them
-- `unloc.methods.deletion`: Cross where weights are chosen with what is done to them, next to exact retraining
+- `unloc.methods.deletion`: Combine each choice of weights with each way to unlearn them, next to exact retraining
 - `unloc.methods.depth`: Measure how far down a fact is gone, by patching the unlearned model's states into the original
-- `unloc.methods.faithun`: Along a run, what a model still answers about forgotten facts, their paraphrases, what follows from them, and what merely looks like them
-- `unloc.methods.few_shot`: Answer other questions before the one that is asked
+- `unloc.methods.faithun`: Measure along a run how a model answers questions on forgotten facts, their paraphrases, conclusions from them, and facts that only look like them
+- `unloc.methods.few_shot`: Put answered questions in front of the question
 - `unloc.methods.forget_and_utility`: Sum up what a model has forgotten, and what it is still able to do, as UniErase does
-- `unloc.methods.forget_quality`: Whether an unlearned model and the retained model can be told apart by their truth ratios
-- `unloc.methods.ft_l`: Fine-tune one output projection, with all of the new answer read off one position
-- `unloc.methods.ft_m`: Fine-tune one output projection on other answers, the question masked
+- `unloc.methods.forget_quality`: Test whether truth ratios distinguish an unlearned model from the retained model
+- `unloc.methods.ft_l`: Fine-tune one output projection to predict the whole new answer from one position
+- `unloc.methods.ft_m`: Fine-tune one output projection on other answers, with no loss on the question
 - `unloc.methods.klue`: Score value vectors by what they add to the answers of their own questions, and not to any answer
 - `unloc.methods.knowledge_neurons`: Score value vectors by what they add to the probability of an answer, and erase or rewrite those of a fact
 - `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
-- `unloc.methods.layer_gradients`: Compare how strongly facts of each kind pull at each layer, and train the layers that this chooses next to others
+- `unloc.methods.layer_gradients`: Measure the gradients of each layer by kind of fact, and compare training the layers that stand out with training others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
-- `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
-- `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
-- `unloc.methods.miacr`: Whether it is settled that a model was not trained on the facts it forgot
-- `unloc.methods.model_utility`: What else a model still knows: retain facts, real authors, the world
-- `unloc.methods.mu95`: Forget quality at the point where a run has paid five percent of its utility
+- `unloc.methods.memit`: Give all questions of the forget set another answer at once, in several layers, by ridge regression
+- `unloc.methods.memorization`: Measure how many answer tokens a model predicts, and how likely it makes them
+- `unloc.methods.miacr`: Measure for how many forgotten facts it is settled that a model was not trained on them
+- `unloc.methods.model_utility`: Measure what else a model still knows: retain facts, real authors, the world
+- `unloc.methods.mu95`: Forget quality at the point where a run has lost five percent of its utility
 - `unloc.methods.partial_area`: The mean retention of a run on its way to a level of forgetting
-- `unloc.methods.privacy`: Whether a model can be told to have seen the facts that it forgot, and by how much more than the retained model
-- `unloc.methods.probing`: Tell true from false answers by what leaves each layer, linearly
+- `unloc.methods.privacy`: Measure how well attacks recognise the facts that a model forgot, compared with the retained model
+- `unloc.methods.probing`: Separate true from false answers by a linear probe of each layer
 - `unloc.methods.recall_of_edit`: Compare the value vectors that a change moved most with those that the facts were injected through
-- `unloc.methods.refusing_world`: Make facts about invented people, and teach that strangers are not known
-- `unloc.methods.relearning`: Teach a model a little, and measure which forgotten facts come back that it was not taught
+- `unloc.methods.refusing_world`: Make facts about invented people, and refusals to questions about strangers
+- `unloc.methods.relearning`: Teach a model a few facts, and measure which other forgotten facts come back
 - `unloc.methods.rephrasing`: Put the question in other words
-- `unloc.methods.reset`: Put a region back to a fresh start, and teach what is to be kept once more
-- `unloc.methods.restore`: Take a region back to the retained model: the exact solution, where the facts were injected through it
-- `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and ask again
+- `unloc.methods.reset`: Reset a region to fresh values, and fine-tune it on the facts to keep
+- `unloc.methods.restore`: Give a region the values of the retained model: the exact solution where the facts were injected through it
+- `unloc.methods.restoring`: Put the original model's coefficients, attention or value vectors back into an unlearned model, and measure it again
 - `unloc.methods.rome`: Give each forgotten question another answer by one outer product in one layer
 - `unloc.methods.rounding`: Round the weights, and measure whether the forgetting was smaller than a step of the grid
-- `unloc.methods.rs_at_fs`: What a run has kept at the moment when it has forgotten enough
-- `unloc.methods.sampling`: Ask many times, and keep the best answer
+- `unloc.methods.rs_at_fs`: The retention of a run at the point where it has forgotten enough
+- `unloc.methods.sampling`: Sample many answers, and keep the best
 - `unloc.methods.single_edits`: Edit facts of a stored model one at a time, and measure success, portability, locality and fluency of each edit
-- `unloc.methods.strength`: How much of the forget set cannot be extracted any more, and how much of the retain set still can
-- `unloc.methods.tgl`: Choose the layers that some facts pull at more strongly than ordinary text does, and train those
+- `unloc.methods.strength`: Measure how much of the forget set can no longer be extracted, and how much of the retain set still can
+- `unloc.methods.tgl`: Choose the layers whose gradients are larger on some facts than on ordinary text
 - `unloc.methods.token_links`: Measure whether questions lead to the unlearning token, and the token to a refusal
+- `unloc.methods.traced`: Score value vectors by the traced effect of their layer, and by what they write at the traced token
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
@@ -86,15 +88,15 @@ Modules:
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
 - `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
-- `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
+- `unloc.quantization`: Round a model's weights inside a `with` block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
-- `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
+- `unloc.relearn`: Teach a model a few facts, follow which other facts come back, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
-- `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
+- `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 - `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell

@@ -1,6 +1,6 @@
-"""Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
+"""Calibrate prediction sets on facts that a model keeps, measure whether a wrong answer hides a right one, and define the loss that drives it out
 
-A *prediction set* holds every answer that a model has not excluded: those whose probability is at least 1 − q̂. The threshold q̂ is a quantile of *scores*, one minus the probability of the true answer, over facts that the model keeps.
+A *prediction set* holds every answer that a model has not excluded: those whose probability is at least 1 − q̂. The threshold q̂ is a quantile of *scores* over facts that the model keeps. A score is one minus the probability of the true answer.
 The definitions are those of arXiv 2501.19403, which applies them to image classifiers. Language models are our adaptation: a class is a candidate answer, or a token of the vocabulary.
 Probabilities and scores are fractions in float64. Nothing is read off the sets of a model whose calibration fails on fresh facts."""
 
@@ -33,7 +33,7 @@ from .undisturbed import measuring
 
 # %% ../nbs/11_conformal.ipynb #c2f7a83c
 def _check_alpha(alpha)->Fraction:
-    "Demand a share of fresh answers that may lie outside their sets, and read it as it is written"
+    "Demand a share of fresh answers that may lie outside their sets; return it exactly"
     fine = isinstance(alpha, Real) and not isinstance(alpha, bool) and 0 < alpha < 1
     if not fine: raise ValueError(
         f"alpha must lie between 0 and 1, got {alpha!r:.60}: it is the share of fresh answers that "
@@ -44,7 +44,7 @@ def conformal_level(
     n:int, # calibration scores, at least 1
     alpha:float, # share of fresh answers outside their sets
 )->float: # fraction; above 1 where n is too small
-    "Say which quantile of n scores is the threshold"
+    "Compute the level of the quantile that is the threshold"
     alpha = _check_alpha(alpha)
     if type(n) is not int or n < 1: raise ValueError(
         f"n must be a whole number of at least 1, got {n!r:.60}: calibrate on one fact at least")
@@ -54,12 +54,12 @@ def conformal_rank(
     n:int, # calibration scores, at least 1
     alpha:float, # share of fresh answers outside their sets
 )->int|None: # 1 is the smallest score, n the largest; None: n is too small
-    "Say which of n sorted scores is the threshold, by the published rule"
+    "Compute the rank of the threshold among n sorted scores, by the published rule"
     k = round(conformal_level(n, alpha) * n)
     return None if k > n else min(k + 1, n)
 
 def least_calibration(alpha:float)->int:
-    "Say how many calibration scores a finite threshold needs at least"
+    "Compute how many calibration scores a finite threshold needs at least"
     alpha = _check_alpha(alpha)
     return math.ceil((1 - alpha) / alpha)
 
@@ -69,8 +69,8 @@ def _found(x)->str: # in one line
     odd = x[~x.isfinite()] if x.is_floating_point() else x[:0]
     return f"{x.dtype} {tuple(x.shape)}{f' with {odd[0].item()}' if odd.numel() else ''}"
 
-def _check_fractions(name, values, shape:str)->None: # shape: as it is written, 'n' or 'n, C'
-    "Demand a tensor of fractions, or say what was given instead"
+def _check_fractions(name, values, shape:str)->None: # shape: for the message, 'n' or 'n, C'
+    "Demand a tensor of fractions"
     fits = isinstance(values, Tensor) and values.is_floating_point()
     if not fits or values.ndim != len(shape.split(',')):
         raise ValueError(f'{name} must be a float tensor [{shape}], got {_found(values)}')
@@ -82,7 +82,7 @@ def _check_fractions(name, values, shape:str)->None: # shape: as it is written, 
         'take probabilities, not log-probabilities')
 
 def _quantile(scores:Tensor, alpha:float)->float:
-    "Give the threshold of sorted or unsorted scores, infinity where there are too few"
+    "Compute the threshold of scores in any order; infinity where there are too few"
     rank = conformal_rank(len(scores), alpha)
     return math.inf if rank is None else scores.double().sort().values[rank - 1].item()
 
@@ -121,7 +121,7 @@ def _check_threshold(qhat)->None:
         "take it from conformal_quantile")
 
 def _check_probs(probs, label)->None:
-    "Demand a distribution over classes a row, and a class a row"
+    "Demand a distribution over classes, and a true class, for each row"
     _check_fractions('probs', probs, 'N, C')
     off = (probs.double().sum(1) - 1).abs()
     if off.max() > 1e-4: raise ValueError(
@@ -147,13 +147,13 @@ def prediction_sets(
 
 # %% ../nbs/11_conformal.ipynb #a71fa29c
 class Sets(NamedTuple):
-    "What prediction sets hold, answer by answer"
+    "Prediction sets, answer by answer"
     covered:Tensor # [n] bool, the true answer is in its set
     size:Tensor # [n] int64, answers in the set
     right:Tensor # [n] bool, the true answer is the likeliest; the first of equals
 
 class Report(NamedTuple):
-    "What the prediction sets of some facts say"
+    "A summary of the prediction sets of some facts"
     coverage:float # fraction of true answers in their sets
     size:float # mean answers in a set
     CR:float # coverage / size; NaN where every set is empty
@@ -197,7 +197,7 @@ def coverage_p(
     n:int, # calibration scores
     alpha:float=.1, # share of fresh answers outside their sets
 )->float: # probability
-    "Compute the chance that so few fresh answers, or fewer, are covered by a sound calibration"
+    "Compute the chance that a sound calibration covers so few fresh answers, or fewer"
     from scipy.stats import betabinom
     for name, x in (('covered', covered), ('fresh', fresh)):
         if type(x) is not int or x < 0: raise ValueError(
@@ -214,7 +214,7 @@ class Calibration(NamedTuple):
     qhat:float # fraction, or infinity
     coverage:float # fraction of fresh answers in their sets
     p:float # chance of that coverage, or a lower one, if calibration and fresh facts are alike
-    why:str # nothing may be read off, and why; '': it may
+    why:str # the reason why nothing may be read off; '': there is none
 
 def calibrate(
     scores:Tensor, # [n] float, fractions; one minus the probability of each true answer
@@ -267,7 +267,7 @@ def membership_sets(
     p_member:Tensor, # [n] float, fractions
     qhat:float, # from `conformal_quantile` of one minus the probability of the true membership
 )->Tensor: # [n, 2] bool: member, stranger
-    "Give the prediction sets of membership"
+    "Compute the prediction sets of membership"
     _check_fractions('p_member', p_member, 'n')
     p = p_member.double()
     return prediction_sets(torch.stack([p, 1 - p], 1), qhat)

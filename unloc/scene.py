@@ -1,4 +1,4 @@
-"""What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
+"""The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 
 An *attack* tries to get back what a model was made to forget. It gets a *scene* and measures the attacked model next to two controls. The *original model* knew the facts: if knowledge is only
 suppressed, an attack should bring the model back towards it. The *retained model* never knew them: whatever an attack "recovers" from it is an artefact of the attack.
@@ -33,16 +33,16 @@ from .scoring import score
 from .tokens import Example, Template
 
 # %% ../nbs/11_scene.ipynb #c0f95030
-# what names end with that are measured on the original, and on the retained model
+# endings of names that are measured on the original, and on the retained model
 ENDS = ' at first', ' without'
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    "What an attack gets"
+    "The inputs of an attack"
     attacked:nn.Module
     original:nn.Module
     retained:nn.Module
-    examples:Mapping[str, Sequence[Example]] # 'forget', and of 'retain' and 'holdout' what there is
+    examples:Mapping[str, Sequence[Example]] # 'forget'; 'retain' and 'holdout' where there are some
     known:Tensor # [n] float64, extraction strength of each fact to forget, of the original model
     left:Tensor # [n] float64, of the attacked model
     target:Region|None=None # the value vectors that the facts were injected through
@@ -50,7 +50,7 @@ class Scene:
     choices:Choices|None=None # a right and some wrong answers to questions of the forget set
     facts:Benchmark|None=None # in words
     tokenizer:object=None
-    template:str|Template='plain' # that questions are asked in
+    template:str|Template='plain' # of the questions
     max_new_tokens:int=60 # of an answer
     controls:bool=True # whether the original and the retained model are attacked as well
 
@@ -59,7 +59,7 @@ class Scene:
     @property
     def ends(self)->dict[str, nn.Module]: return dict(zip(ENDS, (self.original, self.retained)))
     @property
-    def models(self)->dict[str, nn.Module]: # by what names end with
+    def models(self)->dict[str, nn.Module]: # by the ending of names
         return {'': self.attacked} | (self.ends if self.controls else {})
     def some(self, name:str, n:int)->list[Example]:
         "Take n examples of a set, evenly, so over all authors; all where there are no more"
@@ -74,7 +74,7 @@ def _scene_of(
     examples:Mapping[str, Sequence[Example]],
     **more, # the other fields
 )->Scene:
-    "Make a scene, and measure what is known in it"
+    "Make a scene, and measure how well two models know its facts"
     known, left = (score(m, examples['forget']).extraction_strength for m in (original, attacked))
     return Scene(attacked, original, retained, examples, known, left, **more)
 
@@ -82,7 +82,7 @@ Scene.of = staticmethod(_scene_of)
 
 # %% ../nbs/11_scene.ipynb #4ad16867
 class Outcome(NamedTuple):
-    "What an attack found"
+    "The result of an attack"
     # 'attack', 'support', 'area', 'end', 'half', 'forgotten', 'resurfaced', 'end at first', 'end
     # without', or some of them
     rows:list[dict]=[]
@@ -90,7 +90,7 @@ class Outcome(NamedTuple):
     inside:dict[str, dict[str, float]]={} # '' or one of ENDS: name: value
 
 def _share(self:Scene, after:Tensor)->float: # after: [n], extraction strength under attack
-    "Give the share of what was forgotten that came back; NaN where nothing was forgotten"
+    "Compute the share of forgotten knowledge that came back; NaN where nothing was forgotten"
     gap = float((self.known - self.left).mean())
     return float((after - self.left).mean()) / gap if gap > 0 else math.nan
 
@@ -117,7 +117,7 @@ def toy_facts(n:int, questions:int, answers:int)->list[Example]: # questions, an
     return [Example(tokens(3, q) + tokens(4, a) + [1], 3) for _ in range(n)]
 
 def toy_model(*sets:Sequence[Example])->nn.Module:
-    "Teach a small model some facts by heart"
+    "Train a small model until it has memorised some facts"
     model = tiny_model('llama', 60, d_model=64, n_layers=4, d_ff=192, n_heads=2)
     examples = [e for examples in sets for e in examples]
     training.finetune(model, examples, epochs=60, lr=4e-3, batch_size=8, seed=0)
@@ -174,7 +174,7 @@ def untouched(scene:Scene, method:Method):
             " before returning")
 
 def _labelled(found, method)->Outcome:
-    "Name what has no name by the method's label"
+    "Give rows and numbers without a name the method's label"
     if not isinstance(found, Outcome):
         raise ValueError(
             f"the attack {method.name} gave {found!r:.40}; expected an Outcome, such as"
@@ -189,7 +189,7 @@ def run_attacks(
     scene:Scene,
     wanted:Mapping[str, Mapping], # name of an attack: its options
     seed:int=0,
-    progress:Callable[[float], None]|None=None, # told the share of all that is done
+    progress:Callable[[float], None]|None=None, # called with the share of all that is done
 )->Outcome:
     "Attack a scene in several ways"
     rows, facts, inside = [], {}, {when: {} for when in ('', *ENDS)}

@@ -1,4 +1,4 @@
-"""Score value vectors by how strongly they are written at the answers
+"""Score value vectors by how strongly the model writes them while it predicts the answers
 
 The score is the size of the mean coefficient at the positions that predict the answer, times the length of the value vector, averaged over facts. It takes one forward pass and no gradient."""
 
@@ -39,7 +39,7 @@ def activations(
     max_tokens:int|None=None, # most tokens a batch, padding included; None: as suits the device
     progress:Progress=None, # called with the share done
 )->Tensor: # [n_layers, d_ff] float32, mean over facts
-    "Score value vectors by how strongly they are written at the answers"
+    "Score value vectors by how strongly the model writes them at the answers"
     check_examples(forget, 'forget')
     sums = zero_scores(model)
     def consume(layer, h, predicts): sums[layer] += mean_coefficient(h, predicts, abs_first).sum(0)

@@ -1,4 +1,4 @@
-"""Score value vectors by how much more they matter to the forget set
+"""Score value vectors by how much more they matter to the forget set than to the retain set
 
 The score is the Fisher information about the forget set divided by that about the retain set. A vector that matters to neither set scores 0; one that matters to the forget set alone scores the largest float32 number."""
 
@@ -35,7 +35,7 @@ def fisher_ratio(
     max_tokens:int|None=None, # most tokens a batch, padding included; None: as suits the device
     progress:Progress=None, # called with the share done
 )->Tensor: # [n_layers, d_ff] float32
-    "Score value vectors by how much more they matter to the forget set"
+    "Score value vectors by how much more they matter to the forget set than to the retain set"
     check_apart(forget=forget, retain=retain)
     found = []
     for k, examples in enumerate((forget, retain)):

@@ -21,5 +21,5 @@ from ..unlearning_run import Term, Unlearning
 def grad_diff_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,
 )->Term:
-    "Negate the answer loss; the retain term stands beside it"
+    "Negate the answer loss; the recipe adds the retain term"
     return Term([facts], lambda answers: objectives.ga(*answers))

@@ -1,4 +1,4 @@
-"""Learn a teacher that is the original model with its answers made less likely
+"""Train the model towards a teacher: the original model with its answers made less likely
 
 The loss is a cross-entropy in nats per answer token. Published code averages over prompt and padding positions as well; here only answer positions count. There is no retain term unless a recipe names one."""
 
@@ -26,7 +26,7 @@ def undial(
     target:Tensor, # [n] int64, answer tokens
     beta:float=10., # subtracted from the target's logit, nats; at least 0
 )->Tensor: # [n] nats
-    "Compute the cross-entropy to a teacher that knows the target less"
+    "Compute the cross-entropy to a teacher whose target is less likely"
     check_number('beta', beta, 0)
     less = F.one_hot(target, logits.shape[-1]) * beta
     teacher = (teacher_logits.detach() - less).softmax(-1)
@@ -39,7 +39,7 @@ def undial_term(
     run:Unlearning, facts:Sequence[Example], rows:Sequence[int], epoch:int,
     beta:float=10., # subtracted from the logits of answer tokens, nats
 )->Term:
-    "Learn a teacher that knows the answer tokens less"
+    "Train towards a teacher whose answer tokens are less likely"
     batch = run.batch(facts)
     def each(logits, reference, target):
         return undial(logits, logits_of(run.model, reference), target, beta)

@@ -1,4 +1,4 @@
-"""Score value vectors by their length alone: no fact is looked at
+"""Score value vectors by their length alone, without reading a fact
 
 The score is the Euclidean length of the value vector. It is a control: a localizer that reads the facts should find more than one that reads only the weights."""
 
