@@ -15,7 +15,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lab: $(VENV)/lab
-	JUPYTERLAB_SETTINGS_DIR=$(VENV)/lab-settings $(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) nbs/index.ipynb
+	$(BIN)/jupyter lab --config=nbs/lab/config.py $(ARGS)
 
 # The pages as a site in build/site, offline, from the results that the notebooks and figures/ store.
 site: $(VENV)/site

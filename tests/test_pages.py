@@ -186,7 +186,8 @@ def too_long(path): # exported cells of more than 40 lines as black writes them,
         if n > 40: found.append(f"{n} lines: {body(source)[0]}")
     return found
 
-TESTS = sorted((ROOT / "tests").glob("**/*.py")) + sorted((ROOT / "nbs" / "site").glob("*.py"))
+BESIDE = [*ROOT.glob("nbs/site/*.py"), *ROOT.glob("nbs/lab/*.py")] # what no notebook exports
+TESTS = sorted((ROOT / "tests").glob("**/*.py")) + sorted(BESIDE)
 
 @each([*EVERY, *TESTS])
 def test_code_is_narrow_and_cells_are_short_once_reflowed(path):

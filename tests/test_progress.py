@@ -1,6 +1,6 @@
 """Progress, as a person sees it: two bars in a terminal of any width, lines in a pipe, one output
 in JupyterLab, and no word in a kernel that nobody watches."""
-import fcntl, os, pty, re, struct, subprocess, sys, termios
+import contextlib, fcntl, os, pty, re, struct, subprocess, sys, termios
 import pytest
 
 WATCHED = """
@@ -102,20 +102,25 @@ def test_a_sweep_in_a_pipe_says_nothing():
 
 # --- in a kernel
 
-def in_kernel(code, **env): # its messages
+@contextlib.contextmanager
+def kernel(**env): # its client and its manager
     jupyter_client = pytest.importorskip("jupyter_client")
     kept = {k: v for k, v in os.environ.items() if k not in ("JPY_SESSION_NAME", "UNLOC_PROGRESS")}
     manager = jupyter_client.KernelManager(kernel_name="python3")
     manager.start_kernel(env=kept | env)
     client = manager.client()
     client.start_channels()
-    found = []
     try:
         client.wait_for_ready(timeout=300)
-        client.execute_interactive(code, timeout=300, output_hook=found.append)
+        yield client, manager
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+def in_kernel(code, **env): # its messages
+    found = []
+    with kernel(**env) as (client, _):
+        client.execute_interactive(code, timeout=300, output_hook=found.append)
     assert not [m for m in found if m["msg_type"] == "error"], found
     return [m for m in found if m["msg_type"] in ("stream", "display_data", "update_display_data")]
 
@@ -129,3 +134,34 @@ def test_a_notebook_with_a_person_shows_bars_in_one_output_and_keeps_nothing():
 
 def test_a_notebook_that_nobody_watches_has_no_output():
     assert in_kernel(SWEPT) == []
+
+LONG = """
+import json, tempfile, time
+from unloc.runs import Store, sweep
+done, folder = [], tempfile.TemporaryDirectory()
+def compute(description, parent, folder, progress):
+    time.sleep(.5)
+    (folder / 'result.json').write_text(json.dumps({}), 'utf-8')
+    done.append(description['n'])
+runs = [{'kind': 'child', 'n': n} for n in range(6)]
+"""
+CELL = "found = sweep(Store(folder.name + '/runs'), runs, compute=compute)"
+
+def test_a_cell_that_is_stopped_has_one_line_and_goes_on_where_it_was():
+    with kernel(JPY_SESSION_NAME="here.ipynb") as (client, manager):
+        client.execute_interactive(LONG, timeout=300)
+        errors, stopped = [], []
+        def watch(message):
+            text = str(message["content"].get("data", {}))
+            if message["msg_type"] == "error": errors.append(message["content"])
+            if re.search(r"[1-4]\.0 of 6 runs", text) and not stopped:
+                stopped.append(text)
+                manager.interrupt_kernel()
+        client.execute_interactive(CELL, timeout=300, output_hook=watch)
+        assert [error["traceback"] for error in errors] == [
+            ["Interrupted: finished runs are kept; run the cell again to go on"]]
+        said = []
+        client.execute_interactive(f"before = len(done)\n{CELL}\nprint(before, done, len(found))",
+            timeout=300, output_hook=lambda m: said.append(m["content"].get("text", "")))
+    before, rest = "".join(said).strip().split(" ", 1)
+    assert 1 <= int(before) < 6 and rest == "[0, 1, 2, 3, 4, 5] 6"

@@ -184,6 +184,8 @@ def _papermill(notebook, copy, values):
     import papermill
     own = ['--log-level=ERROR', f"--ipython-dir={copy.with_name('.ipython')}"]
     own.append('--IPKernelApp.exec_PYTHONSTARTUP=False')
+    quiet = "__import__('warnings').filterwarnings('ignore', 'IProgress not found')"
+    own.append(f'--IPKernelApp.exec_lines={quiet}') # of tqdm: a copy is read, and shows no bars
     papermill.execute_notebook(notebook, copy, values, cwd=folder_of(notebook),
         kernel_name='python3', progress_bar=False, extra_arguments=own, start_timeout=600,
         kernel_manager_class=_this_python())
