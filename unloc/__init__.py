@@ -6,19 +6,19 @@ Modules:
 - `unloc.asking`: Ask a question behind answered ones, or many times
 - `unloc.change`: What a method did to a model, as something that can be applied in part, taken back, stored and compared
 - `unloc.checkpoints`: Real models: what one holds and needs, loading it, saving it whole, and keeping only what a region changed
-- `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
-- `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
+- `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list pages, methods and profiles
+- `unloc.comparison`: Compare two arms, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
 - `unloc.deletion`: Find the value vectors with which a model memorized facts, reset them, and teach the retain set once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
-- `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
+- `unloc.export`: Export a run as a model folder that other programs load, with a model card that describes how the model was made
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
 - `unloc.faithfulness`: Measure whether a model forgot a fact and everything that follows from it, and nothing that only looks similar
-- `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.figures`: Draw all figures in one style, and save figures and tables with their data
 - `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
-- `unloc.fronts`: Give every arm the learning rate that suits it, by one rule, and compare what arms offer over a grid of rates
+- `unloc.fronts`: Choose the learning rate of every arm by one rule, and compare all that arms reach over a grid of rates
 - `unloc.identity`: Identify the code that computed a run: the pages it depends on and the methods it uses, both the package's and a user's
 - `unloc.inside`: Read what leaves each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.joint`: Compute runs of a sweep that share a model in one pass, if this is faster on the device
@@ -28,7 +28,7 @@ Modules:
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
-- `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
+- `unloc.measuring`: Measure the time and memory of alternative ways in alternating turns, and show them in a table and a figure
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
@@ -79,12 +79,12 @@ Modules:
 - `unloc.models`: Tiny models to experiment on, the value vectors inside a checkpoint of any common architecture, and what a model says at the answer
 - `unloc.neurons`: Attribute an answer's probability to the coefficients of one layer at one position, by integrated gradients
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
-- `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
-- `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
+- `unloc.plan`: List the runs of a profile with their costs, and check whether they fit this machine, before anything is loaded
+- `unloc.profiles`: Read the profiles of a project, and define the parameters of the study with their types
 - `unloc.project`: Find the project that a command works in: a checkout of unloc, or your own folder with an installed package
 - `unloc.quality`: The resolution of forget quality, and its value when each author counts as one observation
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
-- `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
+- `unloc.recomputed`: Compare two computations of one profile: verdicts, signs, and the claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
@@ -94,10 +94,10 @@ Modules:
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Decide whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to decide
-- `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
-- `unloc.stored`: Exact memorization, probability, membership and privacy leakage: measured with every run, and now in a table
+- `unloc.steps.edit`: Change an original model by an editor, which solves for a change instead of training it
+- `unloc.stored`: Tabulate further measures that every run stores: exact memorization, probability, membership and privacy leakage
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
-- `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
+- `unloc.study`: Turn the name of a profile into runs, and runs into one tidy table
 - `unloc.subjects`: Find the subject of a question, choose a new answer for it, and put the question into different contexts
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
 - `unloc.tracing`: Find the states that carry a fact to its answer, compare the layers of two facts, and read a changed value vector
