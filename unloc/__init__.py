@@ -106,7 +106,7 @@ Modules:
 - `unloc.transport`: Move finished runs between machines in one file: pack them where they were computed, unpack them where they are read
 - `unloc.unlearning_token`: Teach a model a token that makes it refuse to answer, without adding a row to its vocabulary
 - `unloc.values`: Search the change of a layer's output that leads to another answer, and solve the layers of an edit for it
-- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared
+- `unloc.ways`: Implement alternative ways to take a training step or to pass over facts, for a comparison of their costs
 - `unloc.wheel`: Build a wheel that contains the result pages and their profiles"""
 
 __version__ = "0.1.0"

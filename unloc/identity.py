@@ -1,6 +1,6 @@
 """Identify the code that computed a run: the pages it depends on and the methods it uses, both the package's and a user's
 
-A run is named by its description, and the description includes the code: a digest of the page of its kind of run, with all pages that this page imports, and a digest of each method
+A run is named by its description, and the description includes digests of the code. One covers the page of its kind of run, with all pages that this page imports; the others cover each method
 that the run uses. So adding a method renames no run. Changing a method renames its own runs and the runs built on them.
 Finders, templates and schedules are entries of plain dictionaries. Only a user's entries have a digest, since the package's own are part of pages that a step imports."""
 

@@ -1,4 +1,4 @@
-"""The ways to take a training step, or to pass over facts, whose costs are compared
+"""Implement alternative ways to take a training step or to pass over facts, for a comparison of their costs
 
 A *way* is a method of taking a training step, written as a function that returns a context manager.
 Entering it prepares the model and returns a step, a function of a batch. Leaving it frees its
