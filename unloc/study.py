@@ -472,9 +472,9 @@ class Runs(Attacked):
         self,
         rule:str='trapezoid', # how AUES integrates
         rule_mu95:str='first_crossing', # where MU95 reads forget quality
-        shown:tuple[str, ...]=(), # summaries whose reasons are kept if they are undefined; (): all
+        shown:tuple[str, ...]=(), # summaries whose reasons are kept; (): all
         more:Mapping[str, Mapping]={}, # summaries next to the usual ones: their options
-    ): # pandas.DataFrame, a row per run: summaries, by all rules, FS_start … FQ_end, result.json
+    ): # pandas.DataFrame, a row a run: summaries, by all rules, FS_start … FQ_end, result.json
         "Measure how each run trades retention for forgetting"
         self.undefined.clear()
         rows, shown = iter(self.done), shown or [*summaries(more)]
