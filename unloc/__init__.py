@@ -6,31 +6,31 @@ Modules:
 - `unloc.asking`: Query a model behind answered questions, or many times
 - `unloc.change`: Describe how a method changed a model, so that the change can be applied in part, taken back, stored and compared
 - `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
-- `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
-- `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
+- `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list pages, methods and profiles
+- `unloc.comparison`: Compare two arms, pair by pair, in every group of a table
 - `unloc.conformal`: Calibrate prediction sets on facts that a model keeps, measure whether a wrong answer hides a right one, and define the loss that drives it out
-- `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
+- `unloc.deletion`: Find the value vectors with which a model memorized facts, reset them, and teach the retain set once more
 - `unloc.edit_metrics`: Measure what an edit reached, what follows from it, what it left alone, and how fluent the model still is
 - `unloc.editing`: Solve for a change of an output projection: for one key, for many keys, and for many keys in a space that other keys do not use
 - `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
 - `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
-- `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
-- `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
-- `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
+- `unloc.export`: Export a run as a model folder that other programs load, with a model card that describes how the model was made
+- `unloc.faithfulness`: Measure whether a model forgot a fact and everything that follows from it, and nothing that only looks similar
+- `unloc.figures`: Draw all figures in one style, and save figures and tables with their data
 - `unloc.findings`: Compute every number that a text quotes from the saved tables, and check that the text still quotes it
-- `unloc.fronts`: Give every arm the learning rate that suits it, by one rule, and compare what arms offer over a grid of rates
-- `unloc.identity`: What a run was computed by: the pages it depends on and the methods it uses, the package's and a user's alike
+- `unloc.fronts`: Choose the learning rate of every arm by one rule, and compare all that arms reach over a grid of rates
+- `unloc.identity`: Identify the code that computed a run: the pages it depends on and the methods it uses, both the package's and a user's
 - `unloc.inside`: Record the hidden states of each layer while a model predicts the answers, and run a model with other states in its middle
 - `unloc.invented`: A seeded world of invented authors, which a tiny model learns in a minute and nobody can guess
-- `unloc.joint`: Runs of a sweep that share a model are computed in one pass where the device gains by it
-- `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
+- `unloc.joint`: Compute runs of a sweep that share a model in one pass, if this is faster on the device
+- `unloc.layerwise`: Find the layers where some facts have the largest gradients, and train those layers faster than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
-- `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a word for it only where every level agrees
+- `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a verdict only if every level agrees
 - `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
-- `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
+- `unloc.measuring`: Measure the time and memory of alternative ways in alternating turns, and show them in a table and a figure
 - `unloc.methods.alphaedit`: Give questions of the forget set another answer, along directions that retain facts do not use
 - `unloc.methods.answered_lists`: Measure how many questions of each list a stored model answers: base questions, other wordings, two hops, same answers
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
@@ -81,40 +81,40 @@ Modules:
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, and the value vectors inside a checkpoint of any common architecture
-- `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
+- `unloc.neurons`: Attribute an answer's probability to the coefficients of one layer at one position, by integrated gradients
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
 - `unloc.own_data`: A file or a folder of your own facts as a benchmark, in our shape or in that of five published data sets
-- `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
-- `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
-- `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
-- `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
+- `unloc.plan`: List the runs of a profile with their costs, and check whether they fit this machine, before anything is loaded
+- `unloc.profiles`: Read the profiles of a project, and define the parameters of the study with their types
+- `unloc.project`: Find the project that a command works in: a checkout of unloc, or your own folder with an installed package
+- `unloc.quality`: The resolution of forget quality, and its value when each author counts as one observation
 - `unloc.quantization`: Round a model's weights inside a `with` block, by a simulation that runs anywhere or by a library's own kernels
-- `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
+- `unloc.recomputed`: Compare two computations of one profile: verdicts, signs, and the claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
 - `unloc.relearn`: Teach a model a few facts, follow which other facts come back, and summarise the curve
-- `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
-- `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
+- `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of the change they undo
+- `unloc.runs`: Store each run under the hash of its description, check that it is complete, and compute many runs at once
 - `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 - `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
-- `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
-- `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
-- `unloc.stored`: Exact memorization, probability, membership and privacy leakage: measured with every run, and now in a table
+- `unloc.statistics`: Decide whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to decide
+- `unloc.steps.edit`: Change an original model by an editor, which solves for a change instead of training it
+- `unloc.stored`: Tabulate further measures that every run stores: exact memorization, probability, membership and privacy leakage
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
-- `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
-- `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
+- `unloc.study`: Turn the name of a profile into runs, and runs into one tidy table
+- `unloc.subjects`: Find the subject of a question, choose a new answer for it, and put the question into different contexts
 - `unloc.tofu_files`: TOFU's own files as a benchmark, once everything that ties them together has been checked
 - `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
-- `unloc.tracing`: Which state carries a fact to the answer, how alike two facts' places are, and what a changed value vector says
+- `unloc.tracing`: Find the states that carry a fact to its answer, compare the layers of two facts, and read a changed value vector
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Teach a model facts with all its weights, or inject them through a region
-- `unloc.transport`: Finished runs in one file: packed where they were computed, unpacked where they are read
+- `unloc.transport`: Move finished runs between machines in one file: pack them where they were computed, unpack them where they are read
 - `unloc.unlearning_run`: Unlearn a forget set through a region by any objective, every other weight proved untouched
-- `unloc.unlearning_token`: Teach a model one token that means "say no more", without giving it a new row
-- `unloc.values`: What a layer would have to write at one token for another answer, and the layers of an edit solved for it
-- `unloc.ways`: The ways to take a training step, or to pass over facts, whose costs are compared
-- `unloc.wheel`: Build a wheel that carries the result pages and their profiles"""
+- `unloc.unlearning_token`: Teach a model a token that makes it refuse to answer, without adding a row to its vocabulary
+- `unloc.values`: Search the change of a layer's output that leads to another answer, and solve the layers of an edit for it
+- `unloc.ways`: Implement alternative ways to take a training step or to pass over facts, for a comparison of their costs
+- `unloc.wheel`: Build a wheel that contains the result pages and their profiles"""
 
 __version__ = "0.1.0"
