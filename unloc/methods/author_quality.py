@@ -23,12 +23,15 @@ from ..register import metric
     source='after Maini et al. 2024; permutation of blocks: Winkler et al. 2014, NeuroImage 92')
 def FQ_authors(
     measured:Measured,
-    each:Annotated[int, Meta(ge=1)]=10, # facts of an author; they stand together
+    # facts of an author, which stand together; 0: ten, and no value where ten do not fit
+    each:Annotated[int, Meta(ge=0)]=0,
 )->float|None: # log10 p, at most 0
     "Compare truth ratios with those of the retained model, author by author"
     retained = measured.probe.retained
     if retained is None or 'forget' not in measured.nll: return None
     ours, theirs = truth_ratio(*measured.nll['forget']), truth_ratio(*retained)
-    if len(ours) % each: raise ValueError(f"FQ_authors: {len(ours)} forget facts are no whole "
+    size = each or 10
+    if len(ours) % size and not each: return None
+    if len(ours) % size: raise ValueError(f"FQ_authors: {len(ours)} forget facts are no whole "
         f"number of authors with {each} facts each; give the facts of one author as each")
-    return clustered_quality(ours, theirs, [i // each for i in range(len(ours))])
+    return clustered_quality(ours, theirs, [i // size for i in range(len(ours))])
