@@ -38,6 +38,7 @@ def _demand_columns(frame, looks:Mapping, lines:Sequence[str])->None:
         if strange := sorted({*frame[name]} - {*known}): raise ValueError(
             f"{name} {strange[0]!r} is not drawn: expected one of {', '.join(known)}")
 
+# %% ../nbs/17_manuscript.ipynb #3a17f002
 def draw_panel(
     axis, # matplotlib.axes.Axes
     frame, # pandas.DataFrame: line, series, difference, low, high
