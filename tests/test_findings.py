@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 from unloc.findings import load, quoted, unsupported
+from unloc.manuscript import SMALLEST, smallest_font
 from unloc.pages import execute_page
 from unloc.profiles import profiles
 
@@ -307,12 +309,13 @@ def test_a_text_that_the_data_no_longer_support_is_named():
 # --- the manuscript
 
 PAPER = ROOT / "paper" / "unloc.typ"
+PRINTED = 6.8 # inches, the width of the text
 
 def compiled(root):
     typst = pytest.importorskip("typst")
     return typst.compile(
         str(root / "paper" / "unloc.typ"), root=str(root), ignore_system_fonts=True,
-        pdf_tags=False)
+        pdf_standards=["ua-1"])
 
 def test_the_paper_compiles_from_the_findings_alone():
     made = compiled(ROOT)
@@ -330,6 +333,9 @@ def test_the_paper_is_short_and_its_abstract_shorter():
     abstract = re.sub(r'#claim\((?:"[^"]*",?\s*)+\)', "", abstract)
     abstract = re.sub(r'#\w+\("[^"]*"\)', "7", abstract)
     assert 100 < len(abstract.split()) <= 160
+    counted = rf"\b(?:{'|'.join(WORDS)}|\d[\d.]*)\b"
+    assert len(re.findall(counted, abstract)) <= 8, "numbers in the abstract"
+    assert abstract.split("Does localization inform unlearning?")[1].strip(), "the title's answer"
 
 def test_the_paper_does_not_compile_with_a_claim_that_fails(tmp_path):
     pytest.importorskip("typst")
@@ -339,7 +345,7 @@ def test_the_paper_does_not_compile_with_a_claim_that_fails(tmp_path):
         (tmp_path / image.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / image.relative_to(ROOT))
     row = next(row for row in about["rows"] if row["name"] == "tiny.area.held are")
-    (tmp_path / "figures/findings").mkdir()
+    (tmp_path / "figures/findings").mkdir(exist_ok=True)
     for printed in ("holds", "fails"):
         row["printed"] = printed
         (tmp_path / "figures/findings/findings.json").write_text(json.dumps(about), "utf-8")
@@ -352,3 +358,45 @@ def test_every_number_in_the_manuscript_is_read():
         "#show")))
     prose = re.sub(r'"[^"]*"|\$[^$]*\$|@\w+|\b(?:size|width|inset|size): [\d.]+\w*%?', "", prose)
     assert re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose) == []
+
+def test_nothing_in_the_manuscript_is_set_below_the_smallest_size():
+    text = PAPER.read_text("utf-8")
+    sizes = [float(size) for size in re.findall(r"size: ([\d.]+)pt", text)]
+    assert len(sizes) > 5 and min(sizes) >= SMALLEST
+    figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
+    drawn = re.findall(r'#drawn\("([^"]+)"', text)
+    assert len(drawn) > 8 and "width: 100%" in text
+    for name in drawn:
+        svg = (ROOT / figures[name]["image"].lstrip("/")).read_text("utf-8")
+        assert smallest_font(svg, PRINTED) >= SMALLEST, name
+
+def test_the_manuscript_can_be_read_aloud():
+    figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
+    assert all(len(one.get("alt", one["caption"])) > 40 for one in figures.values())
+    assert b"/StructTreeRoot" in compiled(ROOT), "tags"
+
+def test_the_main_table_is_short_and_repeats_what_was_published():
+    table = json.loads(FINDINGS.read_text("utf-8"))["tables"]["main"]
+    assert len(table["rows"]) <= 12
+    published = json.loads((ROOT / "paper" / "published.json").read_text("utf-8"))["AUES"]
+    rows = [row for row in table["rows"] if "−" not in row[1]]
+    assert [row[3] for row in rows] == [row["p"] for row in published]
+    for row, theirs in zip(rows, published):
+        gap = float(theirs["Oracle"].split(" ")[0]) - float(theirs["Random"].split(" ")[0])
+        assert row[2] == print_of(f"{gap:+.3f}")
+    areas = rows_of_tiny()
+    assert [row[4].split(" ")[0] for row in rows] == areas
+
+def rows_of_tiny():
+    areas = rows("table2_oracle_random").query("metric == 'AUES'")
+    return [signed(row) for _, row in areas.iterrows()]
+
+def test_the_sign_by_objective_is_the_paired_contrast():
+    runs = data("table2_oracle_random_data").query("arch == 'llama'")
+    wide = runs.pivot(index="seed", columns=["objective", "arm"], values="AUES")
+    gap = {o: wide[o].Oracle - wide[o].Random for o in ("npo", "rmu")}
+    test = ttest_1samp(gap["rmu"] - gap["npo"], 0)
+    ends = [print_of(f"{end:+.3f}") for end in test.confidence_interval(.95)]
+    assert found["sign.tiny.llama"].value == pytest.approx((gap["rmu"] - gap["npo"]).mean())
+    assert found["sign.tiny.llama.interval"].printed == f"[{', '.join(ends)}]"
+    assert test.pvalue < HELD / 4 and found["sign.all held"].value

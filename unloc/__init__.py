@@ -27,6 +27,7 @@ Modules:
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a verdict only if every level agrees
 - `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
+- `unloc.manuscript`: Draw the figures that only the manuscript has: the design of the experiment, and differences between arms as intervals
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit

@@ -543,8 +543,7 @@ def compile_paper(root:Path)->Path: # paper/unloc.pdf
     import typst
     from unloc.figures import write_whole
     source, pdf = (root / 'paper' / f'unloc.{suffix}' for suffix in ('typ', 'pdf'))
-    own = {'ignore_system_fonts': True}
-    own['pdf_tags'] = False # typst 0.15 fails to tag floats in some layouts
+    own = {'ignore_system_fonts': True, 'pdf_standards': ['ua-1']} # tagged, for screen readers
     try: write_whole(pdf, typst.compile(str(source), root=str(root), **own))
     except OSError as error: raise Problem(_said(error)) from None
     except typst.TypstError as error:
