@@ -385,7 +385,7 @@ def _checkpoints(
     values, why = measures(points, options)
     full = judged_in_full(points)
     own = above(run.description, 'judge')['evaluate'].get('metrics', ())
-    whole = [(name, points) for name in ('FS', 'RS', *own) if name in points] # others have no value
+    whole = [(name, points) for name in ('FS', 'RS', *own) if name in points]
     for name, rows in (*whole, ('MU', full), ('FQ', full)):
         values |= {f'{name}_start': at(rows, name, 0), f'{name}_end': at(rows, name, -1)}
     return values | {name: value for name, value in result.items() if name not in values}, why
