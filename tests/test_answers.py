@@ -6,25 +6,30 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from rouge_score.rouge_scorer import RougeScorer
 from unloc import metrics
-from unloc.evaluation import (
-    KINDS, Probe, best_recall, best_scores, choices, choose, evaluate, letter_options,
-    letter_question, membership, membership_aucs, options, other_answers, rouge, score, undefined)
+from unloc.answers import (
+    best_scores, choices, choose, letter_options, letter_question, options, other_answers)
 from unloc.data import data_description
+from unloc.decoding import best_recall, rouge
+from unloc.evaluation import KINDS, Probe, evaluate, undefined
+from unloc.facts import Fact
+from unloc.invented import author_world
+from unloc.membership import membership, membership_aucs
+from unloc.metrics import (
+    CHOICE_CONVENTIONS, multiple_choice, rouge_1, rouge_l, rouge_l_recall, rouge_tokenizer, words)
+from unloc.models import region_shape, tiny_model
+from unloc.pages import sweep
+from unloc.regions import Region
+from unloc.register import methods
+from unloc.runs import Store
+from unloc.scoring import score
 from unloc.steps.attack import attacking
 from unloc.steps.base import base_models
 from unloc.steps.inject import injection
 from unloc.steps.judge import standard
 from unloc.steps.unlearn import unlearning
-from unloc.facts import Fact, author_world
-from unloc.metrics import (
-    CHOICE_CONVENTIONS, multiple_choice, rouge_1, rouge_l, rouge_l_recall, rouge_tokenizer, words)
-from unloc.models import region_shape, tiny_model
-from unloc.regions import Region
-from unloc.pages import sweep
-from unloc.runs import Store
 from unloc.tokens import encode, train_tokenizer
-from unloc.register import methods
-from unloc.training import Recipe, finetune, unlearn
+from unloc.training import finetune
+from unloc.unlearning_run import Recipe, unlearn
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")

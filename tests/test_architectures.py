@@ -5,18 +5,20 @@ import pytest, torch, transformers
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from unloc.decoding import greedy
+from unloc.experts import in_experts
+from unloc.locked import locked_digest
+from unloc.logits import answer_logits, hidden_after, logits_of, mask_limit, mlp_outputs
+from unloc.masked import put_columns, unlock
 from unloc.methods.activations import activations
 from unloc.methods.fisher import fisher
 from unloc.methods.gradient import gradient
 from unloc.methods.integrated_gradients import integrated_gradients
 from unloc.methods.wagle import wagle_weights
 from unloc.methods.weight_norm import weight_norm
-from unloc.evaluation import greedy, score
-from unloc.masked import locked_digest, put_columns, unlock
-from unloc.models import (
-    PROJECTIONS, answer_logits, hidden_after, in_experts, logits_of, mask_limit, mlp_outputs,
-    output_projections, region_shape, value_vectors)
+from unloc.models import PROJECTIONS, output_projections, region_shape, value_vectors
 from unloc.regions import Region
+from unloc.scoring import score
 from unloc.tokens import Example, collate
 
 # 32 value vectors a layer everywhere: experts are four of eight

@@ -6,20 +6,20 @@ from bitsandbytes import functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from unloc import objectives, training
+from unloc.asking import best_of
 from unloc.change import Change
 from unloc.inside import hidden_states, patched_logprob
 from unloc.level import to_level
+from unloc.logits import answer_logits
+from unloc.masked import unlock
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.relearn import relearn
-from unloc.asking import best_of
+from unloc.models import region_shape, tiny_model
 from unloc.quantization import library_quantized, quantized, rounded
-from unloc.relearn import Recovery, recovery
-from unloc.evaluation import score
-from unloc.masked import unlock
-from unloc.models import answer_logits, region_shape, tiny_model
 from unloc.regions import Region
+from unloc.relearn import relearn, Recovery, recovery
+from unloc.scoring import score
 from unloc.tokens import Example, collate, train_tokenizer
 
 def facts(n, seed, vocab=60):

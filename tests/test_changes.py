@@ -6,7 +6,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from unloc import register
 from unloc.change import Change, LowRank, compared
 from unloc.data import data_description
-from unloc.masked import AllWeights, Neurons, unlock
+from unloc.heads import Neurons
+from unloc.masked import AllWeights, unlock
 from unloc.models import region_shape, tiny_model
 from unloc.regions import Region, region_size
 from unloc.runs import Store, run_id
@@ -223,8 +224,8 @@ def test_a_bad_editor_or_attack_is_one_line(study, bad, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 PLUGIN = '''
-from unloc.evaluation import score
 from unloc.register import attack
+from unloc.scoring import score
 
 @attack(label='whispering', passes=1)
 def whisper(scene, strength:float=1.):

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from unloc import checkpoints
-from unloc.register import methods
-from unloc.checkpoints import (
-    apply_change, check_device, free_memory, inspect, load_model, load_tokenizer, recompute,
-    save_change, save_model, save_pretrained)
+from unloc import checkpoints, loading, saving
+from unloc.checkpoints import inspect
+from unloc.loading import check_device, free_memory, load_model, load_tokenizer, recompute
 from unloc.masked import put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model, value_vectors
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.saving import apply_change, save_change, save_model, save_pretrained
 from unloc.tokens import Example, train_tokenizer
 
 SMALL = dict(
@@ -295,8 +295,8 @@ def test_a_dtype_that_the_device_lacks(monkeypatch):
 
 def test_too_little_memory_is_said_before_loading(pieces, unread, monkeypatch):
     free, n = {}, inspect(pieces).n_weights
-    monkeypatch.setattr(checkpoints, "free_memory", lambda where: free[str(where)])
-    monkeypatch.setattr(checkpoints, "check_device", lambda dtype, device: torch.device(device))
+    monkeypatch.setattr(loading, "free_memory", lambda where: free[str(where)])
+    monkeypatch.setattr(loading, "check_device", lambda dtype, device: torch.device(device))
     def tried(dtype, device, **memory):
         free.clear(); free.update({k.replace("_", ":"): v for k, v in memory.items()})
         try: load_model(pieces, dtype, device)
@@ -314,9 +314,9 @@ def test_too_little_memory_is_said_before_loading(pieces, unread, monkeypatch):
     assert "or load" not in tried("float16", "cpu", cpu=0)
 
 def test_sizes_are_readable_and_free_memory_is_what_is_left():
-    assert checkpoints._size(3 * 2**30) == "3 GiB"
-    assert checkpoints._size(2**20) == "1 MiB"
-    assert checkpoints._size(16_060_522_496) == "15 GiB"
+    assert loading.readable_size(3 * 2**30) == "3 GiB"
+    assert loading.readable_size(2**20) == "1 MiB"
+    assert loading.readable_size(16_060_522_496) == "15 GiB"
     import psutil
     assert abs(free_memory("cpu") - psutil.virtual_memory().available) < 2**29
 
@@ -330,8 +330,8 @@ def test_flash_attention_is_asked_for_in_vain(pieces, unread, monkeypatch):
         load_model, pieces, attention="fast")
     assert "flash attention needs a CUDA device; use attention='sdpa'" in complaint(
         load_model, pieces, attention="flash")
-    monkeypatch.setattr(checkpoints, "check_device", lambda dtype, device: torch.device(device))
-    monkeypatch.setattr(checkpoints, "free_memory", lambda where: 2**40)
+    monkeypatch.setattr(loading, "check_device", lambda dtype, device: torch.device(device))
+    monkeypatch.setattr(loading, "free_memory", lambda where: 2**40)
     assert "flash attention needs float16 or bfloat16" in complaint(
         load_model, pieces, "float32", "cuda", attention="flash")
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
@@ -473,7 +473,7 @@ def test_saving_leaves_all_or_nothing(tmp_path, monkeypatch):
             "save_pretrained",
             torn if error is OSError else lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(error): save_model(model, tmp_path / "other")
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "the disk has 0.000954 MiB left" in complaint(save_model, model, tmp_path / "other")
     assert {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
@@ -619,7 +619,8 @@ def test_a_damaged_change_is_named(damage, tmp_path):
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from unloc.checkpoints import load_model, save_model
+from unloc.loading import load_model
+from unloc.saving import save_model
 def now(name):
     line = next(line for line in open('/proc/self/status') if line.startswith(name))
     return int(line.split()[1]) * 1024
@@ -695,7 +696,7 @@ def test_a_gpu_gets_the_weights_once(source, tmp_path):
     assert same(base.cpu(), AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
     assert free_memory("cuda") > 0
     assert "cuda has" in complaint(
-        checkpoints._fits,
+        loading._fits,
         SimpleNamespace(source="x", dtype="bfloat16", bytes_in=lambda _: 2**50),
         "bfloat16",
         torch.device("cuda"))
@@ -761,7 +762,8 @@ def serve(root, asked): # the part of the hub that a client needs for one model,
 
 CLIENT = """
 import os, urllib.request, huggingface_hub
-from unloc.checkpoints import *
+from unloc.checkpoints import inspect
+from unloc.loading import load_model, load_tokenizer
 def weights(): return sum(p.double().sum().item() for p in load_model('some/model').parameters())
 found = inspect('some/model')
 print(len(found.missing), found.weights_bytes, found.commit, found.d_ff)
@@ -937,4 +939,4 @@ def test_every_model_of_the_package_is_saved_by_one_function():
         for line in file.read_text("utf-8").splitlines()
         if re.search(r"\w*model\w*\.save_pretrained\(", line)]
     line = "with _habits_aside(model, Path(folder)): model.save_pretrained(folder, **options)"
-    assert places == [("checkpoints.py", line)]
+    assert places == [("saving.py", line)]

@@ -6,23 +6,26 @@ from itertools import product
 import numpy as np
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from unloc.answers import choices
 from unloc.conformal import (
     Calibration, calibrate, candidate_probs, closed_probs, conformal_level, conformal_quantile,
     conformal_rank, conformal_report, coverage_p, cpu_hinge, cpu_loss, finite_quantile,
     least_calibration, membership_classifier, membership_report, membership_sets, miacr, parts,
     prediction_sets, sets_of, summarised, token_scores, token_sets)
-from unloc.evaluation import Measured, Probe, choices, evaluate, score
-from unloc.facts import author_world
+from unloc.evaluation import Measured, Probe, evaluate
+from unloc.invented import author_world
 from unloc.many_descents import unlearn_many
 from unloc.masked import unlock
 from unloc.methods.conformal_ratio import judged
 from unloc.metrics import normalised_probability
 from unloc.models import region_shape, tiny_model
-from unloc.register import find, methods
 from unloc.regions import Region
+from unloc.register import find, methods
+from unloc.scoring import score
 from unloc.streaming import planted
 from unloc.tokens import encode, train_tokenizer
-from unloc.training import Recipe, Unlearning, bound, finetune, unlearn, weighted_sum
+from unloc.training import finetune
+from unloc.unlearning_run import Recipe, Unlearning, bound, unlearn, weighted_sum
 
 WORLD = author_world(n_authors=6, n_forget=1, n_holdout=3)
 TOKENIZER = train_tokenizer(

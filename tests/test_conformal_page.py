@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
+from unloc.answers import choices, options
 from unloc.conformal import closed_probs, conformal_quantile, conformal_report
-from unloc.evaluation import Probe, choices, evaluate, options, score
+from unloc.evaluation import Probe, evaluate
 from unloc.figures import label
 from unloc.methods.conformal_sets import _asked, _logprobs, _rows, conformal_sets
 from unloc.models import tiny_model
@@ -18,6 +19,7 @@ from unloc.profiles import profiles
 from unloc.related import conformal_rows, conformal_table, with_controls, with_miacr
 from unloc.relations import make_related_world
 from unloc.scene import Scene
+from unloc.scoring import score
 from unloc.study import Study
 from unloc.tokens import encode, train_tokenizer
 

@@ -10,15 +10,17 @@ from unloc.data import data_description
 from unloc.deletion import (
     CRITERIA, STARTS, WAYS, ablation, channel_scores, first_spread, from_retained, holding, judged,
     region_label, region_named, relabelled, reset_values, shuffled, taught_again, unlearned_by)
-from unloc.evaluation import score
-from unloc.facts import author_world
-from unloc.masked import Neurons, columns_of, locked_digest, put_columns
+from unloc.heads import Neurons
+from unloc.invented import author_world
+from unloc.locked import locked_digest
+from unloc.masked import columns_of, put_columns
 from unloc.methods.criticality import criticality, criticality_weights
 from unloc.models import output_projections, region_shape, tiny_model, value_vectors
-from unloc.register import METHODS, find
 from unloc.regions import Region
+from unloc.register import METHODS, find
 from unloc.runs import Store
 from unloc.scene import Scene, toy_facts
+from unloc.scoring import score
 from unloc.steps import compute
 from unloc.steps.base import base_models
 from unloc.steps.edit import editing

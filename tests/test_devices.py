@@ -6,26 +6,32 @@ import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from unloc import models
+from unloc.answers import choices
 from unloc.asking import best_of
 from unloc.change import Change
+from unloc.descent import Checkpoint, descend
+from unloc.direct_supervision import mlp_targets, supervise
+from unloc.evaluation import Probe, evaluate
+from unloc.heads import Neurons
 from unloc.inside import hidden_states, patched_logprob
+from unloc.invented import author_world
+from unloc.locked import checksum, locked_checksum, locked_digest
+from unloc.masked import in_float32, put_columns, unlock
+from unloc.membership import membership
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.quantization import quantized
-from unloc.relearn import relearn
-from unloc.checkpoints import apply_change, save_change
-from unloc.evaluation import Probe, choices, evaluate, membership, score
-from unloc.facts import author_world
-from unloc.masked import (
-    Neurons, checksum, in_float32, locked_checksum, locked_digest, put_columns, unlock)
 from unloc.models import region_shape, tiny_model
-from unloc.register import methods
+from unloc.quantization import quantized
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.relearn import relearn
+from unloc.saving import apply_change, save_change
+from unloc.scoring import score
 from unloc.streaming import check_scores
 from unloc.tokens import encode, train_tokenizer
-from unloc.training import (
-    Checkpoint, Recipe, descend, finetune, inject, make_room, mlp_targets, supervise, unlearn)
+from unloc.training import finetune, inject, make_room
+from unloc.unlearning_run import Recipe, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer(

@@ -4,13 +4,13 @@ import copy, math, warnings
 from functools import cache
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
-from unloc.evaluation import score
 from unloc.models import output_projections, tiny_model, value_vectors
 from unloc.register import find, methods
 from unloc.restoring import (
     CONTROLS, KINDS, Restoring, coefficient_weights, continued, drifts, krs, krs_curves,
     layers_around, logit_distance, suppressed, window_of, wholly_right)
 from unloc.scene import run_attacks, toy_facts, toy_scene
+from unloc.scoring import score
 
 def llama(seed=0, **shape):
     shape = {"d_model": 16, "n_layers": 3, "d_ff": 24, "n_heads": 2} | shape

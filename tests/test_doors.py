@@ -7,24 +7,24 @@ import pandas as pd
 import pytest, torch
 from torch import nn
 from unloc import (
-    checkpoints, evaluation, facts, figures, masked, metrics, objectives, regions, statistics,
-    steps, tokens, tradeoff, training)
+    answers, checkpoints, decoding, evaluation, figures, invented, loading, locked, masked,
+    membership, metrics, objectives, regions, saving, scoring, statistics, steps, tofu_files,
+    tokens, tradeoff, training, unlearning_run)
 from unloc import conformal
 from unloc.asking import best_of, few_shot
+from unloc.logits import answer_logits, hidden_after, logits_of, mlp_outputs
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.relearn import recovery, relearn
+from unloc.models import output_projections, region_shape, tiny_model, value_vectors
 from unloc.quantization import quantized
-from unloc.models import (
-    answer_logits, hidden_after, logits_of, mlp_outputs, output_projections, region_shape,
-    tiny_model, value_vectors)
-from unloc.register import methods
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.relearn import recovery, relearn
 from unloc.runs import Store, sweep
 from unloc.tokens import Example, encode, train_tokenizer
 
 PACKAGE = Path(tokens.__file__).parent
-WORLD = facts.author_world(3, 1, 1)
+WORLD = invented.author_world(3, 1, 1)
 TOKENIZER = train_tokenizer(
     (t for f in WORLD.retain + WORLD.forget for t in (f.question, f.answer)), 300)
 FORGET, RETAIN = (
@@ -69,13 +69,13 @@ DOORS = {
         dict(texts=["a b", "c"], vocab_size=260),
         dict(texts=[NONE, NUMBER, [NONE], [NUMBER]], vocab_size=[NONE, TEXT, NUMBER, 10, 300.5]),
     ),
-    "facts.author_world": (
-        facts.author_world,
+    "invented.author_world": (
+        invented.author_world,
         dict(n_authors=3, n_forget=1),
         dict(n_authors=[NONE, TEXT, NUMBER, 0, 2.5, 10**9], n_forget=[NONE, 0, 3, TEXT]),
     ),
-    "facts.tofu": (
-        facts.tofu,
+    "tofu_files.tofu": (
+        tofu_files.tofu,
         dict(source="x/y"),
         dict(
             source=[NONE, NUMBER, "no such folder", ""],
@@ -130,8 +130,8 @@ DOORS = {
         dict(projection=nn.Linear(3, 4)),
         dict(projection=[NONE, TEXT, nn.ReLU(), nn.Embedding(3, 4).weight]),
     ),
-    "evaluation.score": (
-        evaluation.score,
+    "scoring.score": (
+        scoring.score,
         dict(model=model, examples=FORGET),
         dict(
             model=[NONE, TEXT, TOKENIZER, nn.Linear(3, 3)],
@@ -147,8 +147,8 @@ DOORS = {
         dict(model=model, probe=probe),
         dict(model=[NONE, TEXT, TOKENIZER], probe=[NONE, TEXT, FORGET]),
     ),
-    "evaluation.greedy": (
-        evaluation.greedy,
+    "decoding.greedy": (
+        decoding.greedy,
         dict(model=model, prompts=[[5, 6]], limits=[3], end=1),
         dict(
             model=[NONE, TEXT],
@@ -157,8 +157,8 @@ DOORS = {
             end=[NONE, TEXT, [1, 2]],
         ),
     ),
-    "evaluation.greedy_answers": (
-        evaluation.greedy_answers,
+    "decoding.greedy_answers": (
+        decoding.greedy_answers,
         dict(model=model, examples=FORGET, known=torch.zeros(len(FORGET), dtype=torch.int64)),
         dict(
             model=[NONE, TEXT],
@@ -167,8 +167,8 @@ DOORS = {
             max_new_tokens=[NONE, TEXT, NUMBER],
         ),
     ),
-    "evaluation.choices": (
-        evaluation.choices,
+    "answers.choices": (
+        answers.choices,
         dict(tokenizer=TOKENIZER, facts=WORLD.forget),
         dict(
             tokenizer=[NONE, TEXT], facts=[NONE, TEXT, LIST, [NONE], [TEXT]], template=[NUMBER, "x"]
@@ -183,8 +183,8 @@ DOORS = {
             choices=[TEXT, LIST + [1], {"forget": NONE}],
         ),
     ),
-    "evaluation.membership": (
-        evaluation.membership,
+    "membership.membership": (
+        membership.membership,
         dict(model=model, tokenizer=TOKENIZER, examples=FORGET),
         dict(
             model=[NONE, TEXT], tokenizer=[NONE, TEXT], examples=[NONE, LIST, TEXT],
@@ -204,8 +204,8 @@ DOORS = {
             ],
         ),
     ),
-    "masked.locked_digest": (
-        masked.locked_digest,
+    "locked.locked_digest": (
+        locked.locked_digest,
         dict(model=model, region=region),
         dict(model=[NONE, TEXT], region=[NONE, TEXT, Region.sample((3, 4), .5, 0)]),
     ),
@@ -250,8 +250,8 @@ DOORS = {
             batch_size=[0, TEXT],
         ),
     ),
-    "training.Recipe": (
-        training.Recipe,
+    "unlearning_run.Recipe": (
+        unlearning_run.Recipe,
         dict(objective="wga", lr=1e-3, epochs=1),
         dict(
             objective=[NONE, "simdpo", NUMBER],
@@ -261,15 +261,15 @@ DOORS = {
             retain=["x", NUMBER],
         ),
     ),
-    "training.unlearn": (
-        training.unlearn,
+    "unlearning_run.unlearn": (
+        unlearning_run.unlearn,
         dict(
             model=model,
             region=region,
             forget=FORGET,
             retain=RETAIN,
             probe=probe,
-            recipe=training.Recipe("wga", 1e-3, 1),
+            recipe=unlearning_run.Recipe("wga", 1e-3, 1),
             seed=0,
         ),
         dict(
@@ -332,8 +332,8 @@ DOORS = {
             model=[NONE], tokenizer=[NONE, TEXT], examples=[NONE, LIST], n=[0, NONE, TEXT],
             temperature=[0, NAN, NONE], max_new_tokens=[0, NONE, TEXT]),
     ),
-    "checkpoints.load_model": (
-        checkpoints.load_model,
+    "loading.load_model": (
+        loading.load_model,
         dict(source="x"),
         dict(
             source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""],
@@ -342,8 +342,8 @@ DOORS = {
             attention=["fast"],
         ),
     ),
-    "checkpoints.load_tokenizer": (
-        checkpoints.load_tokenizer,
+    "loading.load_tokenizer": (
+        loading.load_tokenizer,
         dict(source="x"),
         dict(source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""]),
     ),
@@ -352,13 +352,13 @@ DOORS = {
         dict(source="x"),
         dict(source=[NONE, NUMBER, "no such folder", "folder", "damaged", ""]),
     ),
-    "checkpoints.save_model": (
-        checkpoints.save_model,
+    "saving.save_model": (
+        saving.save_model,
         dict(model=model, folder="new"),
         dict(model=[NONE, TEXT, nn.Linear(3, 3)], folder=[NONE, NUMBER, "folder", "damaged/x"]),
     ),
-    "checkpoints.save_change": (
-        checkpoints.save_change,
+    "saving.save_change": (
+        saving.save_change,
         dict(model=model, region=region, path="new"),
         dict(
             model=[NONE, TEXT],
@@ -366,8 +366,8 @@ DOORS = {
             path=[NONE, NUMBER, "folder", "damaged/x"],
         ),
     ),
-    "checkpoints.apply_change": (
-        checkpoints.apply_change,
+    "saving.apply_change": (
+        saving.apply_change,
         dict(model=model, path="x"),
         dict(model=[NONE, TEXT], path=[NONE, NUMBER, "no such file", "folder", "damaged", "empty"]),
     ),
@@ -512,7 +512,7 @@ DOORS = {
     ),
     "conformal.closed_probs": (
         conformal.closed_probs,
-        dict(model=model, asked=evaluation.choices(TOKENIZER, WORLD.forget)),
+        dict(model=model, asked=answers.choices(TOKENIZER, WORLD.forget)),
         dict(model=[NONE, TEXT], asked=[NONE, LIST, FORGET], unit=[NONE, "byte"]),
     ),
     "figures.save_table": (

@@ -8,8 +8,8 @@ from unloc.data import data_description
 from unloc.editing import (
     Edits, balanced, editable, floor_of, in_null_space, keys_and_values, null_projector, rank_one,
     ridge, second_moments)
-from unloc.facts import author_world
-from unloc.masked import Neurons
+from unloc.heads import Neurons
+from unloc.invented import author_world
 from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.register import METHODS, find

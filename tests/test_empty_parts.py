@@ -412,9 +412,9 @@ def test_other_errors_end_a_sweep_and_are_tried_again(tmp_path):
 
 def test_a_model_that_diverges_in_its_last_step_has_diverged(tmp_path):
     import torch
-    from unloc.evaluation import Diverged, _sound
+    from unloc.scoring import Diverged, check_finite
     with pytest.raises(FloatingPointError, match="fact 1 are NaN or infinite; it has diverged"):
-        _sound(torch.tensor([0., float("nan")]))
+        check_finite(torch.tensor([0., float("nan")]))
     assert issubclass(Diverged, ValueError)
 
 # --- what cannot be measured or compared

@@ -2,16 +2,20 @@
 transformers' own greedy generate."""
 import pytest, torch
 from unloc import metrics
-from unloc.evaluation import (
-    KINDS, Choices, Probe, answer_logprob, answers_logprob, choices, evaluate, forgetting, greedy,
-    greedy_answers, membership, rouge, score, utility)
-from unloc.facts import Fact, author_world
+from unloc.answers import Choices, choices
+from unloc.decoding import greedy, greedy_answers, rouge
+from unloc.evaluation import KINDS, Probe, evaluate, forgetting, utility
+from unloc.facts import Fact
+from unloc.invented import author_world
 from unloc.masked import unlock
+from unloc.membership import membership
 from unloc.models import region_shape, tiny_model
-from unloc.register import methods
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.scoring import answer_logprob, answers_logprob, score
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import Recipe, finetune, unlearn
+from unloc.training import finetune
+from unloc.unlearning_run import Recipe, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer(

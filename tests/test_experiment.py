@@ -4,17 +4,26 @@ target region."""
 import dataclasses, inspect, json, math, msgspec, os, pandas, shutil, subprocess, sys, typing
 from pathlib import Path
 import pytest, torch
-from unloc import training
-from unloc.evaluation import Probe, evaluate, score
+from unloc import descent, direct_supervision, training, unlearning_run
 from unloc.data import benchmark, data_description
+from unloc.evaluation import Probe, evaluate
+from unloc.invented import author_world
+from unloc.level import at_level
+from unloc.methods.relearning import relearning
+from unloc.models import output_projections, tiny_model
+from unloc.own_data import own_facts
 from unloc.pages import provenance, sweep
+from unloc.regions import Region
 from unloc.register import methods
+from unloc.runs import Store, run_id
+from unloc.scene import Scene
+from unloc.scoring import score
 from unloc.settings import checked, reference
 from unloc.steps import compute, groups
 from unloc.steps.attack import MEASURES, attacking
 from unloc.steps.base import base_models, learn
-from unloc.steps.common import examples_of, retained_model, spread, template_of, tokenizer_of
-from unloc.steps.common import load as load_as_runs_do
+from unloc.steps.common import (
+    examples_of, retained_model, spread, template_of, tokenizer_of, load as load_as_runs_do)
 from unloc.steps.inject import (
     STYLES, injection, load_columns, load_region, model_without, original_model)
 from unloc.steps.judge import probe_of, standard
@@ -22,13 +31,7 @@ from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, unlearning
-from unloc.facts import author_world, own_facts, tofu
-from unloc.models import output_projections, tiny_model
-from unloc.regions import Region
-from unloc.runs import Store, run_id
-from unloc.level import at_level
-from unloc.methods.relearning import relearning
-from unloc.scene import Scene
+from unloc.tofu_files import tofu
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOFU = SHARED / "data" / "tofu"
@@ -66,8 +69,8 @@ def test_settings_name_real_parameters():
     recipe = {
         f.name: bare(t)
         for f, t in (
-            (f, typing.get_type_hints(training.Recipe)[f.name])
-            for f in dataclasses.fields(training.Recipe))}
+            (f, typing.get_type_hints(unlearning_run.Recipe)[f.name])
+            for f in dataclasses.fields(unlearning_run.Recipe))}
     often = {"every", "full_every"}
     assert SETTINGS["unlearn"] == {
         k: v for k, v in recipe.items() if k not in {"every", "objective", "options"}}
@@ -77,7 +80,7 @@ def test_settings_name_real_parameters():
         ("model", tiny_model, {}),
         ("pretrain", training.finetune, {}),
         ("retain", training.finetune, {}),
-        ("supervise", training.supervise, {}),
+        ("supervise", direct_supervision.supervise, {}),
         (
             "inject",
             training.inject,
@@ -94,8 +97,8 @@ def test_settings_name_real_parameters():
     [
         ("world", author_world), ("tofu", tofu), ("file", own_facts), ("model", tiny_model),
         ("pretrain", training.finetune), ("retain", training.finetune),
-        ("inject", training.inject), ("supervise", training.supervise),
-        ("unlearn", training.Recipe), ("evaluate", Probe)])
+        ("inject", training.inject), ("supervise", direct_supervision.supervise),
+        ("unlearn", unlearning_run.Recipe), ("evaluate", Probe)])
 def test_defaults_are_those_of_the_functions_that_use_them(group, function):
     takes, compared = inspect.signature(function).parameters, 0
     for name, f in FIELDS[group].items():
@@ -107,7 +110,7 @@ def test_defaults_are_those_of_the_functions_that_use_them(group, function):
             continue
         usual = takes[name].default
         if group == "unlearn" and usual is None: # it depends on the objective
-            usual = getattr(training.Recipe("npo", lr=1., epochs=1), name)
+            usual = getattr(unlearning_run.Recipe("npo", lr=1., epochs=1), name)
         assert f.default == usual, (group, name)
         compared += 1
     assert compared or group == "supervise"
@@ -195,7 +198,7 @@ def test_an_option_of_an_objective_is_checked_like_a_setting(name, limits):
 
 def test_words_are_those_of_the_registers_and_the_steps():
     for group, name, what in (
-        ("pretrain", "schedule", training.SCHEDULES),
+        ("pretrain", "schedule", descent.SCHEDULES),
         ("unlearn", "retain", (*methods("retain"), "none"))):
         for word in what:
             assert settings(group, {k: 1 for k in REQUIRED[group]} | {name: word})[name] == word
@@ -440,7 +443,8 @@ def load(base, name="retained"):
 
 @pytest.mark.parametrize("arch", methods("architecture"))
 def test_original_and_retained_differ_exactly_in_the_target(done, arch):
-    from unloc.masked import locked_digest, put_columns
+    from unloc.locked import locked_digest
+    from unloc.masked import put_columns
     base, injected, pair, _ = done[arch]
     retained, original = load(base), load(base)
     put_columns(original, columns(injected))
@@ -663,7 +667,7 @@ def test_a_run_is_built_on_one_that_has_what_it_needs():
 # template
 def existing(tmp_path_factory):
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    from unloc.checkpoints import save_model
+    from unloc.saving import save_model
     from unloc.tokens import train_tokenizer
     folder = tmp_path_factory.mktemp("hub")
     world = author_world(**{k: v for k, v in WORLD.items() if k != "name"})
@@ -873,7 +877,7 @@ def test_arms_change_what_they_say(armed):
 
 def test_the_second_group_is_known_and_stays(armed):
     store, injected, arms, _ = armed
-    from unloc.evaluation import score
+    from unloc.scoring import score
     base = store[injected["parent"]["parent"]]
     examples = examples_of(base.file("tokenizer"), json.dumps(base.description["data"]))
     original, without = original_model(store[injected], base), model_without(store[injected], base)

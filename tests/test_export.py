@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from unloc.change import Change
-from unloc.checkpoints import inspect, load_model
+from unloc.checkpoints import inspect
 from unloc.cli import main
 from unloc.data import data_description
-from unloc.evaluation import score
 from unloc.export import (
     KINDS, MEASURES, copy_tokenizer, export, find_run, front_matter, located, what_was_done)
 from unloc.figures import markdown_table
+from unloc.loading import load_model
 from unloc.regions import Region
 from unloc.runs import DamagedRun, Run, Store, check_run, run_id
+from unloc.scoring import score
 from unloc.steps import compute
 from unloc.steps.attack import attacking
 from unloc.steps.base import base_models

@@ -3,8 +3,10 @@ not TOFU to the row is refused by name."""
 import hashlib, itertools, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from unloc import facts
-from unloc.facts import Benchmark, Fact, author_world, tofu
+from unloc import invented
+from unloc.facts import Benchmark, Fact
+from unloc.invented import author_world
+from unloc.tofu_files import tofu
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOFU = SHARED / "data" / "tofu"
@@ -27,7 +29,7 @@ def python(code, **environment):
 
 def test_world_does_not_depend_on_the_process(world):
     code = (
-        "import hashlib; from unloc.facts import author_world;"
+        "import hashlib; from unloc.invented import author_world;"
         " print(hashlib.sha256(repr(author_world()).encode()).hexdigest())")
     here = hashlib.sha256(repr(world).encode()).hexdigest()
     assert [python(code, PYTHONHASHSEED=s).stdout.strip() for s in ("1", "2")] == [here, here]
@@ -41,7 +43,7 @@ def test_default_world_never_changes(world):
 
 def test_import_is_light():
     heavy = python(
-        "import sys, unloc.facts; print([m for m in ('torch', 'numpy', 'transformers',"
+        "import sys, unloc.own_data, unloc.tofu_files; print([m for m in ('torch', 'numpy', 'transformers',"
         " 'huggingface_hub') if m in sys.modules])")
     assert heavy.stdout.strip() == "[]", heavy
 
@@ -120,7 +122,7 @@ def test_fill_in_texts_have_no_gap_left(world):
         "_FIRST", "_LAST", "_PLACE", "_JOB", "_TOPIC", "_STYLE", "_ADJECTIVE", "_NOUN", "_GUIDE",
         "_SUBJECT"])
 def test_pools_hold_40_to_80_different_words(pool):
-    words = getattr(facts, pool)
+    words = getattr(invented, pool)
     assert len(words) == len(set(words)) and 36 <= len(words) <= 80
     if pool == "_JOB": assert not [w for w in words if w[0] in "aeiou"], "the sentences say 'a'"
 
@@ -463,7 +465,7 @@ def test_tofu_refuses(arguments, line):
 # --- the hub
 
 def test_hub_out_of_reach_is_one_line(tmp_path):
-    code = "from unloc.facts import tofu\ntry: tofu()\nexcept ValueError as e: print(e)"
+    code = "from unloc.tofu_files import tofu\ntry: tofu()\nexcept ValueError as e: print(e)"
     said = python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout.strip()
     assert said.startswith("full.json: not fetched from the hub data set locuslab/TOFU (")
     assert "\n" not in said

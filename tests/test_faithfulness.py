@@ -4,13 +4,15 @@ from math import isnan, nan
 import numpy as np
 import pandas as pd
 import pytest, torch
+from unloc.answers import choices
 from unloc.data import data_description
-from unloc.evaluation import USUAL_METRICS, Probe, choices, evaluate, undefined
-from unloc.facts import Benchmark, Fact, author_world
+from unloc.evaluation import USUAL_METRICS, Probe, evaluate, undefined
+from unloc.facts import Benchmark, Fact
 from unloc.faithfulness import (
     CHANCE, COMBINED, LABELS, MULTI_HOP, NOT_MEASURABLE, PARTS, Answers, Estimate, along_run,
     answers_of, faith_cells, faithfulness, measured_text, multi_hop, overall, percent,
     question_lists)
+from unloc.invented import author_world
 from unloc.methods.faithun import ASKED
 from unloc.models import tiny_model
 from unloc.register import METHODS, methods

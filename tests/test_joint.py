@@ -6,6 +6,8 @@ import torch
 
 from unloc.cluster import engine
 from unloc.data import data_description
+from unloc.joint import MOST, at_once, grouped, together
+from unloc.profiles import project_root
 from unloc.register import METHODS, execute_plugin
 from unloc.runs import Store, on_this_machine, sweep
 from unloc.steps import compute
@@ -15,8 +17,6 @@ from unloc.steps.judge import standard
 from unloc.steps.localize import localization
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import localized_unlearning, unlearning
-from unloc.profiles import project_root
-from unloc.joint import MOST, at_once, grouped, together
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 2}
 SHAPE = {"d_model": 48, "n_layers": 2, "d_ff": 256, "n_heads": 2, "vocab_size": 400}
@@ -117,7 +117,7 @@ def test_an_objective_of_your_own_shares_passes(store, judged, tmp_path, four):
     source = tmp_path / "mine.py"
     source.write_text('''
 from unloc.register import objective
-from unloc.training import Term
+from unloc.unlearning_run import Term
 @objective(label="Softened", sets=2)
 def softened(run, facts, power:float=.5):
     "Lower the likelihood of answers, by a power of it"
@@ -138,8 +138,8 @@ def softened(run, facts, power:float=.5):
 
 KILLED = """
 import json, os, sys
-from unloc.runs import Store, sweep
 from unloc.joint import together
+from unloc.runs import Store, sweep
 sweep(Store(sys.argv[1]), json.loads(open(sys.argv[2], encoding="utf-8").read()), compute=together)
 """
 

@@ -2,11 +2,12 @@
 chosen anew in every epoch, and the sums of its benchmark."""
 import copy, math
 import pandas, pytest, torch
-from unloc import training
+from unloc import unlearning_run
+from unloc.answers import Choices
 from unloc.attributions import POOLED, answer_attributions
 from unloc.choosing import RULES
 from unloc.data import data_description
-from unloc.evaluation import Choices, Probe
+from unloc.evaluation import Probe
 from unloc.faith import faith_table, faithful_ends, mean_over
 from unloc.faithfulness import NOT_MEASURABLE, PARTS, multi_hop, overall
 from unloc.joint import grouped
@@ -25,7 +26,7 @@ from unloc.steps.judge import standard
 from unloc.steps.unlearn import PAIR, unlearning
 from unloc.streaming import planted
 from unloc.tokens import Example, train_tokenizer
-from unloc.training import Recipe, unlearn
+from unloc.unlearning_run import Recipe, unlearn
 
 def facts(n, seed=0): # prompts of 1 to 6 tokens, answers of 1 to 6 and an end token
     g = torch.Generator().manual_seed(seed)
@@ -228,15 +229,15 @@ def test_while_all_facts_are_known_a_rule_changes_no_bit(taught, objective):
         assert [p["loss"] for p in found.points[1:]] == [p["loss"] for p in plain.points[1:]]
 
 def seen(monkeypatch, toy, rule, **how): # the facts of each epoch, and what was known before it
-    drawn, shuffle, judge, known = [], training.shuffled, training.known_facts, []
+    drawn, shuffle, judge, known = [], unlearning_run.shuffled, unlearning_run.known_facts, []
     def note(examples, *given):
         drawn.append([toy.forget.index(e) for e in examples])
         return shuffle(examples, *given)
     def judged(*given):
         known.append(judge(*given).tolist())
         return judge(*given)
-    monkeypatch.setattr(training, "shuffled", note)
-    monkeypatch.setattr(training, "known_facts", judged)
+    monkeypatch.setattr(unlearning_run, "shuffled", note)
+    monkeypatch.setattr(unlearning_run, "known_facts", judged)
     return run(toy, rule, **how), drawn, known
 
 @pytest.mark.parametrize("rule", RULES)
@@ -262,13 +263,13 @@ def test_an_epoch_trains_on_what_is_known_at_its_start(taught, rule, monkeypatch
 
 def test_a_batch_keeps_the_retain_facts_that_its_facts_had():
     forget, retain = facts(7, 1), facts(5, 2)
-    every = training._beside(forget, list(range(7)), retain, 3, 4, 2)
+    every = unlearning_run._beside(forget, list(range(7)), retain, 3, 4, 2)
     partner = {i: e for rows, kept in every for i, e in zip(rows, kept)}
-    some = training._beside(forget, [1, 4, 6], retain, 3, 4, 2)
+    some = unlearning_run._beside(forget, [1, 4, 6], retain, 3, 4, 2)
     assert [sorted(rows) for rows, _ in some] == [[1, 4, 6]]
     assert all(partner[i] is e for rows, kept in some for i, e in zip(rows, kept))
-    assert training._beside(forget, [], retain, 3, 4, 2) == []
-    assert training._beside(forget, [2], [], 3, 4, 2) == [([2], [])]
+    assert unlearning_run._beside(forget, [], retain, 3, 4, 2) == []
+    assert unlearning_run._beside(forget, [2], [], 3, 4, 2) == [([2], [])]
 
 def test_many_runs_at_once_are_each_chosen_for_alone(taught):
     want = [run(taught, rule, epochs=3) for rule in RULES]

@@ -11,7 +11,7 @@ NotebookClient = pytest.importorskip("nbclient", reason="lessons run in kernels"
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 # a hundred steps of descent end in other digits on another kind of processor
 TRAINED = (
-    "10_training",
+    "10_training", "10_unlearning_run", "11_direct_supervision",
     "11_scene", "12_asking", "12_edit_metrics", "12_inside", "12_quantization", "12_relearn",
     "13_layerwise", "13_neurons", "13_restoring", "13_tracing", "13_unlearning_token", "13_values",
     "14_deletion",

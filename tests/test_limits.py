@@ -1,19 +1,21 @@
 """A token that a model does not have, and a fact or an answer longer than its positions, is one
 line that names the fact and the limit, before anything is computed."""
 import pytest, torch, transformers
-from unloc import evaluation, models, training
-from unloc.methods.gradient import gradient
-from unloc.methods.memflex import memflex
-from unloc.register import methods
+from unloc import (
+    answers, decoding, direct_supervision, evaluation, logits, membership, scoring, training,
+    unlearning_run)
 from unloc.asking import best_of, few_shot
 from unloc.inside import hidden_states, patched_logprob
+from unloc.invented import author_world
+from unloc.limits import most_positions, vocabulary
 from unloc.methods.depth import unlearning_depth
+from unloc.methods.gradient import gradient
 from unloc.methods.logit_lens import logit_lens
+from unloc.methods.memflex import memflex
 from unloc.methods.probing import linear_probe
-from unloc.relearn import relearn
-from unloc.facts import author_world
-from unloc.models import most_positions, vocabulary
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.relearn import relearn
 from unloc.tokens import Example, collate, encode, train_tokenizer
 
 SHAPE = dict(
@@ -85,7 +87,7 @@ def test_computed_positions_have_no_limit(kind):
             torch.randint(2, 50, (40,), generator=torch.Generator().manual_seed(0)).tolist() + [1],
             30,
         )]
-    assert evaluation.score(model, long).nll.isfinite().all()
+    assert scoring.score(model, long).nll.isfinite().all()
 
 def test_a_vision_tower_has_positions_of_its_own():
     text = {
@@ -113,32 +115,33 @@ GET, KEEP = (
 def learned(n=200): return small("gpt2", vocab_size=400, n_positions=n)
 M, REGION = learned(), Region.sample((2, 64), .2, 0)
 STATES = hidden_states(M, GET)
-TARGETS = training.mlp_targets(M, GET)
-KNOWN = evaluation.score(M, GET).known
+TARGETS = direct_supervision.mlp_targets(M, GET)
+KNOWN = scoring.score(M, GET).known
 def probe(forget=GET, retain=KEEP): return evaluation.Probe(forget, retain)
-RECIPE = training.Recipe("ga", 1e-3, 1)
+RECIPE = unlearning_run.Recipe("ga", 1e-3, 1)
 DOORS = {
-    "score": lambda m, x: evaluation.score(m, x),
-    "answers_logprob": lambda m, x: evaluation.answers_logprob(m, x),
-    "greedy_answers": lambda m, x: evaluation.greedy_answers(m, x, KNOWN, 5),
-    "rouge": lambda m, x: evaluation.rouge(m, TOKENIZER, x, KNOWN, 5),
-    "membership": lambda m, x: evaluation.membership(m, TOKENIZER, x),
+    "score": lambda m, x: scoring.score(m, x),
+    "answers_logprob": lambda m, x: scoring.answers_logprob(m, x),
+    "greedy_answers": lambda m, x: decoding.greedy_answers(m, x, KNOWN, 5),
+    "rouge": lambda m, x: decoding.rouge(m, TOKENIZER, x, KNOWN, 5),
+    "membership": lambda m, x: membership.membership(m, TOKENIZER, x),
     "evaluate": lambda m, x: evaluation.evaluate(m, probe(x)),
-    "greedy": lambda m, x: evaluation.greedy(m, [e.ids for e in x], [2] * len(x), 1),
-    "answer_logprob": lambda m, x: evaluation.answer_logprob(m, collate(x)),
-    "answer_hidden": lambda m, x: models.answer_hidden(m, collate(x)),
-    "mlp_outputs": lambda m, x: models.mlp_outputs(m, collate(x)),
-    "hidden_after": lambda m, x: models.hidden_after(m, collate(x), 0),
+    "greedy": lambda m, x: decoding.greedy(m, [e.ids for e in x], [2] * len(x), 1),
+    "answer_logprob": lambda m, x: scoring.answer_logprob(m, collate(x)),
+    "answer_hidden": lambda m, x: logits.answer_hidden(m, collate(x)),
+    "mlp_outputs": lambda m, x: logits.mlp_outputs(m, collate(x)),
+    "hidden_after": lambda m, x: logits.hidden_after(m, collate(x), 0),
     "finetune": lambda m, x: training.finetune(m, x, 1, 1e-3, 4, 0),
     "finetune beside": lambda m, x: training.finetune(m, KEEP, 1, 1e-3, 4, 0, beside=x),
     "inject": lambda m, x: training.inject(m, REGION, x, 1, 1e-3, 4, 0),
     "make_room": lambda m, x: training.make_room(m, REGION, x, 1, 1e-3, 4, 0),
-    "unlearn forget": lambda m, x: training.unlearn(m, REGION, x, KEEP, probe(), RECIPE, 0),
-    "unlearn retain": lambda m, x: training.unlearn(
+    "unlearn forget": lambda m, x: unlearning_run.unlearn(m, REGION, x, KEEP, probe(), RECIPE, 0),
+    "unlearn retain": lambda m, x: unlearning_run.unlearn(
         m, REGION, GET, KEEP[:3] + x[3:], probe(), RECIPE, 0),
-    "unlearn probe": lambda m, x: training.unlearn(m, REGION, GET, KEEP, probe(x), RECIPE, 0),
-    "supervise": lambda m, x: training.supervise(m, REGION, x, probe(), TARGETS, 1, 1e-3, 4, 0),
-    "mlp_targets": lambda m, x: training.mlp_targets(m, x),
+    "unlearn probe": lambda m, x: unlearning_run.unlearn(m, REGION, GET, KEEP, probe(x), RECIPE, 0),
+    "supervise": lambda m, x: direct_supervision.supervise(
+        m, REGION, x, probe(), TARGETS, 1, 1e-3, 4, 0),
+    "mlp_targets": lambda m, x: direct_supervision.mlp_targets(m, x),
     "relearn taught": lambda m, x: relearn(m, x, KEEP, 1e-3, 1, 4, 0),
     "relearn measured": lambda m, x: relearn(m, KEEP, x, 1e-3, 1, 4, 0),
     "hidden_states": lambda m, x: hidden_states(m, x),
@@ -205,20 +208,21 @@ def test_a_tokenizer_with_added_tokens_and_the_remedy():
         match=(
             r"fact 0 of examples has the token 300, the model's vocabulary is 0 to 299;"
             r" .*model.resize_token_embeddings\(len\(tokenizer\)\)")):
-        evaluation.score(model, facts)
+        scoring.score(model, facts)
     model.resize_token_embeddings(len(tokenizer))
-    assert vocabulary(model) == 301 and evaluation.score(model, facts).nll.isfinite().all()
+    assert vocabulary(model) == 301 and scoring.score(model, facts).nll.isfinite().all()
     model.resize_token_embeddings(320) # rounded up, as many checkpoints are
     assert vocabulary(model) == 320
-    assert evaluation.score(model, [*facts, Example([310, 5, 1], 1)]).nll.isfinite().all()
+    assert scoring.score(model, [*facts, Example([310, 5, 1], 1)]).nll.isfinite().all()
 
 def test_refusals_are_compared_as_well():
     for reply, message in (
         ([400, 1], "fact 1 of refusals has the token 400"),
         ([7] * 190 + [1], "fact 1 of refusals is .* tokens long, the model has 200 positions")):
         with pytest.raises(ValueError, match=message):
-            training.unlearn(
-                M, REGION, GET, KEEP, probe(), training.Recipe("dpo", 1e-3, 1), 0, [[5, 1], reply])
+            unlearning_run.unlearn(
+                M, REGION, GET, KEEP, probe(), unlearning_run.Recipe("dpo", 1e-3, 1), 0,
+                [[5, 1], reply])
 
 def test_corrupted_facts_are_made_of_tokens_that_the_model_has():
     model = learned()
@@ -232,8 +236,8 @@ ROOM = 200 - START # tokens that fit behind the longest prompt
 @pytest.mark.parametrize(
     "call",
     [
-        lambda m, n: evaluation.greedy_answers(m, GET, KNOWN, n),
-        lambda m, n: evaluation.rouge(m, TOKENIZER, GET, KNOWN, n),
+        lambda m, n: decoding.greedy_answers(m, GET, KNOWN, n),
+        lambda m, n: decoding.rouge(m, TOKENIZER, GET, KNOWN, n),
         lambda m, n: best_of(m, TOKENIZER, GET, 1, max_new_tokens=n)],
     ids=["greedy_answers", "rouge", "best_of"])
 def test_answers_may_grow_up_to_the_last_position(call):
@@ -250,9 +254,9 @@ def test_answers_may_grow_up_to_the_last_position(call):
 def test_greedy_names_the_prompt():
     with pytest.raises(
         ValueError, match="fact 1 of prompts has a prompt of 30 tokens, and 172 new ones"):
-        evaluation.greedy(M, [[5] * 10, [5] * 30], [180, 172], 1)
+        decoding.greedy(M, [[5] * 10, [5] * 30], [180, 172], 1)
     with pytest.raises(ValueError, match="fact 0 of prompts has the token 400"):
-        evaluation.greedy(M, [[5, 400]], [3], 1)
+        decoding.greedy(M, [[5, 400]], [3], 1)
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_no_row_leaves_the_table_while_another_is_decoded(kind):
@@ -260,8 +264,8 @@ def test_no_row_leaves_the_table_while_another_is_decoded(kind):
     model = small(kind, vocab_size=400, **{positions: 40})
     # any two of them together would
     prompts, limits = [[5] * 38, [6] * 2, [7, 8] * 10, [9] * 30], [3, 38, 20, 11]
-    alone = [evaluation.greedy(model, [p], [n], 1)[0] for p, n in zip(prompts, limits)]
-    assert evaluation.greedy(model, prompts, limits, 1) == alone
+    alone = [decoding.greedy(model, [p], [n], 1)[0] for p, n in zip(prompts, limits)]
+    assert decoding.greedy(model, prompts, limits, 1) == alone
     assert [len(x) for x in alone] == limits
 
 def test_a_run_learns_at_its_start_that_answers_would_not_fit():
@@ -270,14 +274,15 @@ def test_a_run_learns_at_its_start_that_answers_would_not_fit():
         "retain": WORLD.retain,
         "real_authors": WORLD.real_authors,
         "world_facts": WORLD.world_facts}
-    choices = {name: evaluation.choices(TOKENIZER, facts[:3]) for name, facts in sets.items()}
+    choices = {name: answers.choices(TOKENIZER, facts[:3]) for name, facts in sets.items()}
     start = evaluation.evaluate(
         M, evaluation.Probe(GET, KEEP, KEEP[:3], choices, TOKENIZER, max_new_tokens=5))
     wide = evaluation.Probe(GET, KEEP, KEEP[:3], choices, TOKENIZER) # 200 new tokens
     for call in (
         lambda: evaluation.evaluate(M, wide),
-        lambda: training.unlearn(M, REGION, GET, KEEP, wide, RECIPE, 0, start=start),
-        lambda: training.supervise(M, REGION, GET, wide, TARGETS, 1, 1e-3, 4, 0, start=start)):
+        lambda: unlearning_run.unlearn(M, REGION, GET, KEEP, wide, RECIPE, 0, start=start),
+        lambda: direct_supervision.supervise(
+            M, REGION, GET, wide, TARGETS, 1, 1e-3, 4, 0, start=start)):
         with pytest.raises(
             ValueError,
             match=(
@@ -293,13 +298,13 @@ def test_shots_count():
         match=(
             r"fact 0 of examples is \d+ tokens long, the model has 200 positions; shorten it \(with"
             r" fewer shots")):
-        evaluation.score(M, longer)
+        scoring.score(M, longer)
 
 # --- answers behind one question
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "opt", "gpt_bigcode", "gptj"])
 def test_answers_behind_one_question_count_their_own_positions(kind):
-    asked = evaluation.choices(TOKENIZER, WORLD.forget)
+    asked = answers.choices(TOKENIZER, WORLD.forget)
     longest = max(len(e.ids) for e in asked.right + asked.wrong)
     model = small(
         kind,
@@ -308,15 +313,15 @@ def test_answers_behind_one_question_count_their_own_positions(kind):
     ).double()
     # the answers to one question are longer than the model
     assert 4 * min(len(e.ids) - e.start for e in asked.wrong) > longest
-    together = evaluation.score(model, [*asked.right, *asked.wrong])
-    alone = [evaluation.score(model, [e]) for e in [*asked.right, *asked.wrong]]
+    together = scoring.score(model, [*asked.right, *asked.wrong])
+    alone = [scoring.score(model, [e]) for e in [*asked.right, *asked.wrong]]
     torch.testing.assert_close(
         together.nll, torch.cat([s.nll for s in alone]), rtol=1e-6, atol=1e-8)
 
 def test_rows_are_filled_up_to_the_widest():
     facts = [Example([2, 3, *[4] * n, 1], 2) for n in (3, 3, 3, 2, 9)]
-    assert list(evaluation._in_rows([0, 1, 2, 3, 4], facts, 8)) == [[0, 1], [2, 3], [4]]
-    assert list(evaluation._in_rows([0, 1, 2, 3, 4], facts, float("inf"))) == [[0, 1, 2, 3, 4]]
+    assert list(scoring._in_rows([0, 1, 2, 3, 4], facts, 8)) == [[0, 1], [2, 3], [4]]
+    assert list(scoring._in_rows([0, 1, 2, 3, 4], facts, float("inf"))) == [[0, 1, 2, 3, 4]]
 
 # --- ids, layers and models that are of another kind
 
@@ -335,42 +340,42 @@ def test_rows_are_filled_up_to_the_widest():
         ([5, None, 7, 1], "has None"),
         ([[5, 9, 7, 1]] * 4, "a list. in its ids")])
 def test_ids_that_are_no_list_of_whole_numbers_are_named(ids, says):
-    for door in (evaluation.score, gradient):
+    for door in (scoring.score, gradient):
         with pytest.raises(ValueError, match=f"^fact 1 of .*{says}") as error:
             door(M, [GET[0], Example(ids, 2)])
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="fact 0 of prompts has"):
-        evaluation.greedy(M, [ids], [3], 1)
+        decoding.greedy(M, [ids], [3], 1)
 
 def test_whole_numbers_of_numpy_and_torch_are_ids():
     for kind in (lambda ids: list(torch.tensor(ids)), lambda ids: list(torch.tensor(ids).numpy())):
         assert torch.equal(
-            evaluation.score(M, [Example(kind(e.ids), e.start) for e in GET]).nll,
-            evaluation.score(M, GET).nll)
+            scoring.score(M, [Example(kind(e.ids), e.start) for e in GET]).nll,
+            scoring.score(M, GET).nll)
     import numpy
-    assert evaluation.greedy(M, [[5, 9]], [3], numpy.int64(1)) == evaluation.greedy(
+    assert decoding.greedy(M, [[5, 9]], [3], numpy.int64(1)) == decoding.greedy(
         M, [[5, 9]], [3], 1)
     with pytest.raises(ValueError, match="greedy: end must be a whole number or a list, got None"):
-        evaluation.greedy(M, [[5, 9]], [3], None)
+        decoding.greedy(M, [[5, 9]], [3], None)
 
 @pytest.mark.parametrize(
     "facts",
     [None, {"a": GET[0]}, ["who?"], WORLD.forget, GET[0], (e for e in GET)],
     ids=["none", "names", "texts", "facts", "one", "generator"])
 def test_a_set_is_a_list_of_examples(facts):
-    with pytest.raises(ValueError, match="must be a list of Example"): evaluation.score(M, facts)
+    with pytest.raises(ValueError, match="must be a list of Example"): scoring.score(M, facts)
 
 def test_refusals_are_lists_of_whole_numbers_of_any_kind():
     def run(replies):
-        return training.unlearn(
-            learned(), REGION, GET, KEEP, probe(), training.Recipe("dpo", 1e-3, 1), 0, replies
+        return unlearning_run.unlearn(
+            learned(), REGION, GET, KEEP, probe(), unlearning_run.Recipe("dpo", 1e-3, 1), 0, replies
         )[0].points
     assert repr(run([(5, 1)])) == repr(run([[5, 1]]))
     with pytest.raises(ValueError, match="fact 0 of refusals has 'n' .a str."): run(["no"])
 
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="layer must be 0 to 1, got 9"):
-        models.hidden_after(M, collate(GET), 9)
+        logits.hidden_after(M, collate(GET), 9)
 
 def test_codegen_names_no_padding():
     model = small("codegen", vocab_size=400, n_embd=64, n_head=8, n_positions=200, n_ctx=200)
@@ -391,7 +396,7 @@ def test_an_encoder_with_a_decoder_is_no_causal_language_model(name):
         match=(
             "reads the question in its encoder and answers in its decoder; give a causal language"
             " model")):
-        evaluation.score(model, GET)
+        scoring.score(model, GET)
 
 def test_a_base_model_at_another_place_is_named():
     config = transformers.Llama4TextConfig(
@@ -409,7 +414,7 @@ def test_a_base_model_at_another_place_is_named():
         match=(
             "the base model of this Llama4ForCausalLM is not where transformers says it is"
             " .'language_model'.")):
-        evaluation.score(transformers.Llama4ForCausalLM(config), GET)
+        scoring.score(transformers.Llama4ForCausalLM(config), GET)
 
 def test_weights_that_are_not_there_are_named():
     with torch.device("meta"): model = learned()
@@ -417,7 +422,7 @@ def test_weights_that_are_not_there_are_named():
     part.transformer.h[1].to("meta")
     for m in (model, part):
         for door in (
-            lambda: evaluation.score(m, GET),
+            lambda: scoring.score(m, GET),
             lambda: gradient(m, GET),
             lambda: training.finetune(m, GET, 1, 1e-3, 4, 0)):
             with pytest.raises(ValueError, match="transformer.* has no weights in memory"): door()

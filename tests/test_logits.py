@@ -6,11 +6,10 @@ from torch import nn
 # noqa: F401, the fixture registers the one unknown architecture
 from test_architectures import BUILD, FORGET, KNOWN, build, registered
 from unloc.inside import final_norm
+from unloc.logits import Bend, answer_logits, bend_of, logits_of, mask_limit, over_logits
 from unloc.methods.logit_lens import logit_lens
-from unloc.evaluation import score
-from unloc.models import (
-    PROJECTIONS, Bend, answer_logits, bend_of, blocks_of, logits_of, mask_limit,
-    output_projections, over_logits, tiny_model)
+from unloc.models import PROJECTIONS, blocks_of, output_projections, tiny_model
+from unloc.scoring import score
 from unloc.tokens import collate
 
 INF, BATCH = float("inf"), collate(FORGET)

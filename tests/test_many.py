@@ -3,17 +3,21 @@ dtype; one that diverges ends alone, and nothing else moves."""
 import copy
 import pytest, torch
 from unloc import evaluation, many, many_descents, training
-from unloc.evaluation import Diverged, Probe, choices, evaluate, score
-from unloc.facts import author_world
+from unloc.answers import choices
+from unloc.evaluation import Probe, evaluate
+from unloc.heads import Neurons
+from unloc.invented import author_world
 from unloc.many import evaluate_many, score_many, unlock_many
 from unloc.many_descents import (
     bytes_of_a_run, inject_many, runs_at_once, runs_that_fit, unlearn_many)
-from unloc.masked import Neurons, put_columns, unlock
+from unloc.masked import put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model
-from unloc.register import METHODS, methods, objective, retain_term
 from unloc.regions import Region
+from unloc.register import METHODS, methods, objective, retain_term
+from unloc.scoring import Diverged, score
 from unloc.tokens import collate, encode, train_tokenizer
-from unloc.training import Recipe, Term, inject, unlearn
+from unloc.training import inject
+from unloc.unlearning_run import Recipe, Term, unlearn
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer(

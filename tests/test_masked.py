@@ -5,14 +5,17 @@ import copy
 from collections import Counter
 from contextlib import nullcontext
 import pytest, torch, transformers
-from unloc import masked
+from unloc import unlocked
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
-from unloc.masked import Neurons, in_float32, locked_digest, put_columns, still, unlock
+from unloc.heads import Neurons
+from unloc.locked import locked_digest
+from unloc.masked import in_float32, put_columns, unlock
 from unloc.models import output_projections, region_shape, tiny_model
-from unloc.register import methods
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.unlocked import still
 
 IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(0))
 REGION = Region.sample((2, 24), .3, seed=0)
@@ -762,7 +765,7 @@ def test_wider_weights_are_left_alone(dtype):
 @pytest.fixture
 def writes(monkeypatch):
     done = []
-    for kind in (masked._Unlocked, masked._UnlockedWeights):
+    for kind in (unlocked.Unlocked, unlocked.UnlockedWeights):
         plain = kind.write
         monkeypatch.setattr(
             kind, "write", lambda self, plain=plain: done.append(self) or plain(self))

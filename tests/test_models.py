@@ -1,9 +1,8 @@
 """What we read inside the tiny models is what transformers itself reports, in float64, on both
 architectures; and hooks never stay behind."""
 import pytest, torch, transformers
-from unloc.models import (
-    PROJECTIONS, answer_logits, hidden_after, mlp_outputs, output_projections,
-    region_shape, tiny_model, value_vectors)
+from unloc.logits import answer_logits, hidden_after, mlp_outputs
+from unloc.models import PROJECTIONS, output_projections, region_shape, tiny_model, value_vectors
 from unloc.register import methods
 from unloc.tokens import Example, collate
 

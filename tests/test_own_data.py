@@ -5,7 +5,9 @@ from dataclasses import asdict
 from hashlib import sha256
 import pytest
 from unloc.data import benchmark, data_description
-from unloc.facts import SHAPES, Benchmark, Fact, author_world, own_facts
+from unloc.facts import Benchmark, Fact
+from unloc.invented import author_world
+from unloc.own_data import SHAPES, own_facts
 from unloc.runs import public, run_id
 
 ROW = {"set": "forget", "question": "Where is Odo?", "answer": "Velm"}

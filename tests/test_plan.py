@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from unloc import models, training
-from unloc.evaluation import score
+from unloc.cost import Memory, _gradients, _score, of_all_weights, rehearse, through_region
+from unloc.data import benchmark, data_description
 from unloc.masked import unlock
+from unloc.plan import Machine, _code_of, machine, plan, problems_of, rows_of, text_of, wanted
+from unloc.regions import Region
+from unloc.register import METHODS, localizer, methods
+from unloc.runs import Store, run_id
+from unloc.scoring import score
 from unloc.steps import compute, cost as cost_of, kinds, step
 from unloc.steps.attack import attacking
 from unloc.steps.base import base_models, models_of
@@ -17,12 +23,6 @@ from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import unlearning
-from unloc.register import METHODS, localizer, methods
-from unloc.cost import Memory, _gradients, _score, of_all_weights, rehearse, through_region
-from unloc.data import benchmark, data_description
-from unloc.plan import Machine, _code_of, machine, plan, problems_of, rows_of, text_of, wanted
-from unloc.regions import Region
-from unloc.runs import Store, run_id
 from unloc.tokens import Example, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def test_memory_counts_storages_once_and_until_the_last_view_is_gone():
 
 def test_an_8b_model_fits_a_small_card(): # of its shape: never allocated
     from transformers import LlamaConfig, LlamaForCausalLM
-    from unloc.checkpoints import recompute
+    from unloc.loading import recompute
     def llama():
         return LlamaForCausalLM(
             LlamaConfig(

@@ -9,7 +9,7 @@ from unloc.register import (METHODS, find, label, localizer, methods, objective,
 from unloc.runs import run_id
 from unloc.steps.localize import localization
 from unloc.steps.teach import teaching
-from unloc.training import Recipe, bound
+from unloc.unlearning_run import Recipe, bound
 
 
 @pytest.fixture(autouse=True)
@@ -251,8 +251,8 @@ def test_two_plugins_register_two_names(plugged):
 # --- entry points
 
 ASK = """if True:
-    from unloc.register import find
     from unloc.identity import code_of
+    from unloc.register import find
     found = find('localizer', 'offered')
     print(found.label, found.own, list(code_of(localizer='offered')))
 """
@@ -281,8 +281,8 @@ PACKAGE = { # of somebody else: file: text
     "__init__.py": "",
     "all.py": "from . import compass, needle",
     "compass.py": """
-        from unloc.register import localizer
         from .numbers import RATE
+        from unloc.register import localizer
         from . import lengths
 
         @localizer(label='Compass')

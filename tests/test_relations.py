@@ -7,13 +7,15 @@ from itertools import chain
 from pathlib import Path
 import pytest
 from unloc.data import counts, data_description
-from unloc.facts import Benchmark, Fact, author_world, tofu
+from unloc.facts import Benchmark, Fact
+from unloc.invented import author_world
 from unloc.methods.related_world import related_world
 from unloc.register import find
 from unloc.relations import (
     ALIAS, CHAINS, OF_PEOPLE, OF_PLACES, SPLITS, WRONG, Chain, Cluster, RelatedBenchmark, Relation,
     as_related, closed_answers, follow, make_related_world, split_sizes, subject_span,
     with_closed_answers)
+from unloc.tofu_files import tofu
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("UNLOC_SHARED", ROOT.parent / "shared"))

@@ -7,45 +7,47 @@ import numpy, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 import unloc
-from unloc import checkpoints, evaluation, follows, masked, models, streaming, training
-from unloc.methods.gradient import gradient as scored_by_gradient
-from unloc.register import methods
+from unloc import (
+    answers, decoding, direct_supervision, evaluation, follows, heads, limits, loading,
+    locked, logits, masked, membership, models, saving, scoring, streaming, training, undisturbed,
+    unlearning_run)
+from unloc.asking import best_of
+from unloc.attributions import answer_attributions
 from unloc.change import Change, compared, edited
+from unloc.choosing import known_facts
 from unloc.conformal import closed_probs, token_scores, token_sets
 from unloc.deletion import first_spread, holding, judged, reset_values, taught_again
 from unloc.edit_metrics import predicted_tokens
 from unloc.editing import Edits, check_layers, editable, keys_and_values, second_moments
 from unloc.faithfulness import answers_of
 from unloc.inside import final_norm, hidden_states, patched_logprob
+from unloc.invented import author_world
 from unloc.layerwise import (
     attention_of, compare_layer_training, finetune_layers, layer_gradient_norms, layer_weights,
     mean_nll)
 from unloc.methods.depth import unlearning_depth
+from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
+from unloc.methods.reset import reset
+from unloc.methods.restore import restore
+from unloc.methods.zeroing import zeroing
+from unloc.neurons import attribution
+from unloc.quantization import library_quantized, quantized
+from unloc.regions import Region
+from unloc.register import methods, METHODS
 from unloc.relearn import relearn
 from unloc.restoring import (
     CONTROLS, Restoring, check_alike, coefficient_weights, continued, drifts, krs_curves,
     logit_distance, suppressed, wholly_right)
-from unloc.asking import best_of
-from unloc.attributions import answer_attributions
-from unloc.choosing import known_facts
-from unloc.methods.reset import reset
-from unloc.methods.restore import restore
-from unloc.methods.zeroing import zeroing
-from unloc.quantization import library_quantized, quantized
-from unloc.register import METHODS
-from unloc.neurons import attribution
 from unloc.scene import Scene
 from unloc.subjects import averaged, requests, variants
+from unloc.tokens import collate, encode, train_tokenizer
 from unloc.tracing import causal_trace, vocabulary_ranks
 from unloc.unlearning_token import (
     TokenRow, spare_row, stages, teach_token, token_chain, token_of, token_rows)
 from unloc.values import (
     Search, find_values, layers_for, stream_at, tune_layer, writes_plainly)
-from unloc.facts import author_world
-from unloc.regions import Region
-from unloc.tokens import collate, encode, train_tokenizer
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer(
@@ -63,7 +65,7 @@ PROBE = evaluation.Probe(
     GET,
     KEEP,
     KEEP[:2],
-    {name: evaluation.choices(TOKENIZER, facts[:2]) for name, facts in SETS.items()},
+    {name: answers.choices(TOKENIZER, facts[:2]) for name, facts in SETS.items()},
     TOKENIZER,
     max_new_tokens=5)
 REFUSALS = [e.ids[e.start:] for text in WORLD.refusals[:3] if (e := encode(TOKENIZER, "", text))]
@@ -84,11 +86,11 @@ def shifted(m): # a copy with one weight moved
     with torch.no_grad(): next(other.parameters()).add_(1.)
     return other
 SHIFTED = shifted(small())
-STATES, TARGETS = hidden_states(CLEAN, GET), training.mlp_targets(CLEAN, GET)
-KNOWN, HIDDEN = evaluation.score(CLEAN, GET).known, models.answer_hidden(CLEAN, BATCH).detach()
+STATES, TARGETS = hidden_states(CLEAN, GET), direct_supervision.mlp_targets(CLEAN, GET)
+KNOWN, HIDDEN = scoring.score(CLEAN, GET).known, logits.answer_hidden(CLEAN, BATCH).detach()
 def recipe(**more):
-    return training.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
-def within(context, act=lambda m: evaluation.score(m, GET)):
+    return unlearning_run.Recipe(**dict(objective="npo", lr=1e-3, epochs=2, batch_size=3) | more)
+def within(context, act=lambda m: scoring.score(m, GET)):
     def call(m):
         with context(m): return act(m)
     return call
@@ -96,12 +98,12 @@ def within(context, act=lambda m: evaluation.score(m, GET)):
 # it
 def taught(m, columns):
     with torch.inference_mode(False), torch.enable_grad():
-        loss = -evaluation.answers_logprob(m, GET)[0].sum()
+        loss = -scoring.answers_logprob(m, GET)[0].sum()
         with torch.autocast("cpu", enabled=False):
             return loss.detach(), *torch.autograd.grad(loss, columns.parameters())
 def saved(m, folder):
-    checkpoints.save_change(m, REGION, folder / "change")
-    return checkpoints.apply_change(m, folder / "change")
+    saving.save_change(m, REGION, folder / "change")
+    return saving.apply_change(m, folder / "change")
 
 def looked_at(stream, m):
     seen = []
@@ -134,21 +136,22 @@ def token_taught(m):
 LOOKING = {
     place(method): scored_by(name) for name, method in methods("localizer").items() if method.own
 } | { # name: a call that leaves the weights
-    "models.logits_of": lambda m: models.logits_of(m, HIDDEN),
-    "models.answer_hidden": lambda m: models.answer_hidden(m, BATCH),
-    "models.answer_logits": lambda m: models.answer_logits(m, BATCH),
-    "models.over_logits": lambda m: models.over_logits(m, HIDDEN, lambda x: x.sum(1)),
-    "models.hidden_after": lambda m: models.hidden_after(m, BATCH, 0),
-    "models.mlp_outputs": lambda m: models.mlp_outputs(m, BATCH),
-    "models.undisturbed": within(models.undisturbed, lambda m: m(input_ids=BATCH.ids).logits),
-    "models.check_limits": lambda m: models.check_limits(m, GET, "asked"),
-    "models.vocabulary": models.vocabulary,
-    "models.most_positions": models.most_positions,
-    "models.mixed_precision": within(lambda m: models.mixed_precision(m, torch.bfloat16)),
+    "logits.logits_of": lambda m: logits.logits_of(m, HIDDEN),
+    "logits.answer_hidden": lambda m: logits.answer_hidden(m, BATCH),
+    "logits.answer_logits": lambda m: logits.answer_logits(m, BATCH),
+    "logits.over_logits": lambda m: logits.over_logits(m, HIDDEN, lambda x: x.sum(1)),
+    "logits.hidden_after": lambda m: logits.hidden_after(m, BATCH, 0),
+    "logits.mlp_outputs": lambda m: logits.mlp_outputs(m, BATCH),
+    "undisturbed.undisturbed": within(
+        undisturbed.undisturbed, lambda m: m(input_ids=BATCH.ids).logits),
+    "limits.check_limits": lambda m: limits.check_limits(m, GET, "asked"),
+    "limits.vocabulary": limits.vocabulary,
+    "limits.most_positions": limits.most_positions,
+    "undisturbed.mixed_precision": within(lambda m: undisturbed.mixed_precision(m, torch.bfloat16)),
     "models.output_projections": lambda m: len(models.output_projections(m)),
     "models.region_shape": models.region_shape,
-    "models.mask_limit": models.mask_limit,
-    "models.own_mask": lambda m: models.own_mask(
+    "logits.mask_limit": logits.mask_limit,
+    "logits.own_mask": lambda m: logits.own_mask(
         m, torch.ones(1, 3, 3, dtype=torch.bool, device="cpu")),
     "streaming.watched": within(lambda m: streaming.watched(m, lambda *_: None)),
     "streaming.zero_scores": streaming.zero_scores,
@@ -162,27 +165,27 @@ LOOKING = {
     "streaming.corrupted_copies": lambda m: streaming.corrupted_copies(m, [GET, KEEP], 2, 0),
     "streaming.check_scores": lambda m: streaming.check_scores(
         [p.weight.T for p in models.output_projections(m)], m, "mine"),
-    "evaluation.answer_token_logprob": lambda m: evaluation.answer_token_logprob(m, BATCH),
-    "evaluation.answer_logprob": lambda m: evaluation.answer_logprob(m, BATCH),
-    "evaluation.answers_logprob": lambda m: evaluation.answers_logprob(m, GET),
-    "evaluation.score": lambda m: evaluation.score(m, GET),
-    "evaluation.greedy": lambda m: evaluation.greedy(
+    "scoring.answer_token_logprob": lambda m: scoring.answer_token_logprob(m, BATCH),
+    "scoring.answer_logprob": lambda m: scoring.answer_logprob(m, BATCH),
+    "scoring.answers_logprob": lambda m: scoring.answers_logprob(m, GET),
+    "scoring.score": lambda m: scoring.score(m, GET),
+    "decoding.greedy": lambda m: decoding.greedy(
         m, [e.ids[:e.start] for e in GET], [6] * 6, 1),
-    "evaluation.greedy_answers": lambda m: evaluation.greedy_answers(m, GET, KNOWN, 6),
-    "evaluation.rouge": lambda m: evaluation.rouge(m, TOKENIZER, GET, KNOWN, 6),
-    "evaluation.membership": lambda m: evaluation.membership(m, TOKENIZER, GET),
+    "decoding.greedy_answers": lambda m: decoding.greedy_answers(m, GET, KNOWN, 6),
+    "decoding.rouge": lambda m: decoding.rouge(m, TOKENIZER, GET, KNOWN, 6),
+    "membership.membership": lambda m: membership.membership(m, TOKENIZER, GET),
     "evaluation.evaluate": lambda m: evaluation.evaluate(m, PROBE),
-    "evaluation.check_unseen": lambda m: evaluation.check_unseen(m, TOKENIZER, "phi"),
-    "evaluation.choose": lambda m: evaluation.choose(
+    "decoding.check_unseen": lambda m: decoding.check_unseen(m, TOKENIZER, "phi"),
+    "answers.choose": lambda m: answers.choose(
         m,
-        evaluation.Options(
+        answers.Options(
             [GET[:2], GET[2:4]], [[True, False], [False, True]], [["a", "b"], ["c", "d"]]),
     ),
-    "training.weighted_sum": lambda m: training.weighted_sum(
-        m, [(1., training.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]),
-    "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
+    "unlearning_run.weighted_sum": lambda m: unlearning_run.weighted_sum(
+        m, [(1., unlearning_run.Term([GET, KEEP], lambda a, b: a[0].sum() - b[0].sum()))]),
+    "direct_supervision.mlp_targets": lambda m: direct_supervision.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)),
-    "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
+    "unlearning_run.Unlearning": lambda m: unlearning_run.Unlearning(m, None, 0).block(.5),
     "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0),
     "quantization.quantized": within(lambda m: quantized(m, 4)),
     "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
@@ -272,51 +275,52 @@ LOOKING = {
         name: found.right for name, found in answers_of(m, TOKENIZER, WORLD).items()},
     "asking.best_of": lambda m: best_of(m, TOKENIZER, GET, 2, max_new_tokens=5),
     "models.head_of": lambda m: models.head_of(m).weight,
-    "models.bend_of": lambda m: tuple(models.bend_of(m)),
+    "logits.bend_of": lambda m: tuple(logits.bend_of(m)),
     "models.check_model": models.check_model,
     "models.check_wrapper": models.check_wrapper,
     "models.blocks_of": lambda m: len(models.blocks_of(m)),
     "masked.is_unlocked": masked.is_unlocked,
-    "checkpoints.save_pretrained": lambda m, folder: checkpoints.save_pretrained(
+    "saving.save_pretrained": lambda m, folder: saving.save_pretrained(
         m, folder / "whole"),
     "masked.unlock": lambda m: unlocked(m),
-    "masked.locked_digest": lambda m: masked.locked_digest(m, REGION),
-    "masked.locked_checksum": lambda m: masked.locked_checksum(m, REGION),
+    "locked.locked_digest": lambda m: locked.locked_digest(m, REGION),
+    "locked.locked_checksum": lambda m: locked.locked_checksum(m, REGION),
     "masked.put_columns": lambda m: masked.put_columns(m, {}),
-    "masked.Neurons.sample": lambda m: len(masked.Neurons.sample(m, .2, 0)),
+    "heads.Neurons.sample": lambda m: len(heads.Neurons.sample(m, .2, 0)),
     "masked.AllWeights": lambda m: len(masked.AllWeights(m).values()),
     "masked.in_float32": within(masked.in_float32),
-    "checkpoints.recompute": lambda m: (
-        checkpoints.recompute(m),
-        evaluation.score(m, GET),
-        checkpoints.recompute(m, False),
+    "loading.recompute": lambda m: (
+        loading.recompute(m),
+        scoring.score(m, GET),
+        loading.recompute(m, False),
     )[1],
-    "checkpoints.save_model": lambda m, folder: checkpoints.save_model(m, folder / "whole"),
-    "checkpoints.save_change": saved,
-    "checkpoints.apply_change": saved,
+    "saving.save_model": lambda m, folder: saving.save_model(m, folder / "whole"),
+    "saving.save_change": saved,
+    "saving.apply_change": saved,
 }
 TRAINING = { # name: a call that changes weights
     "training.finetune": lambda m: training.finetune(m, GET, 2, 1e-3, 3, 0),
     "layerwise.finetune_layers": lambda m: finetune_layers(m, GET, RATES, 2, 1e-3, 3, 0),
     "training.inject": lambda m: training.inject(m, REGION, GET, 2, 1e-3, 3, 0),
     "training.make_room": lambda m: training.make_room(m, REGION, KEEP, 1, 1e-3, 3, 0),
-    "training.unlearn": lambda m: training.unlearn(m, REGION, GET, KEEP, PROBE, recipe(), 0),
+    "unlearning_run.unlearn": lambda m: unlearning_run.unlearn(
+        m, REGION, GET, KEEP, PROBE, recipe(), 0),
     "change.edited": lambda m: edited(METHODS["editor"]["zeroing"], m, REGION)[1],
-    "training.supervise": lambda m: training.supervise(
+    "direct_supervision.supervise": lambda m: direct_supervision.supervise(
         m, REGION, GET, PROBE, TARGETS, 2, 1e-3, 3, 0),
 }
 MORE = { # other ways of the same functions
-    "unlearn through all weights": lambda m: training.unlearn(
+    "unlearn through all weights": lambda m: unlearning_run.unlearn(
         m, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(retain="kl"), 0),
-    "unlearn by RMU": lambda m: training.unlearn(
+    "unlearn by RMU": lambda m: unlearning_run.unlearn(
         m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="rmu"), 0),
-    "unlearn by DPO": lambda m: training.unlearn(
+    "unlearn by DPO": lambda m: unlearning_run.unlearn(
         m, REGION, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(objective="dpo"), 0, REFUSALS),
     "finetune some weights": lambda m: training.finetune(
         m, GET, 2, 1e-3, 3, 0, [m.transformer.wte.weight, m.transformer.h[1].mlp.c_fc.weight]),
 }
 def restored(m):
-    with Restoring(m, shifted(m))("both", [1]): return evaluation.score(m, GET)
+    with Restoring(m, shifted(m))("both", [1]): return scoring.score(m, GET)
 def unlocked(m):
     with masked.unlock(m, REGION) as columns: return taught(m, columns)
 def everything(): return LOOKING | TRAINING | MORE
@@ -357,7 +361,7 @@ KNOWN_BY_NAME = {
     "follows.edit_numbers", "follows.tokens_before",
     "faithfulness.faithfulness", "export.Exported.__new__", "streaming.Planted.__new__",
     "models.check_linear",
-    "models.value_vectors", "models.ExpertProjection", "models.Experts"}
+    "models.value_vectors", "experts.ExpertProjection", "experts.Experts"}
 def test_every_public_function_that_takes_a_model_is_tested_here():
     assert set(public()) - KNOWN_BY_NAME == set(LOOKING | TRAINING)
 
@@ -446,7 +450,7 @@ def run(name, m, folder):
 NOT_WITHOUT_GRADIENTS = "masked.unlock", "training.held"
 # they, or the lines of the test, make their own tensors
 ON_THE_DEVICE_OF_NEW_TENSORS = (
-    "scene.Scene", "checkpoints.save_change", "checkpoints.apply_change", "masked.Neurons.sample")
+    "scene.Scene", "saving.save_change", "saving.apply_change", "heads.Neurons.sample")
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory): # what a model in evaluation mode gives, by name
@@ -493,7 +497,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind(name, at, tmp_path):
         try: run(name, m, tmp_path / "x")
         except Broken: pass
         after = state(m)
-    if name == "checkpoints.recompute" and seen: return # which is not a block
+    if name == "loading.recompute" and seen: return # which is not a block
     for key in before: assert after[key] == before[key], key
     if name in LOOKING: assert flat(weights(m)) == flat(weights(small()))
 
@@ -504,7 +508,7 @@ PARTS = {
     "value vectors": REGION,
     "single weights": Region(
         torch.rand(2, 16, 64, generator=torch.Generator().manual_seed(0)) < .1),
-    "neurons": masked.Neurons.sample(LLAMA, .2, 0, heads=True)}
+    "neurons": heads.Neurons.sample(LLAMA, .2, 0, heads=True)}
 @pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_loop_with_autocast_around_the_forward_pass_alone(
@@ -530,12 +534,12 @@ def test_a_loop_with_autocast_around_the_forward_pass_alone(
 
 def test_mixed_precision_trains_as_autocast_around_a_plain_loop():
     a, b = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
-    with models.mixed_precision(a, torch.bfloat16):
+    with undisturbed.mixed_precision(a, torch.bfloat16):
         training.finetune(a, GET, 3, 1e-2, len(GET), 0, schedule="constant")
     optimizer = torch.optim.AdamW(b.parameters(), lr=1e-2, weight_decay=.01, fused=True)
     for epoch in range(3):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            rows = training.shuffled(GET, len(GET), 0, epoch)[0]
+            rows = unlearning_run.shuffled(GET, len(GET), 0, epoch)[0]
             batch = collate([GET[i] for i in rows])
             logits = b.lm_head(
                 b.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1][
@@ -547,20 +551,20 @@ def test_mixed_precision_trains_as_autocast_around_a_plain_loop():
     assert flat(weights(a)) == flat(weights(b)) != flat(weights(LLAMA))
 
 def test_mixed_precision_is_of_one_model_and_ends():
-    other, plain = small(), evaluation.score(LLAMA, GET).nll
-    with models.mixed_precision(LLAMA, torch.bfloat16):
-        mixed, theirs = evaluation.score(LLAMA, GET).nll, evaluation.score(other, GET).nll
-        with models.mixed_precision(LLAMA, None):
-            assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
+    other, plain = small(), scoring.score(LLAMA, GET).nll
+    with undisturbed.mixed_precision(LLAMA, torch.bfloat16):
+        mixed, theirs = scoring.score(LLAMA, GET).nll, scoring.score(other, GET).nll
+        with undisturbed.mixed_precision(LLAMA, None):
+            assert torch.equal(scoring.score(LLAMA, GET).nll, plain)
         with torch.autocast("cpu", torch.float16):
-            assert torch.equal(evaluation.score(LLAMA, GET).nll, mixed)
-        assert torch.equal(evaluation.score(LLAMA, GET).nll, mixed)
+            assert torch.equal(scoring.score(LLAMA, GET).nll, mixed)
+        assert torch.equal(scoring.score(LLAMA, GET).nll, mixed)
     assert not torch.equal(mixed, plain)
-    assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
-    assert torch.equal(theirs, evaluation.score(other, GET).nll)
+    assert torch.equal(scoring.score(LLAMA, GET).nll, plain)
+    assert torch.equal(theirs, scoring.score(other, GET).nll)
     with pytest.raises(Broken):
-        with models.mixed_precision(LLAMA, torch.bfloat16): raise Broken
-    assert torch.equal(evaluation.score(LLAMA, GET).nll, plain)
+        with undisturbed.mixed_precision(LLAMA, torch.bfloat16): raise Broken
+    assert torch.equal(scoring.score(LLAMA, GET).nll, plain)
     assert not torch.is_autocast_enabled("cpu")
 
 def test_gradients_of_16_bit_weights_are_put_back():
@@ -569,18 +573,18 @@ def test_gradients_of_16_bit_weights_are_put_back():
     kept = [p.grad for p in model.parameters()]
     with masked.in_float32(model): training.finetune(model, GET, 1, 1e-3, 3, 0)
     relearn(model, KEEP, GET, 1e-3, 1, 3, 0)
-    training.unlearn(model, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(), 0)
+    unlearning_run.unlearn(model, None, GET, KEEP, evaluation.Probe(GET, KEEP), recipe(), 0)
     assert all(p.grad is g and (g == 3).all() for p, g in zip(model.parameters(), kept))
 
 # --- what a model remembers
 
 def test_a_backward_pass_recomputes_in_the_mode_of_the_forward_pass():
     def gradient(m):
-        loss = -evaluation.answers_logprob(m, GET)[0].sum()
+        loss = -scoring.answers_logprob(m, GET)[0].sum()
         # the model is in training mode again
         return torch.autograd.grad(loss, m.transformer.wte.weight)[0]
     want, m = gradient(small()), small().train()
-    checkpoints.recompute(m)
+    loading.recompute(m)
     assert torch.equal(gradient(m), want)
     assert torch.equal(gradient(m), want)
     assert all(x.training for x in m.modules())
@@ -597,10 +601,10 @@ def test_rotations_that_stretch_do_not_remember_a_longer_row():
             num_attention_heads=2,
             max_position_embeddings=20,
             rope_parameters={"rope_type": "dynamic", "factor": 4., "rope_theta": 1e4})).eval()
-    first = evaluation.score(m, GET).nll
+    first = scoring.score(m, GET).nll
     with torch.no_grad(): m(input_ids=torch.randint(2, 300, (1, 120)))
     stretched = m.model.rotary_emb.inv_freq.clone()
-    assert max(len(e.ids) for e in GET) > 20 and torch.equal(evaluation.score(m, GET).nll, first)
+    assert max(len(e.ids) for e in GET) > 20 and torch.equal(scoring.score(m, GET).nll, first)
     assert torch.equal(m.model.rotary_emb.inv_freq, stretched)
     assert m.model.rotary_emb.max_seq_len_cached == 120
 
@@ -634,7 +638,7 @@ WRONG_KINDS = {
 def test_what_is_not_a_causal_language_model_is_named(kind):
     make, message = WRONG_KINDS[kind]
     for call in (
-        lambda m: evaluation.score(m, GET),
+        lambda m: scoring.score(m, GET),
         lambda m: scored_by_gradient(m, GET),
         lambda m: training.finetune(m, GET, 1, 1e-3, 3, 0),
         lambda m: relearn(m, KEEP, GET, 1e-3, 1, 3, 0)):
@@ -650,27 +654,27 @@ def test_an_adapter_is_to_be_merged_first():
         match=(
             r"a PeftModel wraps the model and changes what it computes; merge the adapter first:"
             r" model = model.merge_and_unload\(\)")):
-        evaluation.score(model, GET)
-    assert evaluation.score(model.merge_and_unload(), GET).nll.isfinite().all()
+        scoring.score(model, GET)
+    assert scoring.score(model.merge_and_unload(), GET).nll.isfinite().all()
 
 def test_a_compiled_model_is_the_model():
     model = small()
     with torch._dynamo.config.patch(suppress_errors=True):
         assert torch.equal(
-            evaluation.score(torch.compile(model, backend="eager"), GET).nll,
-            evaluation.score(model, GET).nll)
+            scoring.score(torch.compile(model, backend="eager"), GET).nll,
+            scoring.score(model, GET).nll)
 
 def test_a_model_made_for_inference_alone_forms_no_gradients():
     with torch.inference_mode(): model = small()
-    assert torch.equal(evaluation.score(model, GET).nll, evaluation.score(small(), GET).nll)
+    assert torch.equal(scoring.score(model, GET).nll, scoring.score(small(), GET).nll)
     with pytest.raises(ValueError, match="made inside torch.inference_mode"):
         scored_by_gradient(model, GET)
 
 def test_an_unknown_way_to_form_gradients_is_named():
     with pytest.raises(ValueError, match="unknown gradient 'maybe'; known: off, on, as called"):
-        with models.undisturbed(small(), "maybe"): pass
+        with undisturbed.undisturbed(small(), "maybe"): pass
 
 def test_a_call_that_python_refuses_is_refused_by_python():
     with pytest.raises(
         TypeError, match=r"score\(\) missing 1 required positional argument: 'examples'"):
-        evaluation.score(CLEAN)
+        scoring.score(CLEAN)

@@ -23,7 +23,7 @@ FILES = {
     "my_objective.py": """
         from unloc import objectives
         from unloc.register import objective
-        from unloc.training import Term
+        from unloc.unlearning_run import Term
 
         @objective(label='Doubt', retain='softly')
         def doubt(run, facts, rows, epoch, beta:float=.5):
@@ -33,7 +33,7 @@ FILES = {
     "my_retain_term.py": """
         from unloc import objectives
         from unloc.register import retain_term
-        from unloc.training import Term
+        from unloc.unlearning_run import Term
 
         @retain_term(label='Soft NLL')
         def softly(run, facts):
@@ -52,8 +52,8 @@ FILES = {
             return Change.of(model, {place: (i, (1 - 2 * share) * x) for place, (i, x) in values})
         """,
     "my_attack.py": """
-        from unloc.evaluation import score
         from unloc.register import attack
+        from unloc.scoring import score
 
         @attack(label='whispering', passes=1)
         def whisper(scene, strength:float=1.):
@@ -76,7 +76,8 @@ FILES = {
         """,
     "my_data.py": """
         from dataclasses import replace
-        from unloc.facts import Fact, author_world
+        from unloc.facts import Fact
+        from unloc.invented import author_world
         from unloc.register import dataset
 
         def about(group, n):

@@ -8,8 +8,8 @@ import numpy as np, pandas as pd, pytest
 from scipy.stats import ks_2samp
 
 from unloc.comparison import Margins, compare, spreads
-from unloc.evaluation import membership
 from unloc.figures import label
+from unloc.membership import membership
 from unloc.metrics import forget_quality, privacy_leakage
 from unloc.quality import clustered_floor, clustered_quality, quality_floor, quality_values
 from unloc.register import find

@@ -6,9 +6,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 from unloc import training
 from unloc.asking import best_of, few_shot
-from unloc.evaluation import greedy, greedy_answers, score
-from unloc.facts import author_world
+from unloc.decoding import greedy, greedy_answers
+from unloc.invented import author_world
 from unloc.models import tiny_model
+from unloc.scoring import score
 from unloc.tokens import (
     TEMPLATES, Example, Template, check_template, collate, encode, find_template)
 
@@ -850,10 +851,10 @@ def test_a_checkpoint_that_knows_its_facts_has_full_strength(chatting):
     assert best_of(model, t, known, n=1, temperature=1e-4, max_new_tokens=60).mean() > .95
 
 def test_an_unseen_answer_has_the_strength_of_the_plain_template(chatting):
-    from unloc.evaluation import check_unseen
+    from unloc.decoding import check_unseen
     family, t, model = chatting
     check_unseen(model, t, way(family))
-    from unloc import evaluation
+    from unloc import decoding
     asked = [encode(t, f.question, f.answer, way(family)) for f in WORLD.holdout]
     plain = [encode(t, f.question, f.answer) for f in WORLD.holdout]
     def longer(
@@ -861,7 +862,7 @@ def test_an_unseen_answer_has_the_strength_of_the_plain_template(chatting):
     ): # the token that ends the turn and all that the template writes behind it, as answer
         e = whole(t, family, f)
         return Example([*e.ids, t.eos_token_id], e.start)
-    evaluation._unseen(score(model, asked), score(model, plain), asked, plain)
+    decoding._unseen(score(model, asked), score(model, plain), asked, plain)
     if family in ("llama 2",): return # it writes nothing behind its end token
     faulty = [longer(f) for f in WORLD.holdout]
     assert (
@@ -872,7 +873,7 @@ def test_an_unseen_answer_has_the_strength_of_the_plain_template(chatting):
         match=(
             "answers that nobody has seen have an extraction strength of .* the template writes a"
             " part of what is scored: use another template")):
-        evaluation._unseen(score(model, faulty), score(model, plain), faulty, plain)
+        decoding._unseen(score(model, faulty), score(model, plain), faulty, plain)
 
 def test_decoding_stops_at_each_examples_own_end():
     model = tiny_model("llama", 40, 16, 2, 32, 2)
@@ -899,7 +900,8 @@ def test_an_answer_that_does_not_read_back_is_named():
 
 # it is no word of the right answer, and no letter of its zlib text
 def test_an_end_that_is_no_special_token_is_not_compared():
-    from unloc.evaluation import membership, rouge
+    from unloc.decoding import rouge
+    from unloc.membership import membership
     t = tokenizer("llama 2", "gpt2")
     t.chat_template = PHI3
     t.add_tokens(

@@ -5,7 +5,6 @@ from itertools import chain
 import pytest, torch
 from transformers import (
     GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM)
-from unloc.evaluation import answer_token_logprob
 from unloc.layerwise import (
     PROBED, attention_of, compare_layer_training, dealt_anew, drift_sets, finetune_layers,
     layer_gradient_norms, layer_weights, mean_nll, on_words, random_layers, relative_norms,
@@ -15,6 +14,7 @@ from unloc.regions import Region
 from unloc.register import find, methods
 from unloc.relations import make_related_world
 from unloc.scene import toy_facts
+from unloc.scoring import answer_token_logprob
 from unloc.tokens import Example, collate, encode, train_tokenizer
 from unloc.training import finetune
 

@@ -3,10 +3,10 @@ number, and every epoch shows every example once."""
 import random, re
 from types import SimpleNamespace
 import pytest, torch
-from unloc.facts import author_world
+from unloc.invented import author_world
 from unloc.models import tiny_model
-from unloc.register import methods
 from unloc.objectives import token_logprob
+from unloc.register import methods
 from unloc.tokens import (
     TEMPLATES, Example, Template, by_length, collate, encode, shuffled, train_tokenizer)
 

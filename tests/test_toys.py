@@ -14,7 +14,7 @@ from unloc.steps.base import base_models
 from unloc.steps.inject import injection
 from unloc.steps.judge import standard
 from unloc.steps.unlearn import unlearning
-from unloc.training import Recipe
+from unloc.unlearning_run import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "architecture", "dataset"

@@ -3,21 +3,24 @@ run resumes to the same bits, and a NaN stops a run by name."""
 import contextlib, copy, dataclasses, functools, math
 import pytest, torch
 from torch.nn import functional as F
-from unloc import models, objectives, training
-from unloc.steps import compute
+from unloc import descent, logits, objectives, recording, unlearning_run
+from unloc.answers import choices
 from unloc.data import data_description
-from unloc.steps.base import base_models
-from unloc.evaluation import Probe, answers_logprob, choices, evaluate, membership, score
-from unloc.facts import author_world
+from unloc.descent import Checkpoint, descend
+from unloc.direct_supervision import mlp_targets, supervise
+from unloc.evaluation import Probe, evaluate
+from unloc.invented import author_world
 from unloc.masked import put_columns, unlock
+from unloc.membership import membership
 from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
+from unloc.register import METHODS, find, methods, objective, retain_term as register_retain
+from unloc.scoring import answers_logprob, score
+from unloc.steps import compute
+from unloc.steps.base import base_models
 from unloc.tokens import encode, train_tokenizer
-from unloc.register import METHODS, find, methods, objective
-from unloc.register import retain_term as register_retain
-from unloc.training import (
-    Checkpoint, Recipe, Unlearning, bound, descend, finetune, held, inject, mlp_targets,
-    supervise, unlearn, weighted_sum)
+from unloc.training import finetune, held, inject
+from unloc.unlearning_run import Recipe, Unlearning, bound, unlearn, weighted_sum
 
 WORLD = author_world(n_authors=3, n_forget=1, n_holdout=0)
 TOKENIZER = train_tokenizer(
@@ -210,8 +213,8 @@ def test_a_step_asks_the_model_once(objective, passes, monkeypatch):
 @pytest.mark.parametrize("retain", RETAIN)
 def test_passes_and_parts_change_neither_loss_nor_gradient(objective, retain, monkeypatch):
     def step(max_tokens, most):
-        monkeypatch.setattr(models, "MOST_LOGITS", most)
-        monkeypatch.setattr("unloc.evaluation.batch_tokens", lambda device: max_tokens)
+        monkeypatch.setattr(logits, "MOST_LOGITS", most)
+        monkeypatch.setattr("unloc.scoring.batch_tokens", lambda device: max_tokens)
         model = small(dtype=torch.float64)
         with unlock(model, region(model)) as columns:
             shift(columns)
@@ -233,7 +236,7 @@ def test_passes_and_parts_change_neither_loss_nor_gradient(objective, retain, mo
 def test_parts_change_no_score(monkeypatch):
     model = small(dtype=torch.float64)
     whole, strange = score(model, GET + KEEP), membership(model, TOKENIZER, GET)
-    monkeypatch.setattr(models, "MOST_LOGITS", 5 * 400)
+    monkeypatch.setattr(logits, "MOST_LOGITS", 5 * 400)
     parts, still = score(model, GET + KEEP), membership(model, TOKENIZER, GET)
     assert torch.equal(parts.known, whole.known)
     assert torch.equal(parts.extraction_strength, whole.extraction_strength)
@@ -244,7 +247,7 @@ def test_parts_change_no_score(monkeypatch):
 def test_a_run_descends_on_the_weighted_sum(objective, monkeypatch):
     losses, terms = [], []
     monkeypatch.setattr(
-        training,
+        unlearning_run,
         "descend",
         lambda parameters, batches, loss, *a, **k: losses.append(
             [loss(b, 0).item() for b in batches(0)])
@@ -475,7 +478,7 @@ def test_quality_and_utility_are_judged_as_often_as_asked_and_a_known_start_neve
         max_new_tokens=4)
     start = evaluate(model, probe)
     monkeypatch.setattr(
-        training,
+        recording,
         "evaluate",
         lambda model, probe, full=True: judged.append(full) or evaluate(model, probe, full))
     trajectory, _ = unlearn(
@@ -583,7 +586,7 @@ def test_bad_settings_are_named(bad, says):
 
 # --- schedules, clipping
 
-@pytest.mark.parametrize("schedule", training.SCHEDULES)
+@pytest.mark.parametrize("schedule", descent.SCHEDULES)
 def test_schedules_stay_in_range_and_reach_the_peak(schedule):
     rates, x = [], torch.nn.Parameter(torch.zeros(1))
     class Spy(torch.optim.AdamW):
@@ -800,11 +803,11 @@ def score_of(state, facts):
     return score(model, facts).nll.mean()
 
 def test_the_dual_variable_follows_the_retain_loss(monkeypatch):
-    seen, plain = [], training.weighted_sum
+    seen, plain = [], unlearning_run.weighted_sum
     def watched(model, terms):
         seen.append((terms[1][0], plain(model, terms[1:2]).item() / max(terms[1][0], 1e-9)))
         return plain(model, terms)
-    monkeypatch.setattr(training, "weighted_sum", watched)
+    monkeypatch.setattr(unlearning_run, "weighted_sum", watched)
     model, how = small(), {"eps": 5., "step": .3, "warmup": 2}
     unlearn(
         model,
@@ -941,13 +944,13 @@ def test_no_hook_stays_on_the_weights(): # of a run that trains them all
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 def test_gradients_are_watched_until_every_column_has_had_one(monkeypatch):
-    asked, looked, plain = [], [], training.evaluate
+    asked, looked, plain = [], [], recording.evaluate
     register = torch.Tensor.register_post_accumulate_grad_hook
     monkeypatch.setattr(
         torch.Tensor,
         "register_post_accumulate_grad_hook",
         lambda p, note: register(p, lambda p: looked.append(len(asked)) or note(p)))
-    monkeypatch.setattr(training, "evaluate", lambda *a, **k: asked.append(1) or plain(*a, **k))
+    monkeypatch.setattr(recording, "evaluate", lambda *a, **k: asked.append(1) or plain(*a, **k))
     model = small()
     trajectory, _ = unlearn(
         model,

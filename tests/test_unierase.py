@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from unloc.change import Change, edited
 from unloc.data import data_description
 from unloc.editing import Edits, in_null_space, keys_and_values, null_projector
-from unloc.facts import author_world
+from unloc.invented import author_world
 from unloc.methods.forget_and_utility import forget_and_utility, word_entropy
 from unloc.methods.recall_of_edit import recall_of_edit
 from unloc.methods.refusing_world import REFUSAL, refusing_world, with_strangers

@@ -2,22 +2,22 @@
 and has the user's code in the name of its runs."""
 import dataclasses, functools, importlib, inspect, os, subprocess, sys, textwrap, threading
 import numpy as np, pytest, torch
-from unloc import identity, models, register, tokens, training
-from unloc.level import at_level
+from unloc import descent, identity, models, register, tokens, undisturbed
 from unloc.data import benchmark, data_description
+from unloc.identity import (REGISTERS, added, demand, digest_of, names,
+    receive, shipment, written)
+from unloc.level import at_level
 from unloc.pages import sweep
+from unloc.register import (METHODS, Method, architecture, find, localizer, objective,
+    retain_term)
+from unloc.runs import Store, run_id
+from unloc.steps import compute
 from unloc.steps.attack import attacking
 from unloc.steps.base import base_models
 from unloc.steps.inject import draw, injection
 from unloc.steps.judge import standard
 from unloc.steps.localize import localization
 from unloc.steps.unlearn import localized_unlearning, unlearning
-from unloc.identity import (REGISTERS, added, demand, digest_of, names,
-    receive, shipment, written)
-from unloc.register import (METHODS, Method, architecture, find, localizer, objective,
-    retain_term)
-from unloc.runs import Store, run_id
-from unloc.steps import compute
 
 WORLD = {"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}
 MODEL = {"d_model": 16, "n_layers": 2, "d_ff": 32, "n_heads": 2, "vocab_size": 300}
@@ -95,7 +95,7 @@ def test_a_users_localizer_is_in_the_name_and_no_other_run_is_renamed():
     assert run_id(localization(one, "mine", 3)) != run_id(described)
 
 def test_a_method_behind_a_decorator_of_the_package_keeps_its_name_once_it_has_run():
-    @models.measuring()
+    @undisturbed.measuring()
     def measured(model, power:float=1.): return backwards(model, (), (), 0) ** power
     hold("mine", measured)
     before = added("localizer", "mine")
@@ -115,7 +115,7 @@ def test_a_replaced_entry_of_the_package_gives_other_runs():
     assert run_id(again) != run_id(unlearned), "the usual retain term, not named by anybody"
 
 @pytest.mark.parametrize("register, name, entry", [
-    (training.SCHEDULES, "one-cycle", lambda t: 1 - t),
+    (descent.SCHEDULES, "one-cycle", lambda t: 1 - t),
     (tokens.TEMPLATES, "plain", tokens.Template(between=" ")),
     (models.PROJECTIONS, "llama", models.in_blocks("model.layers", "mlp.gate_proj"))])
 def test_every_register_counts(register, name, entry):
@@ -140,7 +140,7 @@ def test_a_users_architecture_objective_retain_term_and_schedule():
     one = origin("qwen2")
     named = {"steps.base", "dataset world", "architecture qwen2"}
     assert set(one["parent"]["parent"]["code"]) == named
-    training.SCHEDULES["flat"] = lambda t: .5
+    descent.SCHEDULES["flat"] = lambda t: .5
     assert "schedule flat" in injection(one["parent"], 0, INJECT | {"schedule": "flat"})["code"]
     @retain_term(label="Ours")
     def ours(run, facts): "Keep nothing"
@@ -390,7 +390,7 @@ def test_what_cannot_be_called_is_refused_before_anything_runs(entry):
         register.register("localizer", entry, "Mine", name="mine")
     assert "mine" not in METHODS["localizer"]
     with pytest.raises(ValueError, match=says): digest_of("localizer", "mine", entry)
-    training.SCHEDULES["mine"] = entry
+    descent.SCHEDULES["mine"] = entry
     with pytest.raises(ValueError, match="^the schedule 'mine' is .*, which cannot be called"):
         injection(origin()["parent"], 0, INJECT | {"schedule": "mine"})
 
@@ -527,7 +527,7 @@ def test_a_name_says_nothing_about_the_unit(
 # --- plugins
 
 PLUGIN = """import torch
-from unloc import models
+from unloc import models, undisturbed
 from unloc.register import localizer
 @localizer(label='Plugged')
 def plugged(model, forget, retain, seed):
@@ -639,9 +639,9 @@ def test_an_unknown_name_is_one_line_wherever_it_comes_from(tmp_path):
 
 def test_a_method_keeps_its_digest_when_the_package_was_called():
     code = """if True:
-        from unloc.evaluation import score
         from unloc.identity import digest_of
         from unloc.models import tiny_model
+        from unloc.scoring import score
         from unloc.tokens import Example
         def mine(model, forget): return score(model, forget).extraction_strength
         before = digest_of('localizer', 'mine', mine)

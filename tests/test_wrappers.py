@@ -8,18 +8,21 @@ from torch import nn
 from torch.nn.utils import prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
+from unloc.checkpoints import inspect
+from unloc.heads import Neurons
+from unloc.loading import load_model, recompute
+from unloc.locked import locked_digest
+from unloc.logits import bend_of, logits_of
+from unloc.masked import is_unlocked, put_columns, unlock
 from unloc.methods.activations import activations
 from unloc.methods.gradient import gradient
 from unloc.methods.weight_norm import weight_norm
-from unloc.register import methods
+from unloc.models import check_linear, output_projections, region_shape, tiny_model
 from unloc.quantization import library_quantized, quantized
-from unloc.evaluation import score
-from unloc.checkpoints import (
-    inspect, load_model, recompute, save_change, save_model, save_pretrained)
-from unloc.masked import Neurons, is_unlocked, locked_digest, put_columns, unlock
-from unloc.models import (
-    bend_of, check_linear, logits_of, output_projections, region_shape, tiny_model)
 from unloc.regions import Region
+from unloc.register import methods
+from unloc.saving import save_change, save_model, save_pretrained
+from unloc.scoring import score
 from unloc.tokens import Example
 
 IDS = torch.arange(2, 26).view(2, 12)
@@ -545,7 +548,7 @@ def test_values_that_do_not_fit_name_their_layer_and_change_nothing(values, says
 # --- measuring
 
 def test_what_measures_names_its_cause_too(tmp_path):
-    from unloc.models import answer_logits
+    from unloc.logits import answer_logits
     from unloc.tokens import collate
     model = small()
     for door in (
