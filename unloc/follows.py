@@ -31,20 +31,23 @@ def edited_clusters(
     facts:RelatedBenchmark,
     n:int, # at most
 )->list[Cluster]:
-    "Choose clusters of the test split from which something follows"
-    if not isinstance(facts, RelatedBenchmark) or not facts.relations: raise ValueError(
-        f"{getattr(facts, 'name', 'the scene')}: these facts have no relations, so nothing follows "
-        "from one; take the data set related_world")
+    "Choose clusters of the test split, where there are relations such from which something follows"
+    if not isinstance(facts, RelatedBenchmark): raise ValueError(
+        f"{getattr(facts, 'name', 'the scene')}: these facts have no relations and no clusters, so "
+        "nothing follows from one; take the data set related_world, or related_tofu")
     if n < 1: raise ValueError(f"n must be at least 1, got {n}: edit one fact at least")
-    found = [c for c in facts.split('test') if c.paraphrased and (c.two_hop or c.alias)]
+    def fits(c): return c.two_hop or c.alias if facts.relations else c.subject in c.base.question
+    found = [c for c in facts.split('test') if c.paraphrased and fits(c)]
     if not found: raise ValueError(f"{facts.name}: no cluster of the test split has an untrained "
-        "alias or a two-hop question; take more people")
+        "alias or a two-hop question, or names its subject; take more people")
     return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
 
 # %% ../nbs/14_follows.ipynb #b9b3b029
-def other_answer(facts:RelatedBenchmark, c:Cluster)->str:
+def other_answer(facts:RelatedBenchmark, c:Cluster)->str: # a thing; without relations, a sentence
     "Draw another answer of a cluster's relation, always the same for the same cluster"
-    others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
+    others = c.base.perturbed_answer
+    if facts.relations:
+        others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
     return random.Random(f'{c.relation} {c.subject}').choice(others)
 
 # %% ../nbs/14_follows.ipynb #7757f336
@@ -58,6 +61,14 @@ def _known(facts:RelatedBenchmark, relation:Relation, subject:str)->str: # '': i
 # %% ../nbs/14_follows.ipynb #2adbc300
 Pair = tuple[Fact, Fact] # with the old and with the new answer
 
+def _in_sentences(cluster:Cluster, answer:str, sentence:bool)->dict[str, list[Pair]]:
+    "Answer a fact without relations otherwise, in the words of its paraphrased answer"
+    def pair(f):
+        old = f if sentence else replace(f, answer=f.paraphrased_answer or f.answer)
+        return old, replace(f, answer=answer)
+    return {'success': [pair(cluster.base)], 'paraphrase': [*map(pair, cluster.paraphrased)],
+        'alias': [], 'two_hop': [], 'reverse': []}
+
 def what_follows(
     facts:RelatedBenchmark,
     cluster:Cluster,
@@ -65,6 +76,7 @@ def what_follows(
     sentence:bool=False, # whether it is one
 )->dict[str, list[Pair]]: # success, paraphrase, alias, two_hop, reverse
     "Say what a changed fact is asked for, and what would be right"
+    if not facts.relations: return _in_sentences(cluster, answer, sentence)
     relation = facts.relation(cluster.relation)
     def new(f, name, text=relation.statement, end=answer):
         return f, replace(f, answer=answer if sentence else text.format(subject=name, answer=end))

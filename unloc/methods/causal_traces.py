@@ -59,6 +59,7 @@ def _wordings(facts, c)->dict[str, list[Fact]]: # of each sort, the fact itself 
     own = [o.base for o in facts.clusters if o.subject == c.subject and o != c]
     others = [o.base for o in facts.split('test') if o.relation == c.relation and o != c]
     asked = [f for f in (*c.trained, *c.paraphrased) if f.author == c.subject]
+    own, asked = ([f for f in some if c.subject in f.question] for some in (own, asked))
     return {'same fact, other wording': [c.base, *asked[1:4]],
         'same subject, other relation': [c.base, *own[:3]],
         'other subject, same relation': [c.base, *others[:3]]}

@@ -1,6 +1,6 @@
 """Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
 
-The definitions are those of arXiv 2501.19403, which classifies images. The classes of a question are here all answers that its relation can have, which is our adaptation; each question has a wording that no training holds.
+The definitions are those of arXiv 2501.19403, which classifies images. The classes of a question are here all answers that its relation can have, which is our adaptation; each question has a wording that no training holds. Where facts have no relations, as in TOFU, the classes are the right answer and all wrong ones that the data set names.
 One part of the kept facts calibrates the threshold, the rest checks its coverage. Where the check fails or the threshold is infinite, every number that would be read off is NaN and `why` says so.
 `token` compares mean log-probabilities per answer token, `total` their sums. Where q̂ is below one half, a set holds one answer at most, so a wrongly answered fact cannot have the right one in its set: the recover ratio is 0 by construction."""
 
@@ -27,16 +27,19 @@ from ..scene import Scene
 
 # %% ../../nbs/methods/conformal_sets.ipynb #8e2b13cd
 def _closed(facts:RelatedBenchmark, clusters:Sequence[Cluster])->list[Fact]:
-    "Ask each cluster in its held-out wording, with all answers of its relation"
-    return [replace(with_closed_answers(facts, c), question=c.paraphrased[0].question)
+    "Ask each cluster in its held-out wording, with all answers that are known"
+    own = {f.question: f for f in facts.forget + facts.retain}
+    def whole(c): return with_closed_answers(facts, c) if facts.relations else own[c.base.question]
+    return [replace(whole(c), question=c.paraphrased[0].question)
         for c in clusters if c.paraphrased]
 
 def _asked(scene:Scene)->dict[str, list[Fact]]: # 'kept' and 'forget'
     "List what is asked of a scene"
     facts = scene.facts
-    if not isinstance(facts, RelatedBenchmark) or not facts.relations: raise ValueError(
-        f"{getattr(facts, 'name', 'the scene')}: these facts have no closed relations, so there "
-        "are no candidate answers; take the data set related_world")
+    if not isinstance(facts, RelatedBenchmark): raise ValueError(
+        f"{getattr(facts, 'name', 'the scene')}: these facts have no closed relations and no "
+        "clusters, so there are no candidate answers; take the data set related_world, or "
+        "related_tofu")
     kept = chain(*(facts.split(name) for name in ('retain', 'test', 'unused')))
     return {'kept': _closed(facts, [*kept]), 'forget': _closed(facts, facts.split('forget'))}
 
