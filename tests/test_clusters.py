@@ -1,9 +1,12 @@
 """Facts without relations, TOFU's among them: authors by name, clusters, and what the measurements
 of related systems make of them"""
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -19,10 +22,12 @@ from unloc.methods.conformal_sets import _asked, conformal_sets
 from unloc.methods.related_tofu import related_tofu
 from unloc.methods.single_edits import single_edits
 from unloc.models import tiny_model
+from unloc.profiles import profiles
 from unloc.scene import Scene
 from unloc.subjects import subject_spans
 from unloc.tokens import train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOFU = SHARED / "data" / "tofu"
 needs_tofu = pytest.mark.skipif(not TOFU.exists(), reason="needs ../shared")
@@ -196,3 +201,36 @@ def test_facts_that_change_and_new_authors_can_be_read(scene):
     ({"n_new": -1}, "-1 new authors"), ({"changed": 1.5}, "changed=1.5: expected a share")])
 def test_refusals(given, says):
     with pytest.raises(ValueError, match=says): world(**given)
+
+# --- the pages
+
+@needs_tofu
+def test_the_pages_of_related_systems_run_on_tofu_as_far_as_it_goes(tmp_path):
+    pages = profiles(ROOT)["related-tofu-smoke"]["notebooks"]
+    assert pages == profiles(ROOT)["related-tofu"]["notebooks"] and len(pages) == 7
+    done = subprocess.run(
+        [Path(sys.executable).with_name("unloc"), "reproduce", "--profile", "related-tofu-smoke",
+            "--jobs", "1", "--store", tmp_path / "runs", "--out", tmp_path],
+        cwd=ROOT, capture_output=True, encoding="utf-8", timeout=3600,
+        env=os.environ | {"UNLOC_TOFU": str(TOFU), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    def table(name): return pd.read_csv(tmp_path / "related-tofu-smoke" / f"{name}.csv", dtype=str)
+    faith = table("faithun")
+    assert faith[["two-hop, original", "SA", "MA", "Score"]].eq("not measurable").all(axis=None)
+    assert faith[["UA", "UA‡", "TA"]].map(lambda x: 0 <= float(x.split(" ")[0]) <= 100).all(
+        axis=None)
+    sets = table("table6_conformal")
+    assert sets["size"].map(lambda x: float(x.split(" ")[0])).between(0, 6).all()
+    edits = table("table7_edits")
+    assert edits[["alias", "two-hop", "reverse"]].eq("–").all(axis=None)
+    assert edits[["success", "paraphrase", "locality, same subject"]].ne("–").all(axis=None)
+    assert {"updated", "new", "untouched", "forget", "generic"} <= {*table("gradient_arms")}
+    rows = {name: len(table(name)) for name in ("table_deletion", "dissecting_best", "table_token")}
+    assert min(rows.values()) > 1, rows
+
+@pytest.mark.parametrize("name", ["related-tofu", "related-tofu-smoke"])
+def test_profiles_of_tofu_in_clusters_name_one_data_set(name):
+    found = profiles(ROOT)[name]
+    assert found["evaluate"]["metrics"]["MIACR"]["data"] == found["data"]
+    own = {name: x for name, x in found["token_data"].items() if name != "strangers"}
+    assert own == found["data"] and found["token_data"]["strangers"] > 0

@@ -6,7 +6,7 @@ An edit gives one fact of a cluster a new answer. *Success* and *portability* co
 
 # %% auto #0
 __all__ = ['Pair', 'edited_clusters', 'other_answer', 'what_follows', 'what_stays', 'differing', 'begun', 'Asking',
-           'edit_numbers', 'tokens_before', 'continued', 'all_vectors', 'hits']
+           'edit_numbers', 'tokens_before', 'continuation', 'all_vectors', 'hits']
 
 # %% ../nbs/14_follows.ipynb #a102cb18
 import random
@@ -176,8 +176,7 @@ def tokens_before(model:nn.Module, asking:Asking, stays:Mapping[str, Sequence[Fa
 
 # %% ../nbs/14_follows.ipynb #afb0ff3b
 @measuring()
-@measuring()
-def continued(model:nn.Module, e:Example, n:int)->list[int]:
+def continuation(model:nn.Module, e:Example, n:int)->list[int]:
     "Continue a question greedily, without its end"
     ids = torch.tensor([e.ids[:e.start]], device=model.device)
     for _ in range(n):
