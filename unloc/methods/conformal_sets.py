@@ -18,29 +18,27 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..clusters import with_known_answers
 from ..conformal import Calibration, Report, Sets, calibrate, parts, sets_of, summarised
 from ..evaluation import options, score
 from ..facts import Fact
 from ..register import measurement
-from ..relations import Cluster, RelatedBenchmark, with_closed_answers
+from ..relations import Cluster, RelatedBenchmark
 from ..scene import Scene
 
 # %% ../../nbs/methods/conformal_sets.ipynb #8e2b13cd
 def _closed(facts:RelatedBenchmark, clusters:Sequence[Cluster])->list[Fact]:
     "Ask each cluster in its held-out wording, with all answers that are known"
-    own = {f.question: f for f in facts.forget + facts.retain}
-    def whole(c): return with_closed_answers(facts, c) if facts.relations else own[c.base.question]
-    return [replace(whole(c), question=c.paraphrased[0].question)
+    return [replace(with_known_answers(facts, c), question=c.paraphrased[0].question)
         for c in clusters if c.paraphrased]
 
 def _asked(scene:Scene)->dict[str, list[Fact]]: # 'kept' and 'forget'
     "List what is asked of a scene"
     facts = scene.facts
     if not isinstance(facts, RelatedBenchmark): raise ValueError(
-        f"{getattr(facts, 'name', 'the scene')}: these facts have no closed relations and no "
-        "clusters, so there are no candidate answers; take the data set related_world, or "
-        "related_tofu")
-    kept = chain(*(facts.split(name) for name in ('retain', 'test', 'unused')))
+        f"{getattr(facts, 'name', 'the scene')} has no closed relations and no clusters, so there "
+        "are no candidate answers; take the data set related_world or related_tofu")
+    kept = chain(*map(facts.split, ('retain', 'test', 'unused')))
     return {'kept': _closed(facts, [*kept]), 'forget': _closed(facts, facts.split('forget'))}
 
 def _logprobs(model:nn.Module, scene:Scene, facts:Sequence[Fact])->dict[str, list[Tensor]]:
