@@ -96,7 +96,7 @@ def test_an_edit_that_fails_to_be_measured_is_taken_back(scene, monkeypatch):
     import unloc.methods.single_edits as page
     before = all_vectors(scene.attacked)
     def fail(*_): raise RuntimeError("broken")
-    monkeypatch.setattr(page, "continued", fail)
+    monkeypatch.setattr(page, "continuation", fail)
     with pytest.raises(RuntimeError, match="broken"):
         single_edits(scene, editor="ft_m", n=1, options={"steps": 2})
     assert same(before, all_vectors(scene.attacked))

@@ -222,12 +222,12 @@ def test_words_are_those_of_the_registers_and_the_steps():
             for g in SETTINGS),
         (
             lambda: data_description({"name": "wmdp"}),
-            "data: name must be 'world', 'tofu', 'file', 'related_world' or 'refusing_world', "
-            "got 'wmdp'"),
+            "data: name must be 'world', 'tofu', 'file', 'related_world', 'refusing_world' or "
+            "'related_tofu', got 'wmdp'"),
         (
             lambda: data_description({}),
-            "data: name must be 'world', 'tofu', 'file', 'related_world' or 'refusing_world', "
-            "got None"),
+            "data: name must be 'world', 'tofu', 'file', 'related_world', 'refusing_world' or "
+            "'related_tofu', got None"),
         (
             lambda: data_description({"name": "world", "forget": "forget10"}),
             "world has no setting 'forget'"),

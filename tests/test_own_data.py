@@ -334,8 +334,8 @@ def test_data_that_changed_after_they_were_described_are_refused(tmp_path):
         ({"name": "file", "path": "[{}]" * 2000}, "no such file or folder"),
         ({"name": "file", "path": "a\0b"}, "no such file or folder"),
         ({"name": "file", "path": __file__, "shape": "squad"}, "unknown shape 'squad'"),
-        ({"name": "mine"}, "name must be 'world', 'tofu', 'file', 'related_world' or "
-            "'refusing_world', got 'mine'")])
+        ({"name": "mine"}, "name must be 'world', 'tofu', 'file', 'related_world', "
+            "'refusing_world' or 'related_tofu', got 'mine'")])
 def test_settings_of_own_data(data, says):
     with pytest.raises(ValueError, match=says) as error: data_description(data)
     assert "\n" not in str(error.value)

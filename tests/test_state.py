@@ -242,7 +242,7 @@ LOOKING = {
         model=m, forget=GET[:2], region=None, options={"steps": 2}).end,
     "attributions.answer_attributions": lambda m: answer_attributions(m, GET),
     "choosing.known_facts": lambda m: known_facts(m, PROBE.choices["forget"]),
-    "follows.continued": lambda m: follows.continued(m, GET[0], 3),
+    "follows.continuation": lambda m: follows.continuation(m, GET[0], 3),
     "follows.all_vectors": follows.all_vectors,
     "follows.hits": lambda m: follows.hits(
         m, follows.all_vectors(m), follows.all_vectors(shifted(m)), 5),

@@ -86,13 +86,13 @@ def base(**more): return base_models(colours(), "shared", SHAPE | more, HOW, HOW
 def test_the_package_has_its_own_in_a_stable_order():
     assert list(methods("architecture")) == ["llama", "olmo2"]
     assert list(methods("dataset")) == [
-        "world", "tofu", "file", "related_world", "refusing_world"]
+        "world", "tofu", "file", "related_world", "refusing_world", "related_tofu"]
     assert [label("architecture", name) for name in methods("architecture")] == ["Llama", "OLMo 2"]
 
 def test_a_users_stand_behind_them(place):
     assert list(methods("architecture")) == ["llama", "olmo2", "shared"]
     assert list(methods("dataset")) == [
-        "world", "tofu", "file", "related_world", "refusing_world", "colours"]
+        "world", "tofu", "file", "related_world", "refusing_world", "related_tofu", "colours"]
     assert label("architecture", "shared") == "Shared Llama"
     assert label("architecture", "My checkpoint") == "My checkpoint"
 
@@ -118,8 +118,8 @@ def test_own_facts_are_described_by_content(place):
     ({"path": ""}, 'data: a colours needs its path; give {"name": "colours", "path": …}'),
     (
         {"name": "colors"},
-        "data: name must be 'world', 'tofu', 'file', 'related_world', 'refusing_world' or "
-        "'colours', got 'colors'")])
+        "data: name must be 'world', 'tofu', 'file', 'related_world', 'refusing_world', "
+        "'related_tofu' or 'colours', got 'colors'")])
 def test_a_mistake_about_own_facts_is_one_line(place, given, says):
     with pytest.raises(ValueError) as error: colours(**given)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)

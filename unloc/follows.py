@@ -6,7 +6,7 @@ An edit gives one fact of a cluster a new answer. *Success* and *portability* co
 
 # %% auto #0
 __all__ = ['Pair', 'edited_clusters', 'other_answer', 'what_follows', 'what_stays', 'differing', 'begun', 'Asking',
-           'edit_numbers', 'tokens_before', 'continued', 'all_vectors', 'hits']
+           'edit_numbers', 'tokens_before', 'continuation', 'all_vectors', 'hits']
 
 # %% ../nbs/14_follows.ipynb #a102cb18
 import random
@@ -32,20 +32,23 @@ def edited_clusters(
     facts:RelatedBenchmark,
     n:int, # most clusters
 )->list[Cluster]:
-    "Choose clusters of the test split from which something follows"
-    if not isinstance(facts, RelatedBenchmark) or not facts.relations: raise ValueError(
-        f"{getattr(facts, 'name', 'the scene')}: these facts have no relations, so nothing follows "
-        "from one; take the data set related_world")
+    "Choose clusters of the test split, where there are relations such from which something follows"
+    if not isinstance(facts, RelatedBenchmark): raise ValueError(
+        f"{getattr(facts, 'name', 'the scene')}: these facts have no relations and no clusters, so "
+        "nothing follows from one; take the data set related_world, or related_tofu")
     if n < 1: raise ValueError(f"n must be at least 1, got {n}: edit one fact at least")
-    found = [c for c in facts.split('test') if c.paraphrased and (c.two_hop or c.alias)]
+    def fits(c): return c.two_hop or c.alias if facts.relations else c.subject in c.base.question
+    found = [c for c in facts.split('test') if c.paraphrased and fits(c)]
     if not found: raise ValueError(f"{facts.name}: no cluster of the test split has an untrained "
-        "alias or a two-hop question; take more people")
+        "alias or a two-hop question, or names its subject; take more people")
     return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
 
 # %% ../nbs/14_follows.ipynb #b9b3b029
-def other_answer(facts:RelatedBenchmark, c:Cluster)->str:
+def other_answer(facts:RelatedBenchmark, c:Cluster)->str: # a thing; without relations, a sentence
     "Draw another answer of a cluster's relation; the draw depends only on the cluster"
-    others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
+    others = c.base.perturbed_answer
+    if facts.relations:
+        others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
     return random.Random(f'{c.relation} {c.subject}').choice(others)
 
 # %% ../nbs/14_follows.ipynb #7757f336
@@ -59,6 +62,14 @@ def _known(facts:RelatedBenchmark, relation:Relation, subject:str)->str: # '': n
 # %% ../nbs/14_follows.ipynb #2adbc300
 Pair = tuple[Fact, Fact] # with the old answer, with the new answer
 
+def _in_sentences(cluster:Cluster, answer:str, sentence:bool)->dict[str, list[Pair]]:
+    "Answer a fact without relations otherwise, in the words of its paraphrased answer"
+    def pair(f):
+        old = f if sentence else replace(f, answer=f.paraphrased_answer or f.answer)
+        return old, replace(f, answer=answer)
+    return {'success': [pair(cluster.base)], 'paraphrase': [*map(pair, cluster.paraphrased)],
+        'alias': [], 'two_hop': [], 'reverse': []}
+
 def what_follows(
     facts:RelatedBenchmark,
     cluster:Cluster,
@@ -66,6 +77,7 @@ def what_follows(
     sentence:bool=False, # whether it is a sentence
 )->dict[str, list[Pair]]: # success, paraphrase, alias, two_hop, reverse
     "Derive the questions that a changed fact affects, with their old and new answers"
+    if not facts.relations: return _in_sentences(cluster, answer, sentence)
     relation = facts.relation(cluster.relation)
     def new(f, name, text=relation.statement, end=answer):
         return f, replace(f, answer=answer if sentence else text.format(subject=name, answer=end))
@@ -165,8 +177,7 @@ def tokens_before(model:nn.Module, asking:Asking, stays:Mapping[str, Sequence[Fa
 
 # %% ../nbs/14_follows.ipynb #afb0ff3b
 @measuring()
-@measuring()
-def continued(model:nn.Module, e:Example, n:int)->list[int]:
+def continuation(model:nn.Module, e:Example, n:int)->list[int]:
     "Continue a question greedily, without its end token"
     ids = torch.tensor([e.ids[:e.start]], device=model.device)
     for _ in range(n):

@@ -44,8 +44,7 @@ def causal_traces(
         scene.template), []
     for i, c in enumerate(clusters):
         e, = asking.encode([c.base])
-        of = 'mlp' if mlp else 'states'
-        trace, last = _traced(scene.attacked, e, c.subject, of, draws, seed)
+        trace, last = _traced(scene.attacked, e, c.subject, 'mlp' if mlp else 'states', draws, seed)
         for layer, effect in enumerate(trace.effect):
             rows.append(dict(fact=i, relation=c.relation, subject=c.subject, layer=layer,
                 clean=trace.clean, hidden=trace.hidden, effect=float(effect[last]),
@@ -59,11 +58,17 @@ def _wordings(facts, c)->dict[str, list[Fact]]: # by sort; the fact itself comes
     own = [o.base for o in facts.clusters if o.subject == c.subject and o != c]
     others = [o.base for o in facts.split('test') if o.relation == c.relation and o != c]
     asked = [f for f in (*c.trained, *c.paraphrased) if f.author == c.subject]
+    own, asked = ([f for f in some if c.subject in f.question] for some in (own, asked))
     return {'same fact, other wording': [c.base, *asked[1:4]],
         'same subject, other relation': [c.base, *own[:3]],
         'other subject, same relation': [c.base, *others[:3]]}
 
 # %% ../../nbs/methods/causal_traces.ipynb #609dc7a9
+def _layers_of(scene:Scene, facts:list[Fact], k:int, seed:int)->list: # k of each fact
+    asked = zip(Asking(scene.tokenizer, scene.template).encode(facts), facts)
+    traces = [_traced(scene.attacked, e, f.author, 'states', 1, seed)[0] for e, f in asked]
+    return [top_layers(trace.effect, k) for trace in traces]
+
 @measurement(label='RSim of traces', passes=2000,
     source='Zhang et al. 2024, arXiv 2401.01286, section 5')
 def trace_similarity(
@@ -74,12 +79,10 @@ def trace_similarity(
     k:int=1, # layers of the largest effect
 )->list[dict]:
     "Compare the layers of related facts with those of all facts"
-    asking, found, every = Asking(scene.tokenizer, scene.template), {}, []
-    clusters = edited_clusters(scene.facts, n)
+    found, every, clusters = {}, [], edited_clusters(scene.facts, n)
     for i, c in enumerate(clusters):
         for sort, facts in _wordings(scene.facts, c).items():
-            sets = [top_layers(_traced(scene.attacked, e, f.author, 'states', 1, seed)[0].effect, k)
-                for f, e in zip(facts, asking.encode(facts))]
+            sets = _layers_of(scene, facts, k, seed)
             every += sets
             if len(sets) > 1: found.setdefault(sort, []).append(mean_overlap(sets))
         if progress: progress((i + 1) / len(clusters))

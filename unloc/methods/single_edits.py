@@ -13,7 +13,7 @@ __all__ = ['single_edits']
 from ..change import edited
 from ..edit_metrics import fluency
 from ..editing import check_layers
-from ..follows import (Asking, all_vectors, begun, continued, edit_numbers,
+from ..follows import (Asking, all_vectors, begun, continuation, edit_numbers,
     edited_clusters, hits, other_answer, tokens_before, what_follows, what_stays)
 from ..register import find, measurement
 from ..scene import Scene
@@ -42,7 +42,7 @@ def _row(scene, asking, cluster, editor, layer, refusal, how, length, seed)->dic
             retained=scene.retained, seed=seed)
     try:
         found = edit_numbers(model, asking, follows, stays)
-        found['fluency'] = fluency(continued(model, e, length))
+        found['fluency'] = fluency(continuation(model, e, length))
         first = next(t for t, o in zip(wanted.ids[e.start:], e.ids[e.start:]) if t != o)
         return found | hits(model, before, all_vectors(model), first)
     finally:
