@@ -2,7 +2,7 @@
 
 Modules:
 
-- `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
+- `unloc.arguments`: Refuse an argument of the wrong kind in one line that names the kind a function expects
 - `unloc.asking`: Ask a question behind answered ones, or many times
 - `unloc.change`: What a method did to a model, as something that can be applied in part, taken back, stored and compared
 - `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
@@ -13,7 +13,7 @@ Modules:
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
 - `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
-- `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
+- `unloc.experts`: The experts of a layer as one output projection that holds the value vectors of all of them
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
 - `unloc.figures`: One look for all figures, and figures and tables saved with the data behind them
@@ -26,7 +26,7 @@ Modules:
 - `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a word for it only where every level agrees
-- `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
+- `unloc.logits`: A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each MLP
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
@@ -78,10 +78,10 @@ Modules:
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
-- `unloc.models`: Tiny models to experiment on, and the value vectors inside a checkpoint of any common architecture
+- `unloc.models`: Tiny models to experiment on, and the value vectors of a checkpoint of any common architecture
 - `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
-- `unloc.own_data`: A file or a folder of your own facts as a benchmark, in our shape or in that of five published data sets
+- `unloc.own_data`: Load facts of your own from a file or a folder as a benchmark, in our shape or in that of five published data sets
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
 - `unloc.project`: Where work lies: a checkout of unloc, or a small folder of your own beside an installed package
@@ -89,22 +89,22 @@ Modules:
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
-- `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
-- `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
+- `unloc.register`: A method states its label, its options, its source and its cost where it is defined
+- `unloc.relations`: A world of connected facts: relations that compose and invert, aliases, shared answers, facts that change, and new people
 - `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
 - `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
-- `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
+- `unloc.settings`: Typed groups of settings: the values that a profile may hold, and one clear line for every other value
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
 - `unloc.stored`: Exact memorization, probability, membership and privacy leakage: measured with every run, and now in a table
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: From the name of a profile to runs, and from runs to one tidy table
 - `unloc.subjects`: Where a question names its subject, what it is to be answered instead, and in which surroundings it is asked
-- `unloc.tofu_files`: TOFU's own files as a benchmark, once everything that ties them together has been checked
-- `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
+- `unloc.tofu_files`: Load TOFU's own files as a benchmark, after a check that they are complete and belong together
+- `unloc.tokens`: Turn questions and answers into padded batches that mark the tokens of the answer
 - `unloc.tracing`: Which state carries a fact to the answer, how alike two facts' places are, and what a changed value vector says
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Teach a model facts with all its weights, or inject them through a region
