@@ -26,10 +26,10 @@ Modules:
 - `unloc.layerwise`: Which layers some facts pull at, and training those layers more than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a word for it only where every level agrees
-- `unloc.logits`: A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each MLP
+- `unloc.logits`: A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each multilayer perceptron (MLP)
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
-- `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
+- `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight bit-identical
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run

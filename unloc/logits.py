@@ -1,4 +1,4 @@
-"""A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each MLP
+"""A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each multilayer perceptron (MLP)
 
 A model predicts a token at the position before it. `[n_answer, …]` counts the answer tokens of a batch, example by example; row `i` belongs to the position that predicts answer token `i`.
 Prompts and padding are never unembedded."""

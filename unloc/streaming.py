@@ -116,7 +116,7 @@ def zero_scores(model:nn.Module)->Tensor: # [n_layers, d_ff], on the model's dev
     dtype = torch.promote_types(model.dtype, torch.float32)
     return torch.zeros(region_shape(model), dtype=dtype, device=model.device)
 
-def column_norm(x:Tensor, p:int=2)->Tensor: # [d_model, k] -> [k]; p 1: sum of sizes
+def column_norm(x:Tensor, p:int=2)->Tensor: # [d_model, k] -> [k]; p 1: sum of absolute values
     "Measure the norm of each column"
     return widened(x).norm(p=p, dim=0)
 

@@ -116,7 +116,7 @@ def _usual_outputs(model:nn.Module)->Iterator[None]:
 
 # %% ../nbs/02_undisturbed.ipynb #9991c35d
 def _gradients(model:nn.Module, gradient:str):
-    "Switch gradients on or off, whatever the caller has set"
+    "Switch gradients on or off, or leave them as the caller has set them"
     if gradient == 'off': return torch.no_grad()
     if gradient == 'as called': return nullcontext()
     if gradient != 'on':
