@@ -245,7 +245,7 @@ def _things(rng:random.Random, counts:Mapping[str, int], facts:Iterable[Fact])->
 
 # %% ../nbs/00_relations.ipynb #421ec0a2
 def _deal(rng:random.Random, subjects:Sequence[str], answers:Sequence[str])->dict[str, str]:
-    "Give each subject an answer, all answers about equally often"
+    "Deal an answer to each subject, all answers about equally often"
     order = rng.sample(answers, len(answers))
     dealt = [order[i % len(order)] for i in range(len(subjects))]
     rng.shuffle(dealt)
@@ -396,7 +396,7 @@ def _with_same_answer(world:_World, c:Cluster, index:Mapping)->Cluster:
 
 # %% ../nbs/00_relations.ipynb #c9bba02b
 def _changed(rng, world:_World, clusters:Sequence[Cluster], share:float)->list[Cluster]:
-    "Give some clusters another answer; couples stay together"
+    "Change the answers of some clusters; couples stay together"
     of = {relation.name: relation for relation in OF_PEOPLE}
     may = [c for c in clusters if c.relation != 'spouse']
     found = []
