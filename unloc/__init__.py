@@ -2,7 +2,7 @@
 
 Modules:
 
-- `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
+- `unloc.arguments`: Refuse an argument of the wrong kind in one line that names the kind a function expects
 - `unloc.asking`: Query a model behind answered questions, or many times
 - `unloc.change`: Describe how a method changed a model, so that the change can be applied in part, taken back, stored and compared
 - `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
@@ -13,7 +13,7 @@ Modules:
 - `unloc.edit_metrics`: Measure what an edit reached, what follows from it, what it left alone, and how fluent the model still is
 - `unloc.editing`: Solve for a change of an output projection: for one key, for many keys, and for many keys in a space that other keys do not use
 - `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
-- `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
+- `unloc.experts`: The experts of a layer as one output projection that holds the value vectors of all of them
 - `unloc.export`: Export a run as a model folder that other programs load, with a model card that describes how the model was made
 - `unloc.faithfulness`: Measure whether a model forgot a fact and everything that follows from it, and nothing that only looks similar
 - `unloc.figures`: Draw all figures in one style, and save figures and tables with their data
@@ -26,11 +26,11 @@ Modules:
 - `unloc.layerwise`: Find the layers where some facts have the largest gradients, and train those layers faster than others
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a verdict only if every level agrees
-- `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
+- `unloc.logits`: A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each multilayer perceptron (MLP)
 - `unloc.manuscript`: Draw the figures that only the manuscript has: the design of the experiment, and differences between arms as intervals
 - `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
-- `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
+- `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight bit-identical
 - `unloc.measuring`: Measure the time and memory of alternative ways in alternating turns, and show them in a table and a figure
 - `unloc.methods.alphaedit`: Give questions of the forget set another answer, along directions that retain facts do not use
 - `unloc.methods.answered_lists`: Measure how many questions of each list a stored model answers: base questions, other wordings, two hops, same answers
@@ -81,10 +81,10 @@ Modules:
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
 - `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
-- `unloc.models`: Tiny models to experiment on, and the value vectors inside a checkpoint of any common architecture
+- `unloc.models`: Tiny models to experiment on, and the value vectors of a checkpoint of any common architecture
 - `unloc.neurons`: Attribute an answer's probability to the coefficients of one layer at one position, by integrated gradients
 - `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
-- `unloc.own_data`: A file or a folder of your own facts as a benchmark, in our shape or in that of five published data sets
+- `unloc.own_data`: Load facts of your own from a file or a folder as a benchmark, in our shape or in that of five published data sets
 - `unloc.plan`: List the runs of a profile with their costs, and check whether they fit this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project, and define the parameters of the study with their types
 - `unloc.project`: Find the project that a command works in: a checkout of unloc, or your own folder with an installed package
@@ -92,22 +92,22 @@ Modules:
 - `unloc.quantization`: Round a model's weights inside a `with` block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.recomputed`: Compare two computations of one profile: verdicts, signs, and the claims that hold in both
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
-- `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
-- `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
+- `unloc.register`: A method states its label, its options, its source and its cost where it is defined
+- `unloc.relations`: A world of connected facts: relations that compose and invert, aliases, shared answers, facts that change, and new people
 - `unloc.relearn`: Teach a model a few facts, follow which other facts come back, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of the change they undo
 - `unloc.runs`: Store each run under the hash of its description, check that it is complete, and compute many runs at once
 - `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 - `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
-- `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
+- `unloc.settings`: Typed groups of settings: the values that a profile may hold, and one clear line for every other value
 - `unloc.statistics`: Decide whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to decide
 - `unloc.steps.edit`: Change an original model by an editor, which solves for a change instead of training it
 - `unloc.stored`: Tabulate further measures that every run stores: exact memorization, probability, membership and privacy leakage
 - `unloc.streaming`: Pass coefficients and gradients of every layer to a localizer, one layer at a time
 - `unloc.study`: Turn the name of a profile into runs, and runs into one tidy table
 - `unloc.subjects`: Find the subject of a question, choose a new answer for it, and put the question into different contexts
-- `unloc.tofu_files`: TOFU's own files as a benchmark, once everything that ties them together has been checked
-- `unloc.tokens`: From questions and answers to padded batches that know which tokens are the answer
+- `unloc.tofu_files`: Load TOFU's own files as a benchmark, after a check that they are complete and belong together
+- `unloc.tokens`: Turn questions and answers into padded batches that mark the tokens of the answer
 - `unloc.tracing`: Find the states that carry a fact to its answer, compare the layers of two facts, and read a changed value vector
 - `unloc.tradeoff`: One number for a whole unlearning run: the area under its trade-off curve, or forget quality at a fixed loss of utility
 - `unloc.training`: Teach a model facts with all its weights, or inject them through a region
