@@ -5,14 +5,14 @@ Modules:
 - `unloc.arguments`: Refuse, in one line, what is not of the kind that a function's signature names
 - `unloc.asking`: Ask a question behind answered ones, or many times
 - `unloc.change`: What a method did to a model, as something that can be applied in part, taken back, stored and compared
-- `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
+- `unloc.checkpoints`: Inspect a checkpoint before its weights are read: its shape, its memory, its defects
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list what there is
 - `unloc.comparison`: Set two arms side by side, pair by pair, in every group of a table
 - `unloc.conformal`: Prediction sets that are calibrated on facts a model keeps: whether a wrong answer hides a right one, and the loss that drives it out
 - `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
-- `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
+- `unloc.evaluation`: Judge a checkpoint: a probe, its metrics, and the reasons for undefined values
 - `unloc.experts`: The experts of a layer as one output projection, whose value vectors lie side by side
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.faithfulness`: Measure whether a model forgot a fact with all that follows from it, and nothing that merely looks like it
@@ -27,7 +27,7 @@ Modules:
 - `unloc.level`: Bring models to one level of forgetting, or of retention, before they are compared
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a word for it only where every level agrees
 - `unloc.logits`: What a model computes at the answer: logits there and nowhere else, hidden states, and what each MLP writes
-- `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
+- `unloc.many`: Evaluate many models that differ only in the columns of a region, in one pass through the weights that they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight to the bit
 - `unloc.measuring`: Time and memory of ways to do one thing, turn by turn, with the table and the figure of them
@@ -77,10 +77,10 @@ Modules:
 - `unloc.methods.token_links`: Measure whether questions lead to the unlearning token, and the token to a refusal
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
-- `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
+- `unloc.metrics`: Measure a model's knowledge of facts and its remaining utility: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, and the value vectors inside a checkpoint of any common architecture
 - `unloc.neurons`: Which coefficients an answer's probability is made of: integrated gradients of one layer at one position
-- `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
+- `unloc.objectives`: The losses of unlearning and of retaining, as pure functions of log-probabilities, logits and hidden states
 - `unloc.own_data`: A file or a folder of your own facts as a benchmark, in our shape or in that of five published data sets
 - `unloc.plan`: What a profile would run, what it needs, and whether it fits this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project: which values a study has, and of which types
@@ -95,7 +95,7 @@ Modules:
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
-- `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
+- `unloc.scoring`: Measure what a model knows of facts in one teacher-forced pass
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not
 - `unloc.statistics`: Say whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to tell
 - `unloc.steps.edit`: Change an original model by an editor: solved where unlearning descends
