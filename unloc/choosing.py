@@ -1,4 +1,4 @@
-"""Which facts an epoch of unlearning trains on: those that the model still knows
+"""Choose the facts that an epoch of unlearning trains on: those that the model still knows
 
 A fact is *known* while its right answer is likelier than each of its wrong ones, by the mean log-probability per token without the end token. Once no more facts are known than guessing would get right, no fact is trained on any more, so the model stays as it is."""
 

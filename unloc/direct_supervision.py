@@ -1,4 +1,4 @@
-"""Descend to the hidden outputs of the retained model: unlearning with an ideal objective
+"""Descend to the layer outputs of the retained model: unlearning with an ideal objective
 
 The targets are the outputs of the retained model's multilayer perceptrons (MLPs) at the positions that predict an answer token. The loss is the squared distance to them in hidden units, summed over layers and averaged over positions."""
 

@@ -1,4 +1,4 @@
-"""A model judged along its run, point by point, and which of its columns ever received a gradient
+"""Judge a model along its run, point by point, and note which of its columns ever received a gradient
 
 A *trajectory* is the evaluations along one run, step 0 first. A point names its epoch and its mean loss; values per fact are stored next to the points, in the same order."""
 
