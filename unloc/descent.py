@@ -99,7 +99,7 @@ def descend(
     weight_decay:float=.01, # AdamW's decoupled decay, per step times the learning rate
     # called with epochs done and the epoch's mean loss
     after_epoch:Callable[[int, float], None]|None=None,
-    progress:Callable[[float], None]|None=None, # called with the share of steps done, after each
+    progress:Callable[[float], None]|None=None, # called with the share of steps done
     checkpoint:'Checkpoint|None'=None,
 )->None:
     "Minimise a loss over batches with AdamW"
