@@ -5,14 +5,14 @@ Modules:
 - `unloc.arguments`: Refuse an argument of the wrong kind in one line that names the kind a function expects
 - `unloc.asking`: Query a model behind answered questions, or many times
 - `unloc.change`: Describe how a method changed a model, so that the change can be applied in part, taken back, stored and compared
-- `unloc.checkpoints`: What a checkpoint holds and needs, found without reading its weights
+- `unloc.checkpoints`: Inspect a checkpoint before its weights are read: its shape, its memory, its defects
 - `unloc.cli`: The `unloc` command: plan a profile, run its notebooks, show progress, list pages, methods and profiles
 - `unloc.comparison`: Compare two arms, pair by pair, in every group of a table
 - `unloc.conformal`: Calibrate prediction sets on facts that a model keeps, measure whether a wrong answer hides a right one, and define the loss that drives it out
 - `unloc.deletion`: Find the value vectors with which a model memorized facts, reset them, and teach the retain set once more
 - `unloc.edit_metrics`: Measure what an edit reached, what follows from it, what it left alone, and how fluent the model still is
 - `unloc.editing`: Solve for a change of an output projection: for one key, for many keys, and for many keys in a space that other keys do not use
-- `unloc.evaluation`: The whole judgement of a checkpoint: a probe, its metrics, and what is undefined
+- `unloc.evaluation`: Judge a checkpoint: a probe, its metrics, and the reasons for undefined values
 - `unloc.experts`: The experts of a layer as one output projection that holds the value vectors of all of them
 - `unloc.export`: Export a run as a model folder that other programs load, with a model card that describes how the model was made
 - `unloc.faithfulness`: Measure whether a model forgot a fact and everything that follows from it, and nothing that only looks similar
@@ -28,7 +28,7 @@ Modules:
 - `unloc.levels`: Estimate the effect of an arm from runs that are replicated at several levels, and print a verdict only if every level agrees
 - `unloc.logits`: A model's forward pass at the answer: logits at answer tokens only, hidden states, and the output of each multilayer perceptron (MLP)
 - `unloc.manuscript`: Draw the figures that only the manuscript has: the design of the experiment, and differences between arms as intervals
-- `unloc.many`: Ask many models that differ in the columns of a region, in one pass through what they share
+- `unloc.many`: Evaluate many models that differ only in the columns of a region, in one pass through the weights that they share
 - `unloc.many_descents`: Train many regions of one model at once, each as if it were alone
 - `unloc.masked`: Train a chosen set of value vectors, of single weights, or of whole neurons and heads; hold every other weight bit-identical
 - `unloc.measuring`: Measure the time and memory of alternative ways in alternating turns, and show them in a table and a figure
@@ -80,10 +80,10 @@ Modules:
 - `unloc.methods.traced`: Score value vectors by the traced effect of their layer, and by what they write at the traced token
 - `unloc.methods.unierase`: Lead forgotten questions to a token of its own, behind which the model refuses to answer
 - `unloc.methods.zeroing`: Shrink the value vectors of a region, or remove them
-- `unloc.metrics`: What a model still holds of its facts, and what it is worth: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
+- `unloc.metrics`: Measure a model's knowledge of facts and its remaining utility: extraction strength, memorization, probability, ROUGE-L, truth ratio, forget quality, model utility and membership
 - `unloc.models`: Tiny models to experiment on, and the value vectors of a checkpoint of any common architecture
 - `unloc.neurons`: Attribute an answer's probability to the coefficients of one layer at one position, by integrated gradients
-- `unloc.objectives`: The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
+- `unloc.objectives`: The losses of unlearning and of retaining, as pure functions of log-probabilities, logits and hidden states
 - `unloc.own_data`: Load facts of your own from a file or a folder as a benchmark, in our shape or in that of five published data sets
 - `unloc.plan`: List the runs of a profile with their costs, and check whether they fit this machine, before anything is loaded
 - `unloc.profiles`: Read the profiles of a project, and define the parameters of the study with their types
@@ -98,7 +98,7 @@ Modules:
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of the change they undo
 - `unloc.runs`: Store each run under the hash of its description, check that it is complete, and compute many runs at once
 - `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
-- `unloc.scoring`: One teacher-forced pass over facts, and what it says about what a model knows
+- `unloc.scoring`: Measure what a model knows of facts in one teacher-forced pass
 - `unloc.settings`: Typed groups of settings: the values that a profile may hold, and one clear line for every other value
 - `unloc.statistics`: Decide whether two arms differ, whether they are equal for practical purposes, or whether the experiment was too small to decide
 - `unloc.steps.edit`: Change an original model by an editor, which solves for a change instead of training it

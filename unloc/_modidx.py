@@ -2088,6 +2088,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'unloc.study.Placed.attacked': ('study.html#placed.attacked', 'unloc/study.py'),
                              'unloc.study.Placed.folder': ('study.html#placed.folder', 'unloc/study.py'),
                              'unloc.study.Placed.store': ('study.html#placed.store', 'unloc/study.py'),
+                             'unloc.study.Placed.varied': ('study.html#placed.varied', 'unloc/study.py'),
                              'unloc.study.Runs': ('study.html#runs', 'unloc/study.py'),
                              'unloc.study.Runs.tradeoff': ('study.html#runs.tradeoff', 'unloc/study.py'),
                              'unloc.study.Saved': ('study.html#saved', 'unloc/study.py'),

@@ -24,13 +24,13 @@ class Level(NamedTuple):
 # %% ../nbs/11_level.ipynb #969d4e41
 @checked
 def to_level(
-    put:Callable[[float], None], # moves a model to a share of its way, as Change.at does
+    put:Callable[[float], None], # moves a model to a share of its path, as Change.at does
     wanted:float,
-    measure:Callable[[], float], # of the model where it stands, such as the forget set's FS
+    measure:Callable[[], float], # measures the model where it stands, such as its FS
     tolerance:float=.02, # how near counts as met
     points:int=8, # measured along the way before it is halved
 )->Level:
-    "Move a model to the first point of its way where a measurement has a wanted value"
+    "Move a model to the first point of its path where a measurement has a wanted value"
     def at(share):
         put(share)
         value = measure()
@@ -58,9 +58,9 @@ MEASURES = 'FS', 'RS' # measures that models can be brought to one level of
 TOLERANCE = .03 # how near counts as met
 
 def at_level(
-    put:Callable[[float], None], # moves a model to a share of its way, as Change.at does
-    wanted:float, # in [0, 1]; 0: wherever the way ends
-    measure:Callable[[], float], # of the model where it stands: FS or RS
+    put:Callable[[float], None], # moves a model to a share of its path, as Change.at does
+    wanted:float, # in [0, 1]; 0: the end of the path
+    measure:Callable[[], float], # measures the model where it stands: FS or RS
     by:str='FS', # a name in MEASURES
     tolerance:float=TOLERANCE, # how near counts as met
 )->Level:

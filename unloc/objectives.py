@@ -1,4 +1,4 @@
-"""The losses of unlearning and of keeping, as pure functions of log-probabilities, logits and hidden states
+"""The losses of unlearning and of retaining, as pure functions of log-probabilities, logits and hidden states
 
 Every objective is a scalar in nats (RMU: squared hidden units) that training makes smaller.
 `token_logprob` is `[batch, seq]`: entry t is the log-probability of the token at t given the tokens before it.
@@ -190,7 +190,7 @@ def rmu(
 )->Tensor: # [] squared hidden units per dimension
     """Average the squared distance between hidden states and a control
 
-    RMU, representation misdirection; Li et al. 2024"""
+    RMU, representation misdirection for unlearning; Li et al. 2024"""
     if average not in ('sequence', 'token'):
         raise ValueError(f"average must be 'sequence' or 'token', got {average!r}")
     _check_tensors(hidden=hidden, control=control, answer_mask=answer_mask)

@@ -138,6 +138,15 @@ class Placed(Settings):
         return self.replace(
             data=data, inject=inject, archs=self.attacked_archs, unlearn=self.attacked_unlearn)
 
+    def varied(self, name:str, value)->'Settings': # name: of injection, data or model
+        "Return the study with one property changed; a wider model keeps its share of MLP"
+        for group in ('inject', 'data'):
+            own = self.values[group]
+            if name in own: return self.replace(**{group: own | {name: value}})
+        model = self.model | {name: value}
+        model['d_ff'] = round(self.model['d_ff'] / self.model['d_model'] * model['d_model'])
+        return self.replace(model=model)
+
 # %% ../nbs/19_study.ipynb #fddbedbc
 class Origins(Placed):
     "Describe the models from which unlearning starts"

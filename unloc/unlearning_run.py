@@ -85,7 +85,7 @@ def _drawn(
     rows:Sequence[int], # numbers of the facts
     seed:int, # of the run and the epoch
 )->list[list[int]]: # for each row its refusal
-    "Draw a refusal for each fact, whichever others are in the batch"
+    "Draw a refusal for each fact, independent of the others in the batch"
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randint(len(refusals), (max(rows) + 1,), generator=generator)
     return [refusals[draw[i]] for i in rows]
@@ -104,14 +104,14 @@ Unlearning.control = _control
 
 # %% ../nbs/10_unlearning_run.ipynb #71dc8755
 def reference_hidden(run:Unlearning, batch:Batch)->Tensor: # [n_answer, d_model]
-    "Give the last hidden states of the reference that predict the answer tokens"
+    "Compute the last hidden states of the reference that predict the answer tokens"
     with run.columns.reference(): return answer_hidden(run.model, batch)
 
 # %% ../nbs/10_unlearning_run.ipynb #4f9c65b0
 class Term(NamedTuple):
     "A part of the loss"
     asked:list[Sequence[Example]] # sets of examples
-    # of one pair (log-probabilities, mask) a set, as from answers_logprob -> scalar
+    # a pair (log-probabilities, mask) for each set, as from answers_logprob -> scalar
     value:Callable[..., Tensor]
 
 @measuring('as called')
@@ -119,7 +119,7 @@ def weighted_sum(
     model:nn.Module,
     terms:Sequence[tuple[float, Term]], # each with its weight
 )->Tensor: # []
-    "Ask the model once for all terms, and add what they make of it"
+    "Run the model once for all terms, and add their weighted values"
     sets = [examples for _, term in terms for examples in term.asked]
     answers = iter([])
     with still(): # no step is made in between
@@ -139,7 +139,7 @@ def bound(method:Method, options:dict)->Callable: # of the run, facts, rows and 
     return make
 
 def noted(run:Unlearning, term:Term)->Term:
-    "Let a run keep the value of its retain term"
+    "Store the value of a retain term in its run"
     def value(*answers):
         found = term.value(*answers)
         run.retain_loss = found.detach()
@@ -247,7 +247,7 @@ Recipe._checked_options, Recipe.terms, Recipe.of = _checked_options, _terms, cla
 
 # %% ../nbs/10_unlearning_run.ipynb #c46061f0
 def check_sets(forget, retain, recipe):
-    "Demand two sets that are apart, or none to retain where the recipe asks for none"
+    "Demand disjoint sets, or no retain set where the recipe has no retain term"
     if len(retain): return check_apart(forget=forget, retain=retain)
     check_examples(forget, 'forget')
     if recipe.retain == 'none': return
@@ -263,7 +263,7 @@ def _check_refusals(model, forget, refusals)->None:
 
 # %% ../nbs/10_unlearning_run.ipynb #fe5ff883
 class _Chosen:
-    "Chooses the facts of an epoch, and tells how many they were"
+    "Chooses the facts of an epoch and records their number"
     def __init__(self, model, forget, probe, rule):
         self.model, self.rule, self.told = model, rule, {}
         self.every = list(range(len(forget)))
@@ -295,7 +295,7 @@ def unlearn(
     seed:int, # of batches, refusals and control vector
     refusals:Sequence[list[int]]=(), # tokenized refusals with end token, for DPO
     start:Evaluation|None=None, # of the original model, where it is known already
-    progress:Callable[[float], None]|None=None, # told the share of all steps done
+    progress:Callable[[float], None]|None=None, # called with the share of all steps done
 )->tuple[Trajectory, dict]: # and the trained columns, as from Columns.values, or weights by name
     "Unlearn the forget set through a region, every other weight proved untouched"
     check_sets(forget, retain, recipe)
@@ -305,7 +305,7 @@ def unlearn(
     def batches(epoch): return _beside(forget, choose(), retain, recipe.batch_size, seed, epoch)
     def after_epoch(epoch, loss):
         live()
-        if progress and math.isnan(loss): progress(epoch / recipe.epochs) # no step told it
+        if progress and math.isnan(loss): progress(epoch / recipe.epochs) # no step reported it
         record(epoch, loss, choose.told)
     with held(model, region) as columns, watch_gradients(columns) as live:
         jittered(columns.parameters(), recipe.jitter, seed)
