@@ -12,6 +12,7 @@ Modules:
 - `unloc.deletion`: Choose what a model memorized facts with, put it back to a fresh start, and teach what is to be kept once more
 - `unloc.edit_metrics`: What an edit reached, what follows from it, what it left alone, and whether the model still speaks
 - `unloc.editing`: Solve for a change of an output projection: one key, many keys, and many keys in a space that leaves others alone
+- `unloc.entities`: Find the words of an answer that make it this answer and no other
 - `unloc.evaluation`: Run a model over facts: one teacher-forced pass for what it knows, greedy answers for what it says, and the whole judgement of a checkpoint
 - `unloc.export`: A run as a model folder that others load, with a card that says what was done to it
 - `unloc.facts`: What a model is taught and then asked to forget: a seeded world of invented authors, TOFU itself, or data of your own
@@ -32,6 +33,7 @@ Modules:
 - `unloc.methods.alphaedit`: Give forgotten questions another answer by directions that retain facts do not use
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
+- `unloc.methods.benign`: Go on training on text that has nothing to do with what was forgotten, and measure what comes back
 - `unloc.methods.causal_traces`: In which layer a state carries the answer of a fact, and whether facts differ in it
 - `unloc.methods.conformal_ratio`: Whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Which answers of a closed relation a stored model has not excluded, of facts that it keeps and of facts that it forgot
@@ -50,6 +52,7 @@ Modules:
 - `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
 - `unloc.methods.layer_gradients`: Compare how strongly facts of each kind pull at each layer, and train the layers that this chooses next to others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
+- `unloc.methods.lora`: Teach some forgotten facts again through thin matrices, and measure the others
 - `unloc.methods.memit`: Give all forgotten questions another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: How many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.miacr`: Whether it is settled that a model was not trained on the facts it forgot
@@ -85,6 +88,7 @@ Modules:
 - `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
+- `unloc.regain`: Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
