@@ -36,22 +36,22 @@ def planned_runs(
     def unlearned(arch, objective, arm, base, injection, repeat=0, way=USUAL):
         origin, rate = injected(arch, base, injection, way), _rate(study, objective, arm, way)
         return study.through(origin, arm, objective, injection, rate, repeat)
-    def attacked(arm, injection, attack, arch, base, objective):
+    def attacked(arm, injection, tried, arch, base, objective):
         run = injected(arch, base, injection)
         if arm != RESTORE: run = unlearned(arch, objective, arm, base, injection)
-        if attack != FURTHER: return study.attacking(run, injection, only=attack)
+        if tried != FURTHER: return study.attacking(run, injection, only=tried)
         return study.attacking(run, injection, usual=False, attacks=study.attacked_by)
     chosen = [x for name in study.localizers for x in (name, f'{name}, matched')]
     bases = dict(arch=study.archs, base=range(study.base_seeds))
     whole = bases | {'injection': range(study.injections)}
     some = bases | {'injection': range(study.localized_injections)}
     pairs, again = dict(objective=study.unlearn, arm=PAIR), range(study.repeats)
-    tried = [study.strongest, *([FURTHER] if study.attacked_by else [])]
+    attacks = [study.strongest, *([FURTHER] if study.attacked_by else [])]
     return (study.grid(injected, **whole),
         study.grid(unlearned, **pairs, **whole, repeat=again),
         study.grid(unlearned, objective=study.unlearn, arm=chosen, **some, repeat=[0]),
         study.grid(attacked, objective=study.relearned, arm=[*PAIR, RESTORE], **whole,
-            attack=tried),
+            tried=attacks),
         study.grid(injected, way=study.ways, **whole),
         study.grid(unlearned, way=study.ways, **pairs, **whole, repeat=again))
 
