@@ -23,7 +23,7 @@ from unloc.layerwise import (
 from unloc.methods.depth import unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
-from unloc.regain import low_rank, relearn_low_rank
+from unloc.retaught import low_rank, relearn_low_rank
 from unloc.relearn import relearn
 from unloc.restoring import (
     CONTROLS, Restoring, check_alike, coefficient_weights, continued, drifts, krs_curves,
@@ -184,8 +184,8 @@ LOOKING = {
     "training.mlp_targets": lambda m: training.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)),
     "training.Unlearning": lambda m: training.Unlearning(m, None, 0).block(.5),
-    "regain.low_rank": within(low_rank),
-    "regain.relearn_low_rank": lambda m: relearn_low_rank(m, KEEP, GET, 1e-3, 1, 4, 0, rank=2),
+    "retaught.low_rank": within(low_rank),
+    "retaught.relearn_low_rank": lambda m: relearn_low_rank(m, KEEP, GET, 1e-3, 1, 4, 0, rank=2),
     "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0),
     "quantization.quantized": within(lambda m: quantized(m, 4)),
     "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),

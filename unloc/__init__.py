@@ -88,12 +88,12 @@ Modules:
 - `unloc.quality`: How finely forget quality can measure, and what it says when the facts of an author count as one
 - `unloc.quantization`: Round a model's weights for the length of a block, by a simulation that runs anywhere or by a library's own kernels
 - `unloc.recomputed`: Set two computations of one profile side by side: verdicts, signs, and claims that hold in both
-- `unloc.regain`: Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
 - `unloc.regions`: Name a set of value vectors of a model, or of single weights, and compare such sets
 - `unloc.register`: A method says what it is where it is defined: its label, its options, its source, and what it costs
 - `unloc.relations`: A world whose facts hang together: relations that compose and invert, other names, shared and closed answers, facts that change, people who are new
 - `unloc.relearn`: Teach a model a little, follow what comes back beside, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of what changed comes back
+- `unloc.retaught`: Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
 - `unloc.runs`: A run is its description: where it lives, that it is whole, and how many are done at once
 - `unloc.scene`: What an attack gets: the attacked model, the two that it is compared with, and what each knows of the facts
 - `unloc.settings`: Typed groups of settings: what a profile may say, and one clear line for what it may not

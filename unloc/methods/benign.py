@@ -12,7 +12,7 @@ __all__ = ['benign']
 from collections.abc import Callable
 from typing import Literal
 
-from ..regain import regained, relearn_low_rank
+from ..retaught import regained, relearn_low_rank
 from ..register import attack
 from ..relearn import relearn
 from ..scene import Outcome, Scene

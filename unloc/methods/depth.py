@@ -63,16 +63,17 @@ def depth_of_facts(
     unlearned:Sequence, # hidden_states of the unlearned model
     retained:Sequence, # of the retained model
     least:float=.05, # nats; layers where the retained model's states cost a fact less are left out
-)->Tensor: # [n] float64 in [0, 1], NaN for a fact that no layer tells from the retained model
-    "Measure how far down each fact is gone"
-    check_examples(examples, 'asked')
+    each:bool=False, # [n] of all facts, NaN where no layer tells; otherwise their mean
+)->float|Tensor: # in [0, 1], float64
+    "Measure how far down each fact is gone, and average over facts"
     def patched(states, layer): return patched_logprob(original, examples, layer, states[layer])
     whole = patched(hidden_states(original, examples), 0)
     known, lost = (torch.stack([whole - patched(states, i) for i in range(len(states))])
         for states in (retained, unlearned))
     weight = known.where(known > least, 0.)
     share = (lost / weight).clamp(0, 1).where(weight > 0, 0.)
-    return (share * weight).sum(0) / weight.sum(0)
+    found = (share * weight).sum(0) / weight.sum(0)
+    return found if each else float(found.nanmean())
 
 # %% ../../nbs/methods/depth.ipynb #d02f9993
 @attack(label='depth', margin=.05)
@@ -86,10 +87,7 @@ def depth(
         return Outcome(inside={'': {'depth': math.nan}}) # the last layer is the output
     asked = entity_examples(scene) if span == 'entity' else scene.forget
     states = [hidden_states(model, asked) for model in (scene.attacked, scene.retained)]
-    if span == 'entity':
-        found = float(depth_of_facts(scene.original, asked, *states).nanmean())
-        return Outcome(inside={'': {'depth': found}})
-    try: found = unlearning_depth(scene.original, asked, *states)
-    except NoBaseline:
-        found = math.nan # the injection taught too little to be told from the retained model
+    measure = unlearning_depth if span == 'answer' else depth_of_facts
+    try: found = measure(scene.original, asked, *states)
+    except NoBaseline: found = math.nan # too little was taught to be told from the retained model
     return Outcome(inside={'': {'depth': found}})

@@ -12,7 +12,7 @@ __all__ = ['lora']
 from collections.abc import Callable
 from typing import Literal
 
-from ..regain import regained, relearn_low_rank, split_forgotten
+from ..retaught import regained, relearn_low_rank, split_forgotten
 from ..register import attack
 from ..scene import Outcome, Scene
 

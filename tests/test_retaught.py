@@ -8,7 +8,7 @@ from torch import nn
 from unloc import training
 from unloc.evaluation import score
 from unloc.models import answer_logits, output_projections, region_shape, tiny_model
-from unloc.regain import low_rank, regained, relearn_low_rank, split_forgotten
+from unloc.retaught import low_rank, regained, relearn_low_rank, split_forgotten
 from unloc.regions import Region
 from unloc.register import find, methods
 from unloc.scene import Scene, run_attacks, toy_facts, toy_model
@@ -102,7 +102,8 @@ def test_taught_and_measured_facts_are_those_of_relearning(hidden):
     assert len(taught) == 7 and len(measured) == 17
     assert not {tuple(e.ids) for e in taught} & {tuple(hidden.forget[i].ids) for i in measured}
     whole = Region(torch.ones(region_shape(hidden.attacked), dtype=torch.bool))
-    usual = relearning(replace(hidden, target=whole), taught=7, epochs=1, only="relearn forgotten facts, all weights")
+    usual = relearning(replace(hidden, target=whole), taught=7, epochs=1,
+        only="relearn forgotten facts, all weights")
     assert usual.facts["measured"].tolist() == measured
 
 def test_a_lesson_is_the_same_when_it_is_given_again(hidden):
