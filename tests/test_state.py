@@ -20,7 +20,7 @@ from unloc.inside import final_norm, hidden_states, patched_logprob
 from unloc.layerwise import (
     attention_of, compare_layer_training, finetune_layers, layer_gradient_norms, layer_weights,
     mean_nll)
-from unloc.methods.depth import unlearning_depth
+from unloc.methods.depth import depth_of_facts, unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
 from unloc.retaught import low_rank, relearn_low_rank
@@ -268,6 +268,8 @@ LOOKING = {
     "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]),
     "methods.depth.unlearning_depth": lambda m: unlearning_depth(
         m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.),
+    "methods.depth.depth_of_facts": lambda m: depth_of_facts(
+        m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9., each=True),
     "conformal.closed_probs": lambda m: closed_probs(m, PROBE.choices["forget"], "total"),
     "conformal.token_scores": lambda m: token_scores(m, GET),
     "conformal.token_sets": lambda m: tuple(token_sets(m, GET, .9)),

@@ -66,13 +66,12 @@ def depth_of_facts(
     each:bool=False, # [n] of all facts, NaN where no layer tells; otherwise their mean
 )->float|Tensor: # in [0, 1], float64
     "Measure how far down each fact is gone, and average over facts"
-    def patched(states, layer): return patched_logprob(original, examples, layer, states[layer])
-    whole = patched(hidden_states(original, examples), 0)
-    known, lost = (torch.stack([whole - patched(states, i) for i in range(len(states))])
-        for states in (retained, unlearned))
+    def patched(states): return torch.stack([
+        patched_logprob(original, examples, i, layer) for i, layer in enumerate(states)])
+    whole = patched(hidden_states(original, examples)[:1])
+    known, lost = (whole - patched(states) for states in (retained, unlearned))
     weight = known.where(known > least, 0.)
-    share = (lost / weight).clamp(0, 1).where(weight > 0, 0.)
-    found = (share * weight).sum(0) / weight.sum(0)
+    found = (lost.clamp(0).minimum(weight) * (weight > 0)).sum(0) / weight.sum(0)
     return found if each else float(found.nanmean())
 
 # %% ../../nbs/methods/depth.ipynb #d02f9993
