@@ -30,7 +30,7 @@ from unloc.steps.judge import probe_of, standard
 from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
-from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, unlearning
+from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, region_of, unlearning
 from unloc.tofu_files import tofu
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -863,12 +863,20 @@ def test_arms_change_what_they_say(armed):
     assert regions["Oracle"] == target
     assert regions["Wrong group"] == others
     assert len(regions["Random"] & target) == 0
+    outside = regions["Random, outside both"]
+    assert len(outside & target) == len(outside & others) == 0 < len(regions["Random"] & others)
     assert 0 < len(regions["Uniform"] & target) < len(target)
     assert {len(regions[arm]) for arm in ("Random", "Uniform", "Corrupt")} == {len(target)}
+    assert len(outside) == len(target)
     assert len(regions["Corrupt"] & target) == pytest.approx(len(target) / 2, abs=1)
     assert regions["Projections"].fraction == 1
     assert arms["All weights"].json()["region"] is None
-    start = original_model(store[injected], store[injected["parent"]["parent"]]).state_dict()
+    model = original_model(store[injected], store[injected["parent"]["parent"]])
+    foreign = regions["Corrupt"] - target
+    assert len(foreign - regions["Random"]) == 0, "of one draw, it is a part of Random"
+    again = region_of(arms["Corrupt"].description | {"draw": 1}, store[injected], model) - target
+    assert len(again) == len(foreign) and 0 < len(again - regions["Random"]), "another draw is not"
+    start = model.state_dict()
     moved = {
         name
         for name, x in arms["All weights"].tensors("weights.safetensors").items()

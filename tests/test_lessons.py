@@ -12,10 +12,12 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 # a hundred steps of descent end in other digits on another kind of processor
 TRAINED = (
     "10_training", "10_unlearning_run", "11_direct_supervision",
-    "11_scene", "12_asking", "12_edit_metrics", "12_inside", "12_quantization", "12_relearn",
+    "11_scene", "12_asking", "12_edit_metrics", "12_inside", "12_quantization",
+    "12_relearn", "12_retaught",
     "13_layerwise", "13_neurons", "13_restoring", "13_tracing", "13_unlearning_token", "13_values",
     "14_deletion",
-    *(f"methods/{name}" for name in ("krs", "layer_gradients", "restoring", "tgl")),
+    *(f"methods/{name}" for name in (
+        "benign", "krs", "layer_gradients", "lora", "restoring", "tgl")),
     *(f"methods/{name}" for name in ("alphaedit", "deletion", "forget_and_utility", "ft_l", "ft_m",
         "memit", "reset", "rome", "unierase")),
     *(f"steps/{p.stem}" for p in NBS.glob("steps/*.ipynb") if p.stem != "steps"))

@@ -25,7 +25,7 @@ from unloc.invented import author_world
 from unloc.layerwise import (
     attention_of, compare_layer_training, finetune_layers, layer_gradient_norms, layer_weights,
     mean_nll)
-from unloc.methods.depth import unlearning_depth
+from unloc.methods.depth import depth_of_facts, unlearning_depth
 from unloc.methods.gradient import gradient as scored_by_gradient
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
@@ -36,6 +36,7 @@ from unloc.neurons import attribution
 from unloc.quantization import library_quantized, quantized
 from unloc.regions import Region
 from unloc.register import methods, METHODS
+from unloc.retaught import low_rank, relearn_low_rank
 from unloc.relearn import relearn
 from unloc.restoring import (
     CONTROLS, Restoring, check_alike, coefficient_weights, continued, drifts, krs_curves,
@@ -186,6 +187,8 @@ LOOKING = {
     "direct_supervision.mlp_targets": lambda m: direct_supervision.mlp_targets(m, GET),
     "training.held": within(lambda m: training.held(m, REGION)),
     "unlearning_run.Unlearning": lambda m: unlearning_run.Unlearning(m, None, 0).block(.5),
+    "retaught.low_rank": within(low_rank),
+    "retaught.relearn_low_rank": lambda m: relearn_low_rank(m, KEEP, GET, 1e-3, 1, 4, 0, rank=2),
     "relearn.relearn": lambda m: relearn(m, KEEP, GET, 1e-3, 2, 3, 0),
     "quantization.quantized": within(lambda m: quantized(m, 4)),
     "quantization.library_quantized": within(lambda m: library_quantized(m, 8)),
@@ -268,6 +271,8 @@ LOOKING = {
     "inside.patched_logprob": lambda m: patched_logprob(m, GET, 1, STATES[1]),
     "methods.depth.unlearning_depth": lambda m: unlearning_depth(
         m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9.),
+    "methods.depth.depth_of_facts": lambda m: depth_of_facts(
+        m, GET, STATES, [[2 * x for x in layer] for layer in STATES], least=-9., each=True),
     "conformal.closed_probs": lambda m: closed_probs(m, PROBE.choices["forget"], "total"),
     "conformal.token_scores": lambda m: token_scores(m, GET),
     "conformal.token_sets": lambda m: tuple(token_sets(m, GET, .9)),

@@ -12,6 +12,7 @@ Modules:
 - `unloc.deletion`: Find the value vectors with which a model memorized facts, reset them, and teach the retain set once more
 - `unloc.edit_metrics`: Measure what an edit reached, what follows from it, what it left alone, and how fluent the model still is
 - `unloc.editing`: Solve for a change of an output projection: for one key, for many keys, and for many keys in a space that other keys do not use
+- `unloc.entities`: Find the words of an answer that make it this answer and no other
 - `unloc.evaluation`: Judge a checkpoint: a probe, its metrics, and the reasons for undefined values
 - `unloc.experts`: The experts of a layer as one output projection that holds the value vectors of all of them
 - `unloc.export`: Export a run as a model folder that other programs load, with a model card that describes how the model was made
@@ -36,6 +37,7 @@ Modules:
 - `unloc.methods.answered_lists`: Measure how many questions of each list a stored model answers: base questions, other wordings, two hops, same answers
 - `unloc.methods.aues`: The area under the curve of forgetting over retention along a run
 - `unloc.methods.author_quality`: Forget quality with authors as the unit, for studies whose facts come in groups
+- `unloc.methods.benign`: Go on training on text that has nothing to do with what was forgotten, and measure what comes back
 - `unloc.methods.causal_traces`: Measure in which layer a state carries the answer of a fact, and whether facts differ in it
 - `unloc.methods.conformal_ratio`: Measure whether a wrong answer hides the right one: prediction sets of forgotten facts, calibrated on kept facts
 - `unloc.methods.conformal_sets`: Measure which answers of a closed relation a stored model has not excluded, for facts that it keeps and facts that it forgot
@@ -54,6 +56,7 @@ Modules:
 - `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
 - `unloc.methods.layer_gradients`: Measure the gradients of each layer by kind of fact, and compare training the layers that stand out with training others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
+- `unloc.methods.lora`: Teach some forgotten facts again through thin matrices, and measure the others
 - `unloc.methods.memit`: Give all questions of the forget set another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: Measure how many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.miacr`: Measure for how many forgotten facts it is settled that a model was not trained on them
@@ -96,6 +99,7 @@ Modules:
 - `unloc.relations`: A world of connected facts: relations that compose and invert, aliases, shared answers, facts that change, and new people
 - `unloc.relearn`: Teach a model a few facts, follow which other facts come back, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of the change they undo
+- `unloc.retaught`: Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
 - `unloc.runs`: Store each run under the hash of its description, check that it is complete, and compute many runs at once
 - `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 - `unloc.scoring`: Measure what a model knows of facts in one teacher-forced pass

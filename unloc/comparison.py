@@ -8,8 +8,9 @@ comparison are one family, adjusted by Holm. A group with fewer than three compl
 # %% auto #0
 __all__ = ['OF_ATTACKS', 'TESTED', 'VERDICTS', 'PAIR', 'FEW', 'ADJUSTED', 'Margins', 'Comparison', 'without', 'compare', 'table',
            'column', 'ahead', 'mean_table', 'compare_each', 'compare_outcomes', 'arms_at_level', 'one_family',
-           'outcome_table', 'compare_means', 'spreads', 'spread_table', 'between', 'compare_between', 'between_table',
-           'counted', 'compare_slopes', 'mixed_cells', 'slope_rows', 'correlated', 'correlation_text']
+           'outcome_table', 'compare_contrasts', 'contrast_rows', 'unfit', 'leave_out', 'sifted', 'compare_means',
+           'spreads', 'spread_table', 'between', 'compare_between', 'between_table', 'counted', 'compare_slopes',
+           'mixed_cells', 'slope_rows', 'correlated', 'correlation_text']
 
 # %% ../nbs/16_comparison.ipynb #bf4ee583
 from collections.abc import Callable, Iterable
@@ -331,6 +332,90 @@ def outcome_table(
         rows.insert(0, name, outcome)
         parts.append(rows.assign(**{count: one.ahead()}) if count else rows)
     return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/16_comparison.ipynb #c0110031
+def compare_contrasts(
+    frame, # pandas.DataFrame, as for compare, a column `over`
+    by:list[str], # columns that name a group
+    outcome:str,
+    over:str, # column between whose values the difference of the arms is compared
+    contrasts:Iterable[tuple[str, str]], # of its values: the first's difference − the second's
+    margin:float|Margins|None=None, # as for compare
+    arms:tuple[str, str]=PAIR,
+    pair:str='seed', # column that names a pair, the same for all values
+    column:str='arm',
+    where:str='', # as for compare
+)->Comparison: # its keys end with the contrast; all of them are one family
+    "Compare the difference of two arms between values of a column, pair by pair"
+    if margin is None or isinstance(margin, Margins): margin = (margin or Margins())[outcome]
+    some, tests, values = frame[frame[column].isin(arms)], {}, {}
+    if where: some = some.assign(**{outcome: some[outcome].where(some[where].astype(bool))})
+    wide = some.pivot(index=[*by, over, pair], columns=column, values=outcome)
+    gained = (wide[arms[0]] - wide[arms[1]]).rename(outcome).reset_index()
+    for first, second in contrasts:
+        one = compare(gained, by, outcome, margin, (first, second), pair, over)
+        name = f'{first} − {second}'
+        tests |= {(*key, name): t for key, t in one.tests.items()}
+        values |= {(*key, name): x for key, x in one.values.items()}
+    return Comparison((*by, 'contrast'), ('first', 'second'), tests, values)
+
+# %% ../nbs/16_comparison.ipynb #c0110039
+def contrast_rows(
+    frame, # pandas.DataFrame, one row a run
+    by:list[str], # columns that name a group
+    over:str, # as for compare_contrasts
+    contrasts:list[tuple[str, str]], # as for compare_contrasts; [] for none
+    margins:dict[str, float], # outcome: its margin
+    where:dict[str, str]={}, # outcome: column of truth values
+)->dict[str, list[dict]]: # {'contrasts': rows of cells}, or {} where none is asked for
+    "Print contrasts of several outcomes, each outcome a family"
+    if not contrasts: return {}
+    tests = {outcome: compare_contrasts(frame, by, outcome, over, contrasts, margin,
+        where=where.get(outcome, '')) for outcome, margin in margins.items()}
+    return {'contrasts': outcome_table(tests).drop(columns='|difference|').to_dict('records')}
+
+# %% ../nbs/16_comparison.ipynb #c0110035
+def unfit(
+    frame, # pandas.DataFrame, one row a run and attack
+    by:list[str], # columns that name a row of the table
+    least:float, # share that has to come back of what the control took
+    control:str='Restore', # the arm that is the positive control
+    outcome:str='recovered',
+    column:str='arm',
+    where:str='met', # column of truth values: only there does the control count
+)->dict[tuple, float]: # key: what came back; NaN where the control was not attacked
+    "Find the rows whose attack does not bring back what the positive control hides"
+    own = frame[(frame[column] == control) & (frame[where] == True)]
+    means = {key: float(rows[outcome].mean()) for key, rows in own.groupby(by, sort=False)}
+    keys = dict.fromkeys(frame[by].itertuples(index=False, name=None))
+    found = {key: means.get(key, float('nan')) for key in keys}
+    return {key: share for key, share in found.items() if not share >= least}
+
+def leave_out(
+    comparison:Comparison,
+    keys:Iterable[tuple], # those that are not there may be among them
+)->Comparison: # whose family is what is left
+    "Take tests out of a family"
+    gone = {*keys}
+    tests, values = ({key: x for key, x in part.items() if key not in gone}
+        for part in (comparison.tests, comparison.values))
+    return Comparison(comparison.by, comparison.arms, tests, values, comparison.none)
+
+Comparison.leave_out = leave_out
+
+# %% ../nbs/16_comparison.ipynb #c0110038
+def sifted(
+    frame, # pandas.DataFrame, one row a run and attack: recovered, area and met
+    by:list[str], # columns that name a group
+    margins:float|Margins|None=None, # as for compare
+    least:float=0., # share of Restore that an attack must bring back to count; 0: all count
+)->tuple[Comparison, Comparison, dict]: # of what came back at the end; over the epochs; the unfit
+    "Compare what attacks bring back of two arms, without attacks that are no evidence"
+    weak = unfit(frame, by, least) if least else {}
+    every = compare_outcomes(frame, by, dict.fromkeys(OF_ATTACKS, margins), 'met')
+    rows = [dict(zip(by, key)) | {'of Restore': number(x, '.2f')} for key, x in weak.items()]
+    told = {'least_restored': least, 'unfit': rows} if least else {}
+    return *(one.leave_out(weak) for one in every.values()), told
 
 # %% ../nbs/16_comparison.ipynb #c0110013
 def compare_means(

@@ -265,6 +265,7 @@ class Rule:
     "The agreement that a verdict needs before it is printed"
     bases:int=4 # at least 4: three must remain when one is left out
     repeats:int=2 # repeats that exist on at least three bases
+    lost:float=.25 # most pairs of which an arm may have no value, a share of those asked for
 
     def __post_init__(self):
         for name, least in (('bases', 4), ('repeats', 1)):
@@ -273,10 +274,14 @@ class Rule:
                 raise ValueError(
                     f'{name} is {value!r}: expected a whole number of at least {least}')
 
+        if not 0 <= self.lost <= 1:
+            raise ValueError(f'lost is {self.lost!r}: expected a share from 0 to 1')
+
     def __str__(self)->str: # for a caption
         return (
             'a word is printed only if it also comes out in each repeat alone (at least'
-            f' {self.repeats}) and without any one base (of at least {self.bases})')
+            f' {self.repeats}) and without any one base (of at least {self.bases}), and if at'
+            f' most {self.lost:.0%} of the pairs are lost')
 
 def reading(
     test:Paired|Undefined,
@@ -312,6 +317,14 @@ def doubts(
     return found + [
         f"{how.format(', '.join(names))}: {other}" for (how, other), names in others.items()]
 
+def _reasons(effect)->list[str]: # none where it may be, and for `undecided`
+    "Say why the word of an effect must not be printed"
+    if effect.word == UNDECIDED: return []
+    lost, rule = effect.asked - len(effect.pairs), effect.rule
+    few = [f'pairs lost: {lost} of {effect.asked}, a word bears {rule.lost:.0%}']
+    found = doubts(effect.pairs, effect.margin, effect.words, rule)
+    return few + found if lost > rule.lost * effect.asked else found
+
 # %% ../nbs/14_levels.ipynb #9bbf2551
 @dataclass(frozen=True, eq=False)
 class Effect:
@@ -325,6 +338,7 @@ class Effect:
     excluded:tuple=() # of Excluded
     rule:Rule=Rule()
     lower_is_better:bool=False # whether the arm with the lower value is ahead
+    asked:int=0 # pairs, with those that lost an arm; 0: those that are whole
 
     @cached_property
     def bases(self): # pandas.Series, base: mean difference
@@ -337,13 +351,13 @@ class Effect:
     @property
     def words(self)->tuple[str, str, str]: # for a higher, a lower and an equal value
         ahead = tuple(f'{arm} ahead' for arm in self.pair)
-        if self.lower_is_better: ahead = ahead[::-1]
+        ahead = ahead[::-1] if self.lower_is_better else ahead
         return *ahead, f'no difference beyond ±{self.margin:g}'
     @property
     def word(self)->str: return reading(self.test, self.words) # over bases, before the rule
     @cached_property
     def withheld(self)->list[str]: # reasons to withhold the word
-        return doubts(self.pairs, self.margin, self.words, self.rule)
+        return _reasons(self)
     @property
     def verdict(self)->str: # the word, 'withheld', or a dash without a test
         if not self.test: return DASH
@@ -389,7 +403,7 @@ def effects(
         excluded += _too_few(pairs, name, rule)
         found.append(Effect(
             tuple(by), key, value, tuple(pair), margin, pairs, tuple(excluded), rule,
-            lower_is_better))
+            lower_is_better, len(wide)))
     return found
 
 # %% ../nbs/14_levels.ipynb #0a86dd11

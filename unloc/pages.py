@@ -83,8 +83,10 @@ _RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room
 _MAY_BE_EMPTY = {
     'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
     'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates', 'region_rates',
-    'margins', 'relearned', 'summarised'}
+    'margins', 'relearned', 'summarised', 'attacked_by', 'ways', 'way_rates', 'contrasts',
+    'matched'}
 
+# %% ../nbs/15_pages.ipynb #d775d721
 def _names_for(page:dict)->dict: # parameter: its possible names
     "List the names from which the parameters of a page choose"
     rules = {
@@ -100,7 +102,9 @@ def _names_for(page:dict)->dict: # parameter: its possible names
         'share_objectives': 'localized_unlearn',
         'relearned': 'unlearn',
         'retention': 'attacked_unlearn',
-        'injected_rates': 'injected'}
+        'injected_rates': 'injected',
+        'way_rates': 'ways',
+        'matched': 'localizers'}
     return choices | {name: page[other] for name, other in among.items() if other in page}
 
 # %% ../nbs/15_pages.ipynb #e8cb10c4

@@ -151,6 +151,7 @@ SHARED = { # parameter of the whole study: its type
     'threads': int, # CPU threads of a base run; every other run takes one
     'precision': str, # of the weights; "bfloat16" for the large profiles
     'jobs': int, # runs at once
+    'demonstration': bool, # whether the profile claims nothing: its pages show no verdicts
     'mixed': bool, # whether a table may combine several kinds of machine and library versions
     'store': str, # folder of the runs
     'out': str, # folder of the figures and tables

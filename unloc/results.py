@@ -35,11 +35,14 @@ def _found(root:Path, name:str)->Path|None: # the folder
 
 def _outputs(root:Path, source:str)->list[dict]: # in the notebook format
     "Make the outputs of a cell that saves a result"
-    shown = [Shown(folder, name) for name in saved_by(source) if (folder := _found(root, name))]
+    known = profiles(root)
+    shown = [Shown(folder, name, bool(known[folder.name].get('demonstration')))
+        for name in saved_by(source) if (folder := _found(root, name))]
     return [{'data': {kind: text.splitlines(keepends=True) for kind, text in bundle.items()},
              'metadata': {}, 'output_type': 'display_data'}
             for one in shown for bundle in one.bundles()]
 
+# %% ../nbs/17_results.ipynb #5a0f0014
 def with_results(
     page:Path,
     root:Path, # of the project

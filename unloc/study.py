@@ -64,7 +64,7 @@ def _parameters(
     for name in changes: known_name('parameter of the study', name, [*SHARED])
     usual = {
         'source': '', 'jobs': 1, 'mixed': False, 'store': '../_runs', 'out': f'../_out/{profile}',
-        'attacked_data': {}, 'summarised': {}}
+        'attacked_data': {}, 'summarised': {}, 'demonstration': False}
     there = {name: value for name, value in section.items() if name in SHARED}
     found = overlaid(overlaid(usual | known.get('smoke', {}), there), changes)
     found = {name: value for name, value in found.items() if name in SHARED} | own
@@ -193,6 +193,11 @@ class Origins(Placed):
 # %% ../nbs/19_study.ipynb #7392af43
 class Descriptions(Origins):
     "Describe runs that start from an original model"
+    def _at(self, objective:str, rate:float)->dict: # rate: times that of the profile
+        "Give the settings of an objective at a learning rate"
+        how = self.unlearn[objective]
+        return how if rate == 1 else how | {'lr': how['lr'] * rate}
+
     def unlearning(
         self,
         injected:dict, # from injection
@@ -202,9 +207,7 @@ class Descriptions(Origins):
         **more, # draw, swapped, repeat
     )->dict:
         "Describe an unlearning run through the region of an arm"
-        how = self.unlearn[objective]
-        if rate != 1: how = how | {'lr': how['lr'] * rate}
-        return unlearning(injected, arm, objective, how, **more)
+        return unlearning(injected, arm, objective, self._at(objective, rate), **more)
 
     def localization(self, origin:dict, localizer:str, seed:int=0)->dict:
         "Describe a localizer's scores for an injection or a teaching"
@@ -213,7 +216,7 @@ class Descriptions(Origins):
     def localized(
         self,
         origin:dict, # from injection or teaching
-        localizer:str,
+        localizer:str, # or 'LOCALIZER, matched', its control
         objective:str, # a name in unlearn
         seed:int,
         fraction:float, # of all units
@@ -222,9 +225,9 @@ class Descriptions(Origins):
         repeat:int=0, # the same region with other batches
     )->dict:
         "Describe an unlearning run through the units with a localizer's highest scores"
-        scores, how = self.localization(origin, localizer, seed), self.unlearn[objective]
-        if rate != 1: how = how | {'lr': how['lr'] * rate}
-        return localized_unlearning(scores, fraction, objective, how, seed, matched, repeat)
+        name, how = localizer.removesuffix(', matched'), self._at(objective, rate)
+        scores, chance = self.localization(origin, name, seed), matched or name != localizer
+        return localized_unlearning(scores, fraction, objective, how, seed, chance, repeat)
 
     def supervision(self, injected:dict, arm:str, how:dict, draw:int=0)->dict: # how: settings
         "Describe a direct-supervision run"
@@ -250,9 +253,8 @@ class Named(Descriptions):
     )->dict:
         "Describe an unlearning run through a region of the target's size, by name"
         if region in ARMS: return self.unlearning(injected, region, objective, rate, repeat=repeat)
-        name, fraction = region.removesuffix(', matched'), self.inject['fraction']
-        return self.localized(
-            injected, name, objective, seed, fraction, rate, name != region, repeat)
+        fraction = self.inject['fraction']
+        return self.localized(injected, region, objective, seed, fraction, rate, repeat=repeat)
 
     def attacking(self, run:dict, seed:int, **how)->dict: # how: settings that differ from attack
         "Describe the attacks on a run"

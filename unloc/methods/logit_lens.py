@@ -9,11 +9,14 @@ The result is the mean log-probability of the true answer tokens, in nats, under
 __all__ = ['logit_lens', 'read_layers']
 
 # %% ../../nbs/methods/logit_lens.ipynb #26d1fe3b
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..entities import entity_examples
 from ..inside import final_norm, hidden_states
 from ..logits import over_logits
 from ..objectives import token_logprob
@@ -38,9 +41,15 @@ def logit_lens(
 
 # %% ../../nbs/methods/logit_lens.ipynb #39969e9e
 @attack(label='logit lens', name='logit_lens', margin=.5, source='nostalgebraist 2020')
-def read_layers(scene:Scene)->Outcome:
+def read_layers(
+    scene:Scene,
+    span:Literal['answer', 'entity']='answer', # what is read
+    layers:int=0, # fewest layers of a model whose layers below the last are read
+)->Outcome:
     "Read the answers in every layer"
+    asked = entity_examples(scene) if span == 'entity' else scene.forget
     def read(model):
-        layers = logit_lens(model, scene.forget).mean(1)
-        return {'lens': float(layers[:-1].max()), 'lens_last': float(layers[-1])}
+        found = logit_lens(model, asked).mean(1)
+        below = float(found[:-1].max()) if len(found) >= max(layers, 2) else math.nan
+        return {'lens': below, 'lens_last': float(found[-1])}
     return Outcome(inside={when: read(model) for when, model in scene.models.items()})
