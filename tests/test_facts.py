@@ -43,7 +43,8 @@ def test_default_world_never_changes(world):
 
 def test_import_is_light():
     heavy = python(
-        "import sys, unloc.own_data, unloc.tofu_files; print([m for m in ('torch', 'numpy', 'transformers',"
+        "import sys, unloc.own_data, unloc.tofu_files;"
+        " print([m for m in ('torch', 'numpy', 'transformers',"
         " 'huggingface_hub') if m in sys.modules])")
     assert heavy.stdout.strip() == "[]", heavy
 
