@@ -51,16 +51,8 @@ def other_answer(facts:RelatedBenchmark, c:Cluster)->str: # a thing; without rel
         others = [a for a in facts.answers(c.relation) if a not in (c.answer, c.subject)]
     return random.Random(f'{c.relation} {c.subject}').choice(others)
 
-# %% ../nbs/14_follows.ipynb #7757f336
-def _known(facts:RelatedBenchmark, relation:Relation, subject:str)->str: # '': not stated
-    "Look up the true answer of a relation for a subject"
-    asked = relation.trained[0].format(subject=subject)
-    said = next((f.answer for f in facts.retain if f.question == asked), '')
-    def fits(a): return relation.statement.format(subject=subject, answer=a) == said
-    return next((a for a in facts.answers(relation.name) if fits(a)), '')
-
-# %% ../nbs/14_follows.ipynb #2adbc300
-Pair = tuple[Fact, Fact] # with the old answer, with the new answer
+# %% ../nbs/14_follows.ipynb #f0110e02
+Pair = tuple[Fact, Fact] # with the old and with the new answer
 
 def _in_sentences(cluster:Cluster, answer:str, sentence:bool)->dict[str, list[Pair]]:
     "Answer a fact without relations otherwise, in the words of its paraphrased answer"
@@ -70,6 +62,15 @@ def _in_sentences(cluster:Cluster, answer:str, sentence:bool)->dict[str, list[Pa
     return {'success': [pair(cluster.base)], 'paraphrase': [*map(pair, cluster.paraphrased)],
         'alias': [], 'two_hop': [], 'reverse': []}
 
+# %% ../nbs/14_follows.ipynb #7757f336
+def _known(facts:RelatedBenchmark, relation:Relation, subject:str)->str: # '': not stated
+    "Look up the true answer of a relation for a subject"
+    asked = relation.trained[0].format(subject=subject)
+    said = next((f.answer for f in facts.retain if f.question == asked), '')
+    def fits(a): return relation.statement.format(subject=subject, answer=a) == said
+    return next((a for a in facts.answers(relation.name) if fits(a)), '')
+
+# %% ../nbs/14_follows.ipynb #2adbc300
 def what_follows(
     facts:RelatedBenchmark,
     cluster:Cluster,

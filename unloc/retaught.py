@@ -53,12 +53,12 @@ def low_rank(
 )->Iterator[list[nn.Parameter]]: # A [rank, d_in] and B [d_out, rank] of each map, float32
     "Put a trainable product of thin matrices next to every linear map of the blocks"
     if rank < 1: raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    generator, adapters, hooks = torch.Generator().manual_seed(seed), [], []
+    generator, adapters, hooks = torch.Generator('cpu').manual_seed(seed), [], []
     for module, inputs, outputs in _linear_maps(model):
-        down = torch.empty(rank, inputs).uniform_(generator=generator)
-        bound, device = inputs ** -.5, module.weight.device
-        pair = (2 * down - 1) * bound, torch.zeros(outputs, rank)
-        pair = [nn.Parameter(x.to(device)) for x in pair]
+        plain = dict(device='cpu', dtype=torch.float32) # whatever the default is
+        down = torch.empty(rank, inputs, **plain).uniform_(generator=generator)
+        pair = (2 * down - 1) * inputs ** -.5, torch.zeros(outputs, rank, **plain)
+        pair = [nn.Parameter(x.to(module.weight.device)) for x in pair]
         hooks.append(module.register_forward_hook(_adding(*pair, scale)))
         adapters += pair
     try: yield adapters
