@@ -62,7 +62,7 @@ REQUIRED = {
     group: {name for name, f in found.items() if f.required} for group, found in FIELDS.items()}
 MAY_BE_ZERO = (
     "seed", "n_holdout", "gamma", "alpha", "level", "samples", "shots", "n_new", "composed",
-    "aliased", "changed", "jitter")
+    "aliased", "changed", "jitter", "strangers", "each")
 def settings(group, given): return checked(GROUPS[group], given)
 
 def test_settings_name_real_parameters():
