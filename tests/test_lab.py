@@ -76,10 +76,10 @@ def lab(checkout, tmp_path_factory, guarded):
     found, until = Lab(url, token), time.monotonic() + SECONDS
     try:
         while not found.answers():
-            assert process.poll() is None and time.monotonic() < until, (own / "log").read_text()
+            assert process.poll() is None and time.monotonic() < until, (own / "log").read_text("utf-8")
             time.sleep(.2)
         yield found
-        assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text() == "", "it left the machine"
+        assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == "", "it left the machine"
         said = (own / "log").read_text("utf-8")
         assert "Pre-save hook" not in said and "UserWarning" not in said, said
     finally:

@@ -546,7 +546,7 @@ def interval_plot(
                 color=color,
                 linewidth=1,
                 label=label('objective', hue))
-        axis.locator_params(axis='x', nbins=5)
+        axis.locator_params(axis='x', nbins=4)
         axis.set(xlabel=title)
     axes[0][0].set_yticks(range(len(places)), places)
     axes[0][0].set_ylim(len(places) - .5, -.5)
