@@ -266,6 +266,14 @@ def test_a_notebook_is_named_by_its_number_or_by_what_it_saves():
     assert only("21", "table2_oracle_random", "21_oracle_random", "20") == NOTEBOOKS[1::-1]
     assert only("paper", "table6_inside") == ["29_reversal"]
 
+def test_every_committed_figure_and_table_is_one_that_a_notebook_saves():
+    from unloc.project import pages_of
+    saved = {one for notebook in pages_of(ROOT) for one in artefacts(notebook)}
+    for file in (ROOT / "figures").glob("*/*.json"):
+        if file.stem == "machine": continue
+        suffix = "{svg,pdf,csv,json}" if file.with_suffix(".svg").exists() else "{json,csv,tex}"
+        assert f"{file.stem}.{suffix}" in saved, file
+
 @pytest.mark.parametrize("word, hint", [
     ("table2_oracle_randm", "table2_oracle_random"), ("21_oracle_randm", "21_oracle_random"),
     ("dose_respons", "dose_response"), ("2", ""), ("table2_oracle_random.csv", "table2_oracle"),

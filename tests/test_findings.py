@@ -295,6 +295,11 @@ VERSIONS = ("Python 3.11", "Llama 3.1", "torch 2.11.0", "CUDA 13.0", "5.17.0", "
 def test_every_decimal_of_the_readme_is_a_finding_or_a_version():
     assert unsupported((ROOT / "README.md").read_text("utf-8"), found, VERSIONS, True) == []
 
+def test_every_decimal_of_the_index_is_a_finding_or_a_number_of_a_paper():
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text("utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert unsupported(text, found, ("2505.16252",), True) == []
+
 def test_a_text_that_the_data_no_longer_support_is_named():
     text = said(PAGES["21"])
     other = dict(found)

@@ -76,7 +76,8 @@ def lab(checkout, tmp_path_factory, guarded):
     found, until = Lab(url, token), time.monotonic() + SECONDS
     try:
         while not found.answers():
-            assert process.poll() is None and time.monotonic() < until, (own / "log").read_text("utf-8")
+            log = (own / "log").read_text("utf-8")
+            assert process.poll() is None and time.monotonic() < until, log
             time.sleep(.2)
         yield found
         assert Path(guarded["UNLOC_TEST_SOCKETS"]).read_text("utf-8") == "", "it left the machine"

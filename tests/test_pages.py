@@ -143,6 +143,12 @@ def test_chapters_import_only_chapters_before_them():
             if name not in place or name == own or FLOOR == place[own] == place[name]: continue
             assert place[name] < place[own], f"{own} imports {name}"
 
+def test_the_index_lists_every_chapter_once_by_subject():
+    index = (ROOT / "nbs" / "index.ipynb").read_text("utf-8")
+    table = index[index.index("| subject | chapters |"):index.index("To test [a method]")]
+    named = re.findall(r"\]\((\w+)\.ipynb\)", table)
+    assert sorted(named) == sorted(p.stem for p in PAGES if p.parent.name == "nbs")
+
 def test_pages_of_a_folder_import_each_other_without_a_circle():
     folder = {
         module(p): {n for n in imports(p)}

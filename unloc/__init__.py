@@ -99,7 +99,7 @@ Modules:
 - `unloc.relations`: A world of connected facts: relations that compose and invert, aliases, shared answers, facts that change, and new people
 - `unloc.relearn`: Teach a model a few facts, follow which other facts come back, and summarise the curve
 - `unloc.restoring`: Put parts of the original model back into an unlearned one, and measure how much of the change they undo
-- `unloc.retaught`: Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
+- `unloc.retaught`: Teach all models of a scene in one way, through low-rank adapters or through all weights, and see what comes back of each
 - `unloc.runs`: Store each run under the hash of its description, check that it is complete, and compute many runs at once
 - `unloc.scene`: The inputs of an attack: the attacked model, the two that it is compared with, and how well they know the facts
 - `unloc.scoring`: Measure what a model knows of facts in one teacher-forced pass

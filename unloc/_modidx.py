@@ -120,6 +120,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'unloc.cli._run_all': ('cli.html#_run_all', 'unloc/cli.py'),
                            'unloc.cli._said': ('cli.html#_said', 'unloc/cli.py'),
                            'unloc.cli._saved_by': ('cli.html#_saved_by', 'unloc/cli.py'),
+                           'unloc.cli._saves': ('cli.html#_saves', 'unloc/cli.py'),
                            'unloc.cli._set': ('cli.html#_set', 'unloc/cli.py'),
                            'unloc.cli._shared': ('cli.html#_shared', 'unloc/cli.py'),
                            'unloc.cli._since_commit': ('cli.html#_since_commit', 'unloc/cli.py'),

@@ -68,15 +68,24 @@ def parameters(notebook:Path)->dict[str, tuple[type, object]]: # name: type and 
             f"with a type of {', '.join(_TYPES)} ({_said(error)})") from None
     return found
 
+def _saves(source:str)->list[tuple[bool, str]]: # of a cell; whether it is a figure, and its name
+    "Find the calls that save a result: their first argument is the result, the third its name"
+    try: nodes = [*ast.walk(ast.parse(source))]
+    except SyntaxError: return [] # such as a command of IPython
+    calls = [x for x in nodes if isinstance(x, ast.Call) and len(x.args) > 2]
+    saving = 'save', 'save_figure', 'save_table'
+    calls = [x for x in calls if ast.unparse(x.func).rpartition('.')[2] in saving]
+    named = [x for x in calls if isinstance(getattr(x.args[2], 'value', None), str)]
+    named.sort(key=lambda x: x.lineno)
+    return [('figure' in ast.unparse(x.func) + ast.unparse(x.args[0]), x.args[2].value)
+        for x in named]
+
 def artefacts(notebook:Path)->list[str]:
     "List the figures and tables that a notebook saves"
-    source = ''.join(source for kind, source, _ in _cells(notebook) if kind == 'code')
-    suffixes = {'figure': '{svg,pdf,csv,json}', 'table': '{json,csv,tex}'}
-    saved = r"\bsave\((\w+), \w+, '(\w+)'"
-    written = r"\bsave_(figure|table)\(\w+, out, '(\w+)'"
-    calls = re.findall(f'{saved}|{written}', source)
-    found = [(kind or own, name or other) for own, other, kind, name in calls]
-    return [f"{name}.{suffixes['figure' if kind == 'figure' else 'table']}" for kind, name in found]
+    cells = [source for kind, source, _ in _cells(notebook) if kind == 'code']
+    found = [result for source in cells for result in _saves(source)]
+    suffixes = {True: '{svg,pdf,csv,json}', False: '{json,csv,tex}'}
+    return [f"{name}.{suffixes[figure]}" for figure, name in found]
 
 # %% ../nbs/18_cli.ipynb #a5c0de06
 def shares(notebook:Path)->bool:

@@ -1,4 +1,4 @@
-"""Teach all models of a scene in one way, through thin matrices or through all weights, and see what comes back of each
+"""Teach all models of a scene in one way, through low-rank adapters or through all weights, and see what comes back of each
 
 An attack that teaches is a curve, the strength of each measured fact before it and after each epoch (chapter *relearn*). Here the curve of the attacked model stands next to those of the original and the retained one, where the scene wants controls:
 what the same lesson adds to a model that never knew the facts is no recovery."""

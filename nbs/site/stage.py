@@ -4,6 +4,7 @@ import json, os, re, shutil
 from pathlib import Path
 
 import api
+from unloc.cli import artefacts
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / "nbs"
@@ -43,7 +44,7 @@ class Page:
 
     @property
     def artefacts(self): # names in the folder of figures
-        saved = re.findall(r"\bsave(?:_figure|_table)?\([\w.]+, \w+, '(\w+)'", self.code)
+        saved = [name.partition(".")[0] for name in artefacts(self.path)]
         return [name for name in dict.fromkeys(saved) if folder_of(name)]
 
     @property
