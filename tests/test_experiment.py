@@ -31,6 +31,7 @@ from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
 from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, region_of, unlearning
+from unloc.study import Runs
 from unloc.tofu_files import tofu
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -918,6 +919,12 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
     assert facts["relearn forgotten facts, target region"].shape == (2, len(facts["known"]) - 5)
     assert torch.equal(
         facts["relearn held-out facts, all weights"][0], facts["left"][facts["measured"]])
+
+def test_an_attack_that_brings_nothing_back_has_a_table_without_rows(armed):
+    store, injected, *_ = armed
+    run, = sweep(store, [attacking(injected, {"usual": False, "attacks": {"depth": {}}})], 1)
+    runs = Runs(("seed",), {(0,): run})
+    assert len(runs.attacks()) == 0 and 0 <= run.json()["depth"] <= 1
 
 def test_both_ends_are_told_once_beside_what_is_asked_and_seen(
     armed

@@ -214,8 +214,9 @@ def table(
         cells = _row(comparison, key, digits, few)
         rows.append(
             dict(zip(comparison.by, key)) | {name: cells[name] for name in columns or cells})
+    usual = 'pairs', *reversed(comparison.arms), '|difference|', *TESTED
     import pandas as pd
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*dict.fromkeys((*comparison.by, *(columns or usual)))])
 
 Comparison.table = table
 

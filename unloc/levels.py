@@ -451,13 +451,14 @@ def effect_table(
 # %% ../nbs/14_levels.ipynb #46c6b87d
 def excluded_table(
     *found, # lists of Excluded, and lists of Effect
-): # pandas.DataFrame of strings, a row per line; empty if nothing is left out
+): # pandas.DataFrame of strings, a row per line; one that says so if nothing is left out
     "Format the exclusions as a table"
     import pandas as pd
     lines = {}
     for one in (one for some in found for one in some):
         lines |= dict.fromkeys(one.excluded if isinstance(one, Effect) else [one])
-    return pd.DataFrame(list(lines), columns=['what', 'rule', 'value'])
+    lines = list(lines) or [Excluded('nothing', DASH, DASH)]
+    return pd.DataFrame(lines, columns=['what', 'rule', 'value'])
 
 # %% ../nbs/14_levels.ipynb #35022cdc
 def _claimed_p(effect:Effect, word:str)->float: # NaN without a test
