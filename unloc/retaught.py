@@ -96,7 +96,7 @@ def split_forgotten(
     "Choose forgotten facts to be taught, and measure the others"
     forget = scene.forget
     if not 0 < n < len(forget): raise ValueError(f"taught = {n} of {len(forget)} forgotten facts "
-        f"leaves {'none to be measured; teach fewer' if n > 0 else 'none to be taught; teach some'}")
+        f"leaves none to be {'measured; teach fewer' if n > 0 else 'taught; teach some'}")
     chosen = {i * len(forget) // n for i in range(n)}
     return [forget[i] for i in sorted(chosen)], [i for i in range(len(forget)) if i not in chosen]
 
