@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from unloc.comparison import PAIR, Comparison, compare, compare_each, counted, sifted
+from unloc.comparison import Comparison, compare, compare_each, counted, sifted
+from unloc.levels import PAIR
 from unloc.statistics import Paired, Undefined
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"

@@ -9,6 +9,7 @@ from unloc.data import benchmark, data_description
 from unloc.evaluation import Probe, evaluate
 from unloc.invented import author_world
 from unloc.level import at_level
+from unloc.levels import PAIR
 from unloc.methods.relearning import relearning
 from unloc.models import output_projections, tiny_model
 from unloc.own_data import own_facts
@@ -30,7 +31,7 @@ from unloc.steps.judge import probe_of, standard
 from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
-from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, region_of, unlearning
+from unloc.steps.unlearn import ARMS, localized_unlearning, region_of, unlearning
 from unloc.study import Runs
 from unloc.tofu_files import tofu
 
