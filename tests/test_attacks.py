@@ -12,7 +12,7 @@ from unloc.inside import hidden_states, patched_logprob
 from unloc.level import to_level
 from unloc.logits import answer_logits
 from unloc.masked import unlock
-from unloc.methods.depth import unlearning_depth
+from unloc.methods.depth import depth_of_facts, unlearning_depth
 from unloc.methods.logit_lens import logit_lens
 from unloc.methods.probing import linear_probe
 from unloc.models import region_shape, tiny_model
@@ -473,6 +473,8 @@ def test_bad_settings_are_named():
             model, some, 0, [s[:, :5] for s in states[0]]),
         "states of 2 and 3 layers, the original model has 3": lambda: unlearning_depth(
             model, some, states[:2], states),
+        "states of 2 and 2 layers, the original model has 3": lambda: depth_of_facts(
+            model, some, states[:2], states[:2]),
         "max_new_tokens and max_rows must be at least 1, got 0": lambda: best_of(
             model, None, some, max_new_tokens=0),
         "and 0$": lambda: best_of(model, None, some, max_rows=0),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from unloc.comparison import PAIR, Comparison, compare, compare_each, counted
+from unloc.comparison import Comparison, compare, compare_each, counted, sifted
+from unloc.levels import PAIR
 from unloc.statistics import Paired, Undefined
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -100,3 +101,13 @@ def test_two_comparisons_become_one_family():
     assert (one + two).p_holm == whole.p_holm and isinstance(one + two, Comparison)
     other = compare(runs().assign(level=0), ["arch", "level"], "AUES", .02)
     with pytest.raises(ValueError, match="expected the same groups"): one + other
+
+def test_a_table_whose_attacks_are_all_unfit_has_columns_and_no_row():
+    arms = [(arm, seed) for arm in (*PAIR, "Restore") for seed in range(3)]
+    frame = pd.DataFrame(arms, columns=["arm", "seed"]).assign(
+        arch="llama", attack="relearn", recovered=.1, area=.1, met=True)
+    fit, _, _ = sifted(frame, ["arch", "attack"])
+    none, areas, told = sifted(frame, ["arch", "attack"], least=.5)
+    assert (len(fit.table()), len(none.table()), len(areas.table())) == (1, 0, 0)
+    assert [*none.table()] == [*fit.table()] and [*none.table(columns=["p"])][2:] == ["p"]
+    assert [row["of Restore"] for row in told["unfit"]] == ["0.10"]

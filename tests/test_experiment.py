@@ -9,6 +9,7 @@ from unloc.data import benchmark, data_description
 from unloc.evaluation import Probe, evaluate
 from unloc.invented import author_world
 from unloc.level import at_level
+from unloc.levels import PAIR
 from unloc.methods.relearning import relearning
 from unloc.models import output_projections, tiny_model
 from unloc.own_data import own_facts
@@ -30,7 +31,8 @@ from unloc.steps.judge import probe_of, standard
 from unloc.steps.localize import localization
 from unloc.steps.supervise import supervision
 from unloc.steps.teach import teaching
-from unloc.steps.unlearn import ARMS, PAIR, localized_unlearning, region_of, unlearning
+from unloc.steps.unlearn import ARMS, localized_unlearning, region_of, unlearning
+from unloc.study import Runs
 from unloc.tofu_files import tofu
 
 SHARED = Path(os.environ.get("UNLOC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -918,6 +920,12 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
     assert facts["relearn forgotten facts, target region"].shape == (2, len(facts["known"]) - 5)
     assert torch.equal(
         facts["relearn held-out facts, all weights"][0], facts["left"][facts["measured"]])
+
+def test_an_attack_that_brings_nothing_back_has_a_table_without_rows(armed):
+    store, injected, *_ = armed
+    run, = sweep(store, [attacking(injected, {"usual": False, "attacks": {"depth": {}}})], 1)
+    runs = Runs(("seed",), {(0,): run})
+    assert len(runs.attacks()) == 0 and 0 <= run.json()["depth"] <= 1
 
 def test_both_ends_are_told_once_beside_what_is_asked_and_seen(
     armed

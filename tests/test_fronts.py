@@ -4,7 +4,7 @@ import itertools, math
 
 import numpy as np, pandas as pd, pytest
 
-from unloc.comparison import PAIR
+from unloc.levels import PAIR
 from unloc.fronts import (
     AT_LEVEL, BELOW, at_level, choose_rates, front, grid_plot, rates_told)
 from unloc.study import Study

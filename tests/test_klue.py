@@ -23,7 +23,8 @@ from unloc.steps.base import base_models, models_of
 from unloc.steps.common import above
 from unloc.steps.inject import injection
 from unloc.steps.judge import standard
-from unloc.steps.unlearn import PAIR, unlearning
+from unloc.levels import PAIR
+from unloc.steps.unlearn import unlearning
 from unloc.streaming import planted
 from unloc.tokens import Example, train_tokenizer
 from unloc.unlearning_run import Recipe, unlearn

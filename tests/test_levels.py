@@ -309,6 +309,7 @@ def test_pairs_that_lost_an_arm_are_named_by_base(rng):
     assert wga.excluded == () and len(wga.pairs) == 20 and [*npo.bases.index] == [0, 1, 4]
     table = excluded_table([Excluded("base 9", "rule", "value")], [npo, wga], [npo])
     assert len(table) == 6 and table.what[0] == "base 9"
+    assert excluded_table([wga]).values.tolist() == [["nothing", DASH, DASH]]
 
 def test_a_group_without_a_pair_keeps_its_row(rng):
     runs = as_runs(planted(rng, (4, 2, 2), (.01, .01, .01)), objective="npo")

@@ -123,7 +123,8 @@ def grid():
     from unloc.steps.base import base_models
     from unloc.steps.inject import injection
     from unloc.steps.judge import standard
-    from unloc.steps.unlearn import PAIR, unlearning
+    from unloc.levels import PAIR
+    from unloc.steps.unlearn import unlearning
     base = base_models(
         data_description({"name": "world", "n_authors": 3, "n_forget": 1, "n_holdout": 0}),
         "llama",

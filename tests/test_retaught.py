@@ -59,13 +59,15 @@ def test_first_matrices_are_spread_as_those_of_peft():
             assert not up.any() and .95 * bound < down.abs().max() <= bound
             assert down.std().item() == pytest.approx(bound / math.sqrt(3), rel=.1)
 
-def test_weights_of_16_bits_keep_their_bits_and_the_matrices_have_32():
-    model = llama().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_keep_their_bits_and_the_matrices_have_32(dtype):
+    model = llama().to(dtype)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with low_rank(model, 2) as adapters:
         assert {p.dtype for p in adapters} == {torch.float32}
         training.finetune(model, FACTS, 3, 1e-2, 3, 0, adapters, "constant")
-        assert all(p.any() for p in adapters) and answer_logits(model, collate(FACTS)) is not None
+        assert all(p.any() and p.isfinite().all() for p in adapters)
+        assert answer_logits(model, collate(FACTS)).isfinite().all()
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 # --- planted: everything behind one sign
@@ -121,3 +123,14 @@ def test_each_model_is_asked_the_measured_facts_alone(hidden):
         return torch.zeros(2, len(facts), dtype=torch.float64)
     regained(hidden, [3, 5], lesson)
     assert asked == [[hidden.forget[i].ids for i in (3, 5)]] * 3
+
+def test_what_was_forgotten_is_read_off_the_curve(hidden):
+    known = hidden.known[[3, 5]]
+    def lesson(model, facts): return torch.stack([known - .5, known - .25])
+    row, = regained(replace(hidden, left=hidden.known), [3, 5], lesson).rows
+    assert row["end"] == row["end at first"] == row["end without"] == pytest.approx(.5)
+
+@pytest.mark.parametrize("rank", [0, 2., True])
+def test_a_rank_is_a_whole_number(rank):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
+        with low_rank(llama(), rank): pass

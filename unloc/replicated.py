@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from .comparison import unfit
 from .fronts import AT_LEVEL, RETAINED, at_level
-from .levels import Effect, Excluded, Rule, admit, effects
+from .levels import PAIR, Effect, Excluded, Rule, admit, effects
 from .register import label
 from .statistics import number
-from .steps.unlearn import PAIR
 
 # %% ../nbs/19_replicated.ipynb #3eb00016
 USUAL = 'usual way' # of injection, next to those that a study names
@@ -96,7 +95,7 @@ def contrast(
     value:str, # column of the number compared
     by:Sequence[str], # columns that name a group
     of:tuple[str, str]=('rmu', 'npo'), # values of a column: the difference is first − second
-    pair:tuple[str, str]=('Oracle', 'Random'), # of arms
+    pair:tuple[str, str]=PAIR, # of arms
     column:str='objective', # between whose values the difference of the arms is compared
     **how, # margin and rule, as for effects
 )->list[Effect]: # none where one of the values did not run

@@ -28,6 +28,13 @@ from ..undisturbed import measuring
 # %% ../../nbs/methods/depth.ipynb #ee154546
 class NoBaseline(ValueError): "A retained model whose states cost the original nothing"
 
+def _layers(original, *states)->int:
+    "Count layers, and demand states of each"
+    n, got = len(output_projections(original)), [*map(len, states)]
+    if {*got} != {n}: raise ValueError(f"states of {' and '.join(map(str, got))} layers, the "
+        f"original model has {n}; take them from hidden_states of models of one architecture")
+    return n
+
 @measuring()
 def unlearning_depth(
     original:nn.Module,
@@ -38,18 +45,11 @@ def unlearning_depth(
 )->float: # in [0, 1]
     "Measure how far down a fact is gone, next to a model that never knew it"
     check_examples(examples, 'asked')
-    n_layers = len(output_projections(original))
-    if not len(unlearned) == len(retained) == n_layers:
-        raise ValueError(
-            f"states of {len(unlearned)} and {len(retained)} layers, the original model has"
-            f" {n_layers}; take them from hidden_states of models of one architecture")
-    def patched(states, layer):
-        return patched_logprob(original, examples, layer, states[layer]).mean()
+    n_layers = _layers(original, unlearned, retained)
+    def patched(states, i): return patched_logprob(original, examples, i, states[i]).mean()
     whole = patched(hidden_states(original, examples), 0)
-    lost = torch.stack(
-        [
-            torch.stack([whole - patched(states, layer) for states in (retained, unlearned)])
-            for layer in range(n_layers)])
+    lost = torch.stack([torch.stack([whole - patched(x, i) for x in (retained, unlearned)])
+        for i in range(n_layers)])
     telling = lost[:, 0] > least
     if not telling.any(): raise NoBaseline("at no layer do the retained model's states cost more "
         f"than {least} nats; it knows the facts, so it is no baseline")
@@ -67,12 +67,13 @@ def depth_of_facts(
     each:bool=False, # [n] of all facts, NaN where no layer tells; otherwise their mean
 )->float|Tensor: # in [0, 1], float64
     "Measure how far down each fact is gone, and average over facts"
+    _layers(original, unlearned, retained)
     def patched(states): return torch.stack([
         patched_logprob(original, examples, i, layer) for i, layer in enumerate(states)])
     whole = patched(hidden_states(original, examples)[:1])
     known, lost = (whole - patched(states) for states in (retained, unlearned))
     weight = known.where(known > least, 0.)
-    found = (lost.clamp(0).minimum(weight) * (weight > 0)).sum(0) / weight.sum(0)
+    found = lost.clamp(0).minimum(weight).sum(0) / weight.sum(0)
     return found if each else float(found.nanmean())
 
 # %% ../../nbs/methods/depth.ipynb #d02f9993

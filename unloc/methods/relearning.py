@@ -16,6 +16,7 @@ import torch
 
 from ..register import attack
 from ..relearn import Recovery, recovery, relearn
+from ..retaught import split_forgotten
 from ..scene import Outcome, Scene
 
 # %% ../../nbs/methods/relearning.ipynb #7d6fc19b
@@ -26,16 +27,13 @@ def _taught(
     scene, n:int, only:str
 )->tuple[dict, list[int]]: # kind: its examples; numbers of the measured facts
     "Choose the facts that are taught, and the forgotten facts that are measured"
-    forget, held_out = scene.forget, scene.examples.get('holdout', ())[:n]
-    if not n < len(forget): raise ValueError(
-        f"taught = {n} of {len(forget)} forgotten facts leaves none to be measured; teach fewer")
+    again, measured = split_forgotten(scene, n)
+    held_out = scene.examples.get('holdout', ())[:n]
     if len(held_out) < n and (not only or only.startswith(f'relearn {TAUGHT[0]},')):
         raise ValueError(
             f"{len(held_out)} held-out facts are left to be taught, {n} expected; choose data with "
             "more (n_holdout), or teach fewer")
-    chosen = {i * len(forget) // n for i in range(n)}
-    sets = held_out, [e for i, e in enumerate(forget) if i in chosen], scene.some('retain', n)
-    measured = [i for i in range(len(forget)) if i not in chosen]
+    sets = held_out, again, scene.some('retain', n)
     return {kind: list(some) for kind, some in zip(TAUGHT, sets) if some}, measured
 
 # %% ../../nbs/methods/relearning.ipynb #27733260

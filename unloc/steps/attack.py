@@ -159,7 +159,7 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     how = description['attack']
     scene, level, retention = _set_scene(description, parent)
     found = run_attacks(scene, wanted(how), description['seed'], progress)
-    rows = pandas.DataFrame(found.rows)
+    rows = pandas.DataFrame(found.rows, columns=None if found.rows else ['attack', 'support'])
     rows.to_csv(folder / 'attacks.csv', index=False, lineterminator='\n')
     facts = {'known': scene.known, 'left': scene.left} | found.facts
     save_file(facts, folder / 'facts.safetensors')
