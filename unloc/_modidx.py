@@ -1085,6 +1085,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'unloc/methods/criticality.py')},
             'unloc.methods.deletion': {'unloc.methods.deletion.deletion': ('methods/deletion.html#deletion', 'unloc/methods/deletion.py')},
             'unloc.methods.depth': { 'unloc.methods.depth.NoBaseline': ('methods/depth.html#nobaseline', 'unloc/methods/depth.py'),
+                                     'unloc.methods.depth._layers': ('methods/depth.html#_layers', 'unloc/methods/depth.py'),
                                      'unloc.methods.depth.depth': ('methods/depth.html#depth', 'unloc/methods/depth.py'),
                                      'unloc.methods.depth.depth_of_facts': ('methods/depth.html#depth_of_facts', 'unloc/methods/depth.py'),
                                      'unloc.methods.depth.unlearning_depth': ( 'methods/depth.html#unlearning_depth',

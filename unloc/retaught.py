@@ -52,7 +52,8 @@ def low_rank(
     seed:int=0, # of the matrices A
 )->Iterator[list[nn.Parameter]]: # A [rank, d_in] and B [d_out, rank] of each map, float32
     "Put a trainable product of thin matrices next to every linear map of the blocks"
-    if rank < 1: raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if type(rank) is not int or rank < 1: raise ValueError(
+        f"rank must be a whole number of at least 1, got {rank!r:.40}")
     generator, adapters, hooks = torch.Generator('cpu').manual_seed(seed), [], []
     for module, inputs, outputs in _linear_maps(model):
         plain = dict(device='cpu', dtype=torch.float32) # whatever the default is
@@ -95,7 +96,7 @@ def split_forgotten(
     "Choose forgotten facts to be taught, and measure the others"
     forget = scene.forget
     if not 0 < n < len(forget): raise ValueError(f"taught = {n} of {len(forget)} forgotten facts "
-        "leaves none to be measured, or teaches none; teach one at least, and fewer than all")
+        f"leaves none to be {'measured; teach fewer' if n > 0 else 'taught; teach some'}")
     chosen = {i * len(forget) // n for i in range(n)}
     return [forget[i] for i in sorted(chosen)], [i for i in range(len(forget)) if i not in chosen]
 
@@ -106,12 +107,12 @@ def regained(
     progress:Callable[[float], None]|None=None, # told the share of all models done
 )->Outcome:
     "Teach each model of a scene in the same way, and summarise what came back"
-    known, left = scene.known[measured], scene.left[measured]
-    asked, models = [scene.forget[i] for i in measured], scene.models
+    known, asked, models = scene.known[measured], [scene.forget[i] for i in measured], scene.models
     curves = {}
     for i, (when, model) in enumerate(models.items()):
         curves[when] = curve_of(model, asked)
         if progress: progress((i + 1) / len(models))
+    left = curves[''][0]
     gap = float((known - left).mean())
     found = recovery(curves[''], known) if gap > 0 else Recovery(nan, nan, nan, 0, 0)
     row = {'attack': '', 'support': ''} | found._asdict()
