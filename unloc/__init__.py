@@ -56,7 +56,7 @@ Modules:
 - `unloc.methods.krs`: Measure whether an unlearned model's facts come back with coefficients, attention or value vectors of the original
 - `unloc.methods.layer_gradients`: Measure the gradients of each layer by kind of fact, and compare training the layers that stand out with training others
 - `unloc.methods.logit_lens`: Read every layer as if it were the last
-- `unloc.methods.lora`: Teach some forgotten facts again through thin matrices, and measure the others
+- `unloc.methods.lora`: Relearn some forgotten facts through low-rank adapters, and measure the others
 - `unloc.methods.memit`: Give all questions of the forget set another answer at once, in several layers, by ridge regression
 - `unloc.methods.memorization`: Measure how many answer tokens a model predicts, and how likely it makes them
 - `unloc.methods.miacr`: Measure for how many forgotten facts it is settled that a model was not trained on them

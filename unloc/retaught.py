@@ -37,7 +37,7 @@ def _linear_maps(model:nn.Module)->list[tuple[nn.Module, int, int]]: # map, inpu
     return list(found.values())
 
 def _adding(down:Tensor, up:Tensor, scale:float)->Callable: # [rank, d_in], [d_out, rank]
-    "Make a hook that adds a product of thin matrices to what a linear map gives"
+    "Make a hook that adds a low-rank product to the output of a linear map"
     def hook(module, inputs, output):
         added = inputs[0].to(down.dtype) @ down.T @ up.T
         return output + (scale * added).to(output.dtype)
@@ -51,7 +51,7 @@ def low_rank(
     scale:float=2., # of the product; PEFT's lora_alpha over its rank
     seed:int=0, # of the matrices A
 )->Iterator[list[nn.Parameter]]: # A [rank, d_in] and B [d_out, rank] of each map, float32
-    "Put a trainable product of thin matrices next to every linear map of the blocks"
+    "Put a trainable low-rank adapter next to every linear map of the blocks"
     if type(rank) is not int or rank < 1: raise ValueError(
         f"rank must be a whole number of at least 1, got {rank!r:.40}")
     generator, adapters, hooks = torch.Generator('cpu').manual_seed(seed), [], []
@@ -79,7 +79,7 @@ def relearn_low_rank(
     rank:int=8,
     scale:float=2., # as for low_rank
 )->Tensor: # [epochs + 1, n] float64, extraction strengths, before and after each epoch
-    "Teach a model through thin matrices, and measure what comes back beside"
+    "Train low-rank adapters, and measure what comes back elsewhere"
     check_apart(taught=taught, measured=measured)
     curve = [score(model, measured).extraction_strength]
     def look(epoch, loss): curve.append(score(model, measured).extraction_strength)

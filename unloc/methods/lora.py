@@ -1,4 +1,4 @@
-"""Teach some forgotten facts again through thin matrices, and measure the others
+"""Relearn some forgotten facts through low-rank adapters, and measure the others
 
 The usual way to fine-tune a large model today is through *low-rank adapters* (LoRA): no weight changes, and a thousandth of the memory is enough. So it is the attack that costs least.
 It teaches the facts that the attack *relearning* teaches, and measures the same ones."""
