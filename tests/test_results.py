@@ -73,7 +73,7 @@ def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
     names = saved_by(code)
     text = "".join(
         file.read_text("utf-8") for name in names
-        for file in (ROOT / "figures/related").glob(f"{name}.csv")).replace("-", "−")
+        for file in (ROOT / "figures").glob(f"related*/{name}.csv")).replace("-", "−")
     finding, = ["".join(c["source"]) for c in cells if "## What we find" in "".join(c["source"])]
     numbers = re.findall(r"−?\d+\.\d+", re.sub("<!--.*?-->", "", finding))
     assert len(numbers) > 0
