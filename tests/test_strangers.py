@@ -429,7 +429,8 @@ def test_comments_and_other_methods_rename_nothing(drawn):
 @pytest.mark.parametrize("file, old, new, says", [
     ("my_localizer.py", "label='Shortest'", "label=''", "lacks a label"),
     ("my_objective.py", "beta:float=.5", "beta=.5", "has an option without a type: beta"),
-    ("my_retain_term.py", "unloc.training", "unloc.taining", "No module named 'unloc.taining'")])
+    ("my_retain_term.py", "unloc.unlearning_run", "unloc.unlearning_rum",
+        "No module named 'unloc.unlearning_rum'")])
 def test_a_mistake_is_one_line_that_names_the_file(drawn, file, old, new, says):
     drawn.write(file, FILES[file], old, new)
     try: found, listed = drawn.ask("run", "--profile", "strange"), drawn.do("list")
