@@ -325,14 +325,15 @@ def test_a_level_that_no_run_reaches_is_told(smoke, tmp_path):
 # --- the plan
 
 KINDS = {
-    "base": 2 + 2,
-    "judge": 2 + 2,
-    "inject": 3 * 2 + 3 + 3 + 3 * 4 + 2,
+    "base": 2 + 2 + 1,
+    "judge": 2 + 2 + 1,
+    "inject": 3 * 2 + 3 + 3 + 3 * 4 + 2 + 1,
     "teach": 1,
     "localize": 3 * 2 + 3 + 1 + 1 + 3 + 1 + 3 * 2,
     "unlearn": 12 + 5 * 3 + 2 + 3 * 7 + 3 * 2 + 3 * 8 + 8 + 12,
     "supervise": 6,
-    "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8 + 1}
+    "attack": 3 * 8 + 3 * 4 + 3 * 2 + 3 * 8 + 1,
+    "measure": 3}
 
 def test_a_measure_whose_ends_are_alike_is_not_tested(smoke):
     about = json.loads((smoke.out / "smoke" / "table6_inside.json").read_text("utf-8"))
