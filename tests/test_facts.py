@@ -267,6 +267,14 @@ def test_tofu_splits(forget, n):
     assert [len(b.real_authors), len(b.world_facts), len(b.refusals)] == [100, 117, 100]
 
 @needs_shared
+def test_tofu_forgets_fewer_authors():
+    whole, some = tofu(TOFU, "forget05", 40), tofu(TOFU, "forget05", 40, 5)
+    assert some.forget == whole.forget[-100:] and some.name != whole.name
+    assert some.retain == whole.retain + whole.forget[:100]
+    assert (some.background, some.holdout) == (whole.background, whole.holdout)
+    assert tofu(TOFU, "forget05", 6, 5).retain == whole.forget[80:100]
+
+@needs_shared
 def test_tofu_carries_the_columns_that_exist():
     b = tofu(TOFU, "forget01", 200)
     every = b.retain + b.forget
@@ -455,6 +463,9 @@ def test_tofu_reads_windows_line_ends(folder):
         (dict(forget="forget01", n_authors=2), "from 3 to 200"),
         (dict(n_authors=201), "n_authors=201"),
         (dict(n_authors="all"), "n_authors='all'"),
+        (dict(n_forget=0), "n_forget=0: expected a whole number from 1 to 20"),
+        (dict(n_forget=11, forget="forget05"), "from 1 to 10"),
+        (dict(n_forget=5, n_authors=5), "n_authors=5: expected a whole number from 6 to 200"),
         (dict(source=""), "source=''"),
         (dict(source=None), "source='None'"),
         (dict(source="./tofu"), "source='./tofu': no such folder"),

@@ -24,6 +24,8 @@ def tofu(
     forget:Annotated[str, about("forget01, forget05 or forget10")]='forget10',
     n_authors:Annotated[Count, about("the last authors of the data set, the forgotten ones among "
         "them")]=200,
+    n_forget:Annotated[Count, about("authors to forget, the last of the forget set; left out: "
+        "all of it")]=None,
 )->facts.Benchmark: # twenty facts an author
     "Load TOFU, checked"
-    return tofu_files.tofu(source, forget, n_authors)
+    return tofu_files.tofu(source, forget, n_authors, n_forget)
