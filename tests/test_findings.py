@@ -362,11 +362,11 @@ def test_nothing_in_the_manuscript_is_set_below_the_smallest_size():
     sizes = [float(size) for size in re.findall(r"size: ([\d.]+)pt", text)]
     assert len(sizes) > 5 and min(sizes) >= SMALLEST
     figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
-    drawn = re.findall(r'#drawn\("([^"]+)"', text)
+    drawn = dict(re.findall(r'#drawn\("([^"]+)"(?:[^)]*share: (\d+)%)?', text))
     assert len(drawn) > 8 and "width: 100%" in text
-    for name in drawn:
+    for name, share in drawn.items():
         svg = (ROOT / figures[name]["image"].lstrip("/")).read_text("utf-8")
-        assert smallest_font(svg, PRINTED) >= SMALLEST, name
+        assert smallest_font(svg, PRINTED * int(share or 100) / 100) >= SMALLEST, name
 
 def test_the_manuscript_can_be_read_aloud():
     figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
