@@ -11,12 +11,13 @@ from unloc.recomputed import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "figures" / "tiny"
+PROFILE = "tofu-20"
+SAVED = ROOT / "figures" / PROFILE
 MAIN = "table2_oracle_random"
 ELSEWHERE = "pdp11"
 
 def copied(to):
-    return Path(shutil.copytree(TINY, to, ignore=shutil.ignore_patterns("*.svg", "*.pdf")))
+    return Path(shutil.copytree(SAVED, to, ignore=shutil.ignore_patterns("*.svg", "*.pdf")))
 
 def edit(folder, name, change):
     file = folder / f"{name}.json"
@@ -25,23 +26,23 @@ def edit(folder, name, change):
     file.write_text(json.dumps(about), "utf-8")
 
 @pytest.fixture
-def other(tmp_path): return copied(tmp_path / "there" / "tiny")
+def other(tmp_path): return copied(tmp_path / "there" / PROFILE)
 
-def compared(other): return side_by_side(read_saved(TINY), read_saved(other))
+def compared(other): return side_by_side(read_saved(SAVED), read_saved(other))
 
 def first_row(about): return about["rows"][0]
 
 def swapped(about): # another verdict, sign and p
-    row = first_row(about)
-    assert row["verdict"] != "different" and row["difference [95 %]"].startswith("-")
+    row = next(row for row in about["rows"] if row["verdict"] == "inconclusive")
+    assert row["objective"] == "NPO" and row["difference [95 %]"].startswith("-")
     row |= {"verdict": "different", "p Holm": "0.001",
         "difference [95 %]": row["difference [95 %]"].replace("-", "+", 1)}
 
 # --- rows
 
 def test_a_computation_agrees_with_itself_in_every_row():
-    found = compared(TINY)
-    tested = [row for about in read_saved(TINY).about.values()
+    found = compared(SAVED)
+    tested = [row for about in read_saved(SAVED).about.values()
         for row in [*about.get("rows", []), *about.get("slopes", [])] if "verdict" in row]
     every = [row["verdict"] for row in tested] + [
         row["area, verdict"] for row in tested if "area, verdict" in row]
@@ -90,7 +91,7 @@ def test_slopes_next_to_a_figure_are_compared(other):
         for line in text_of(compared(other)))
 
 def test_results_name_no_row():
-    about = read_saved(TINY).about
+    about = read_saved(SAVED).about
     names = [naming([about[name]["rows"]]) for name in about if "rows" in about[name]]
     assert {name for found in names for name in found} <= {
         "model", "objective", "metric", "arm", "region", "attack", "RS", "outcome", "inside",
@@ -105,7 +106,7 @@ def test_a_table_that_one_side_lacks_is_named(other):
     (other / f"{MAIN}.json").unlink()
     found = compared(other)
     assert found.missing == ([MAIN], []) and MAIN not in {row.table for row in found.rows}
-    assert f"only in {TINY}: {MAIN}" in text_of(found)
+    assert f"only in {SAVED}: {MAIN}" in text_of(found)
 
 # --- what cannot be compared
 
@@ -115,13 +116,13 @@ def test_a_table_that_one_side_lacks_is_named(other):
         ("damaged", f"{MAIN}.json cannot be read .*restore it"),
         ("list", f"{MAIN}.json must hold a JSON object, got a list"),
         ("mixed", "holds figures of 2 profiles"),
-        ("profile", "is of profile tiny, .* of elsewhere; expected two computations of one"),
+        ("profile", f"is of profile {PROFILE}, .* of elsewhere; expected two computations of one"),
         ("no tables", "have no table with verdicts in common"),
         ("empty", "no figures in .*; give another folder"),
-        ("parent", "no figures in .*; give one of its folders: tiny"),
+        ("parent", f"no figures in .*; give one of its folders: {PROFILE}"),
         ("gone", "is no folder; give one of figures"),
         ("store", "is a store of runs, which have no verdicts; draw its figures"),
-        ("commit", "git has no figures 0000000:figures/tiny")])
+        ("commit", f"git has no figures 0000000:figures/{PROFILE}")])
 def test_what_cannot_be_compared_is_one_line(how, says, other, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     file, given = other / f"{MAIN}.json", other
@@ -139,8 +140,8 @@ def test_what_cannot_be_compared_is_one_line(how, says, other, capsys, monkeypat
     if how == "store":
         (other / "31da5f64").mkdir()
         (other / "31da5f64" / "description.json").write_text("{}", "utf-8")
-    if how == "commit": given = "0000000:figures/tiny"
-    assert cli.main(["compare-figures", str(TINY), str(given)]) == 1
+    if how == "commit": given = f"0000000:figures/{PROFILE}"
+    assert cli.main(["compare-figures", str(SAVED), str(given)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("unloc: ") and err.count("\n") == 1
     assert re.search(says, err), err
@@ -154,7 +155,7 @@ def git(folder, *words):
 @pytest.fixture
 def checkout(tmp_path): # of figures that are committed
     if not shutil.which("git"): pytest.skip("needs git")
-    folder = copied(tmp_path / "checkout" / "figures" / "tiny")
+    folder = copied(tmp_path / "checkout" / "figures" / PROFILE)
     root = tmp_path / "checkout"
     git(tmp_path, "init", "-q", str(root))
     git(root, "add", ".")
@@ -192,10 +193,11 @@ def test_only_what_was_computed_again_is_compared(checkout):
 def test_many_changed_verdicts_are_counted(checkout):
     def all_of_them(about):
         for row in about["rows"]: row["verdict"] = "another"
-    edit(checkout, MAIN, all_of_them)
-    elsewhere(checkout, MAIN)
-    lines = changed_since(checkout, [MAIN])
-    assert len(lines) < 15 and lines[-2] == "  and 6 more"
+    table = "table3_recovery"
+    edit(checkout, table, all_of_them)
+    elsewhere(checkout, table)
+    lines = changed_since(checkout, [table])
+    assert len(lines) < 15 and lines[-2] == "  and 20 more"
 
 def test_reproduce_says_it_after_the_notebooks(checkout, monkeypatch):
     edit(checkout, MAIN, swapped)
@@ -207,12 +209,14 @@ def test_reproduce_says_it_after_the_notebooks(checkout, monkeypatch):
     lines = []
     monkeypatch.setattr(cli, "_execute", lambda *given: lines.append("executed"))
     watch = type("Watch", (), {"say": lines.append, "begin": lambda label: None})
-    cli._run_all(checkout.parents[1], asked, [], watch, "tiny")
+    cli._run_all(checkout.parents[1], asked, [], watch, PROFILE)
     said = next(i for i, line in enumerate(lines) if "git holds figures" in line)
     assert said > lines.index("executed")
     (checkout / f"{MAIN}.json").write_text("{", "utf-8")
-    found = cli._since_commit(asked, "tiny")
+    found = cli._since_commit(asked, PROFILE)
     assert len(found) == 1 and found[0].startswith("not compared with what git holds: ")
+    asked.chosen[page] = {"demonstration": True}
+    assert cli._since_commit(asked, PROFILE) == [], "a demonstration has no verdicts"
 
 def test_without_git_nothing_is_compared(other):
     assert changed_since(other, [MAIN]) == []
@@ -221,9 +225,9 @@ def test_without_git_nothing_is_compared(other):
 
 def test_a_claim_that_holds_on_one_side_alone_is_named(other):
     page = ROOT / "nbs" / "90_findings.ipynb"
-    here = claims(read_saved(TINY), page)
-    name = "tiny.area.equal are"
-    assert here[name] and len(here) > 20 and all(x.startswith("tiny.") for x in here)
+    here = claims(read_saved(SAVED), page)
+    name = f"{PROFILE}.area.held are"
+    assert here[name] and len(here) > 20 and all(x.startswith(f"{PROFILE}.") for x in here)
     edit(other, MAIN, swapped)
     there = claims(read_saved(other), page)
     lines = claims_text(here, there)

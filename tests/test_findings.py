@@ -13,18 +13,20 @@ from unloc.pages import execute_page
 from unloc.profiles import profiles
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "figures" / "tiny"
+CLAIMED = "tofu-20" # the profile that draws conclusions on pages 20 to 31
+SAVED = ROOT / "figures" / CLAIMED
+SHOWN = "26" # the page that only the demonstration computes
 EVERY = sorted((ROOT / "nbs").glob("[23][0-9]_*.ipynb"))
-DRAWN = profiles(ROOT)["tiny"]["notebooks"] # the pages whose figures are committed
+DRAWN = profiles(ROOT)["tiny"]["notebooks"] # the pages of the demonstration
 PAGES = {p.stem[:2]: p for p in EVERY if p.stem in DRAWN}
 HELD = .05
 COMMENT = re.compile("<!--.*?-->")
 WORDS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-def about(name): return json.loads((TINY / f"{name}.json").read_text("utf-8"))
+def about(name): return json.loads((SAVED / f"{name}.json").read_text("utf-8"))
 def rows(name): return pd.DataFrame(about(name)["rows"])
-def data(name): return pd.read_csv(TINY / f"{name}.csv")
+def data(name, profile=CLAIMED): return pd.read_csv(ROOT / "figures" / profile / f"{name}.csv")
 def print_of(text): return str(text).replace("-", "−")
 def signed(row): return print_of(row["difference [95 %]"].split(" ")[0])
 def p(cells): return cells.replace({"<0.001": "0", "–": None}).astype(float)
@@ -45,36 +47,44 @@ def carries(n, *parts):
 
 @pytest.mark.parametrize("n", PAGES)
 def test_every_page_ends_with_what_it_finds(n):
-    assert "`tiny`" in finding(n) and len(finding(n).split()) > 20
+    profile = "tiny" if n == SHOWN else CLAIMED
+    assert f"`{profile}`" in finding(n) and len(finding(n).split()) > 20
+
+VERDICTS = re.compile("Holm|p-value|significan|equivalent|differs|better|worse|ahead")
+
+def test_nothing_is_concluded_from_the_demonstration():
+    assert profiles(ROOT)["tiny"]["demonstration"] is True
+    texts = [finding(n) for n in PAGES]
+    texts += [(ROOT / name).read_text("utf-8") for name in ("README.md", "paper/unloc.typ")]
+    sentences = [s for text in texts for s in re.split(r"(?<=[.;])\s+", text) if "`tiny`" in s]
+    assert len(sentences) > 3 and [s for s in sentences if VERDICTS.search(s)] == []
+    names = {name for name in quoted(ROOT) if name.startswith("tiny.")}
+    assert names and not any(isinstance(found[name].value, bool) for name in names)
 
 def test_20_why_ten_percent():
-    mean = data("injection_ratio").groupby(["model", "share", "arch", "metric"]).value.mean()
-    def of(model, share, metric):
-        return [f"{mean[model, share, arch, metric]:.2f}" for arch in ("llama", "olmo2")]
-    (a, b), (c, d), (e, f) = (
-        of("original", .1, "FS"),
-        of("retained", .1, "FS"),
-        of("original", .1, "RS"))
-    g, h = of("original", 1., "RS")
+    mean = data("injection_ratio").groupby(["model", "share", "metric"]).value.mean()
+    def of(model, share, metric): return f"{mean[model, share, metric]:.2f}"
     carries(
         "20",
-        f"FS falls to {a} (Llama) and {b} (OLMo 2)",
-        f"has {c} and {d}",
-        f"RS is still {e} and {f}",
-        f"an RS of {g} and {h}")
+        f"FS falls to {of('original', .1, 'FS')}",
+        f"has {of('retained', .1, 'FS')}, and RS is still {of('original', .1, 'RS')}",
+        f"Through 30 % of them the facts are learnt completely, FS {of('original', .3, 'FS')}",
+        f"an RS of {of('original', .3, 'RS')}",
+        f"Through 3 % the model learns little: FS stays at {of('original', .03, 'FS')}")
 
 def test_21_oracle_against_random():
-    areas = rows("table2_oracle_random").query("metric == 'AUES'")
-    kept = survives(areas).set_index(["model", "objective"])
-    assert {*kept.index} == {("Llama", "RMU"), ("Llama", "NPO")}
-    equal = areas[areas.verdict == "equivalent"]
-    assert equal[["model", "objective"]].values.tolist() == [["Llama", "WGA"]]
+    table = rows("table2_oracle_random")
+    areas, utility = (table[table.metric == metric] for metric in ("AUES", "MU95"))
+    kept = survives(areas).set_index("objective")
+    assert {*kept.index} == {"RMU", "WGA"} and (areas.verdict != "equivalent").all()
+    assert survives(utility).objective.tolist() == ["RMU"]
+    gap = {row.objective: signed(dict(row)) for row in map(lambda r: r[1], areas.iterrows())}
     carries(
         "21",
-        f"better with RMU ({signed(kept.loc['Llama', 'RMU'])} AUES) and worse with NPO"
-        f" ({signed(kept.loc['Llama', 'NPO'])})",
-        f"the other {WORDS[len(areas) - len(kept)]} of {WORDS[len(areas)]} rows",
-        "One row (Llama with WGA) is equivalent")
+        f"{WORDS[len(kept)]} of {WORDS[len(areas)]} objectives",
+        f"RMU ({gap['RMU']} AUES) and WGA ({gap['WGA']})",
+        f"NPO ({gap['NPO']}) and DPO ({gap['DPO']})",
+        f"({signed(survives(utility).iloc[0])})")
 
 def test_22_trajectories():
     ends = (
@@ -94,104 +104,86 @@ def test_22_trajectories():
 
 def test_23_direct_supervision():
     found = about("figure1_direct_supervision")
-    def values(name, oracle):
-        return [
-            float(x[name])
-            for end in found["ends"].values()
-            for region, x in end.items()
-            if (region == "Oracle") is oracle]
-    oracle, random, kept = values("FS", True), values("FS", False), values("RS", False)
-    goal = [float(x["FS"]) for x in found["retained"].values()]
-    assert oracle == goal, "Oracle ends where the retained model is"
+    ends, goal = found["ends"]["llama"], found["retained"]["llama"]
+    random = [end for region, end in ends.items() if region != "Oracle"]
+    assert ends["Oracle"]["FS"] == goal["FS"], "Oracle ends where the retained model is"
+    def span(name):
+        values = sorted({end[name] for end in random})
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
     carries(
         "23",
-        f"Oracle ends at FS {oracle[0]:.2f} (Llama) and {oracle[1]:.2f} (OLMo 2)",
-        f"FS {min(random):.2f} to {max(random):.2f}",
-        f"RS {min(kept):.2f} to {max(kept):.2f}")
+        f"Oracle ends at FS {ends['Oracle']['FS']}",
+        f"end at FS {span('FS')} and RS {span('RS')}")
 
 def test_24_localization():
-    means = about("localization")["means"]
-    def recall(name):
-        return " and ".join(means[arch][name]["recall"] for arch in ("llama", "olmo2"))
-    blind = [
-        float(means[arch][x]["recall"])
-        for arch in means
-        for x in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio")]
-    others = [
-        name
-        for name in means["llama"]
-        if name not in ("memflex", "wagle", "gradient", "fisher", "fisher_ratio", "random")]
-    assert {*others} == {"weight_norm", "wanda", "activations", "integrated_gradients"}
+    means = about("localization")["means"]["llama"]
+    blind = "memflex", "wagle", "gradient", "fisher", "fisher_ratio"
+    assert {*means} - {*blind, "random"} == {
+        "weight_norm", "wanda", "activations", "integrated_gradients"}
+    def recall(name): return means[name]["recall"]
     carries(
         "24",
-        f"weight norm finds all of it (recall {recall('weight_norm')}, on",
+        f"weight norm finds all of it (recall {recall('weight_norm')})",
         f"Wanda ({recall('wanda')})",
         f"activations ({recall('activations')})",
         f"integrated gradients ({recall('integrated_gradients')})",
-        f"at most {max(blind):.2f}",
+        f"at most {max(map(recall, blind))}",
         f"chance is {about('localization')['chance']}")
 
 def test_25_localizers():
     tested = rows("table1_localizers").query("verdict != '–'")
     areas, utility = tested[tested.metric == "AUES"], tested[tested.metric == "MU95"]
-    kept, own = survives(areas), rows("table1_own_units")
-    assert kept[["model", "region"]].values.tolist() == [["Llama", "WAGLE"]]
+    gaps = areas["difference [95 %]"].str.split(" ").str[0]
+    assert len(survives(areas)) == len(areas) and gaps.str.startswith("+").all()
     assert survives(utility).empty
-    assert survives(own).empty
-    equal = (utility.verdict == "equivalent").sum()
+    gaps = sorted(gaps.str.lstrip("+"))
+    own = data("table1_own_units_data", "tiny").groupby("localizer").AUES.mean()
     carries(
         "25",
-        f"one of {len(areas)} comparisons",
-        f"WAGLE on Llama ({signed(kept.iloc[0])} AUES)",
-        f"{equal} of {len(utility)}")
+        f"all {WORDS[len(areas)]} localizers trade better",
+        f"by {gaps[0]} to {gaps[-1]} AUES",
+        f"none of {WORDS[len(utility)]} differs",
+        f"{own.wagle_weights:.2f} through the single weights",
+        f"{own.random_weights:.2f} through random ones")
 
 def test_26_region_share():
-    mean = data("region_share").groupby(["objective", "localizer", "share"]).AUES.mean()
-    def of(objective, share):
-        return [f"{mean[objective, name, share]:.2f}" for name in ("wagle", "random")]
-    (a, b), (c, d) = of("wga", .01), of("wga", .1)
-    (e, f), (g, h) = of("npo", .01), of("npo", .1)
-    assert (data("region_share").groupby(["objective", "localizer", "share"]).size() == 1).all()
-    for name in ("wagle", "random"):
-        assert mean["wga", name][[.1, .25, .5, 1.]].is_monotonic_decreasing
+    points = data("region_share", "tiny").query("objective == 'wga'")
+    mean = points.groupby(["localizer", "share"]).AUES.mean()
+    assert (points.groupby(["localizer", "share"]).size() == 1).all()
     carries(
         "26",
-        f"At 1 % it reaches AUES {a} against {b} (WGA) and {e} against {f} (NPO)",
-        f"at 10 % {c} against {d} and {g} against {h}")
+        f"an AUES of {mean['wagle', .01]:.2f} at a share of 1 % and of {mean['wagle', .1]:.2f}",
+        f"a random region has {mean['random', .01]:.2f} and {mean['random', .1]:.2f}")
 
 def test_27_arms():
     tested = rows("table4_arms").query("verdict != '–'")
+    areas = tested[tested.metric == "AUES"]
     kept = survives(tested)
-    assert kept[["objective", "metric", "arm"]].values.tolist() == [["NPO", "MU95", "All weights"]]
-    areas = (tested.metric == "AUES").sum()
+    assert kept[["objective", "metric", "arm"]].values.tolist() == [["NPO", "AUES", "All weights"]]
+    random = areas[areas.arm == "Random"].set_index("objective")
     carries(
         "27",
-        f"none of {WORDS[areas]} arms",
-        f"{signed(kept.iloc[0])} MU95",
-        f"one of {len(tested)} comparisons")
+        f"one of {WORDS[len(areas)]} arms",
+        f"({signed(kept.iloc[0])} AUES)",
+        f"{signed(random.loc['WGA'])} AUES (p {random.loc['WGA', 'p Holm']})",
+        f"{signed(random.loc['NPO'])} (p {random.loc['NPO', 'p Holm']})")
 
 def test_28_recovery():
     table, runs = rows("table3_recovery"), data("recovery").query("met")
     assert survives(table).empty and survives(table, "area, p Holm").empty
-    strongest = "relearn forgotten facts, all weights"
-    mean = runs[runs.attack == strongest].groupby(["objective", "arm"]).recovered.mean()
-    for objective in ("wga", "npo"):
-        best = (
-            runs[(runs.objective == objective) & runs.arm.isin(["Random", "All weights"])]
-            .groupby("attack")
-            .recovered.mean())
-        assert best.idxmax() == strongest, "the strongest attack"
+    strongest = "relearn forgotten facts, target region"
+    by_attack = runs[runs.arm != "Restore"].groupby("attack").recovered.mean()
+    assert by_attack.idxmax() == strongest, "the strongest attack"
+    mean = runs[runs.objective == "wga"].groupby(["attack", "arm"]).recovered.mean()
+    weights = strongest.replace("target region", "all weights")
     asked = table.drop_duplicates("attack").set_index("attack").Original
-    ends = rows("table5_equal_retention")
-    kept = survives(ends)
-    assert kept[["objective", "RS", "outcome"]].values.tolist() == [["NPO", "end of the run", "FS"]]
+    assert survives(rows("table5_equal_retention")).empty
     carries(
         "28",
         f"none of {len(table)} comparisons",
-        f"{mean['wga', 'Oracle']:.2f} (Oracle) and {mean['wga', 'Random']:.2f} (Random)",
-        f"{mean['wga', 'All weights']:.2f} of what",
-        f"{print_of(asked['paraphrased'])} and {print_of(asked['few-shot'])}",
-        f"({signed(kept.iloc[0])} FS")
+        f"{mean[strongest, 'Oracle']:.2f} (Oracle) and {mean[strongest, 'Random']:.2f} (Random)",
+        f"{mean[weights, 'Oracle']:.2f} and {mean[weights, 'Random']:.2f}",
+        f"{print_of(asked['paraphrased'])} and {print_of(asked['few-shot'])}")
 
 def test_29_reversal():
     found, inside = about("reversal"), rows("table6_inside")
@@ -201,37 +193,38 @@ def test_29_reversal():
     over, within = (
         print_of(words[name].split(" ")[0])
         for name in ("over all runs", "within arm and objective"))
-    kept = survives(inside).set_index(["objective", "inside"])
-    assert {*kept.index} == {("NPO", "the answer itself, nats"), ("NPO", "depth")}
+    kept = survives(inside)
+    assert kept[["objective", "inside"]].values.tolist() == [["NPO", "logit lens, nats"]]
     carries(
         "29",
         f"{cosine[0]} (WGA) and {cosine[1]} (NPO)",
         f"{over} over all runs and {within} within",
-        f"({signed(kept.loc['NPO', 'the answer itself, nats'])} nats)",
-        f"({signed(kept.loc['NPO', 'depth'])})")
+        f"({signed(kept.iloc[0])} nats)")
 
 def test_30_dose_response():
     slopes = pd.DataFrame(about("dose_response")["slopes"])
     assert survives(slopes).empty
     top = slopes[slopes.outcome == "AUES"].iloc[
         slopes[slopes.outcome == "AUES"].slope.astype(float).argmax()]
-    assert (top.objective, top.regions) == ("WGA", "and of localizers")
+    assert (top.objective, top.regions) == ("WGA", "of known recall")
     carries(
         "30",
         f"none of {WORDS[len(slopes)]} slopes",
-        f"{top.slope} AUES {print_of(top['95 %']).replace('[+', '[+')}")
+        f"{top.slope} AUES {print_of(top['95 %'])}")
 
 def test_31_injection():
     found = rows("injection")
     kept = survives(found)
-    assert kept[["outcome", "way"]].values.tolist() == [["AUES", "neurons"]]
-    usual = found[found.way == "value vectors, 10 %, fine-tuned"].set_index("outcome")
+    assert kept[["outcome", "way"]].values.tolist() == [["AUES", "fine-tuned, after other facts"]]
+    areas = found[found.outcome == "AUES"].set_index("way")
+    heads = areas.loc["neurons and heads"]
     carries(
         "31",
-        f"one of {len(found)} comparisons",
-        f"({signed(kept.iloc[0])} AUES)",
-        f"{signed(usual.loc['AUES'])} AUES and {signed(usual.loc['recovered'])} of what was"
-        " forgotten")
+        f"one of {WORDS[len(found)]} comparisons",
+        f"({signed(kept.iloc[0])} AUES), barely (p {kept.iloc[0]['p Holm']})",
+        f"{signed(heads)} AUES (p {heads['p Holm']})",
+        f"mixed with retain facts {signed(areas.loc['mixed with retain facts'])}",
+        f"({signed(areas.loc['into a region made free'])})")
 
 # --- findings by name
 
@@ -254,14 +247,14 @@ def test_findings_are_those_of_the_saved_figures(tmp_path):
 
 def test_what_is_not_saved_is_left_out_by_name(tmp_path):
     for name in ("table2_oracle_random", "localization"):
-        for file in TINY.glob(f"{name}*"):
-            (tmp_path / "figures/tiny").mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, tmp_path / "figures/tiny")
+        for file in SAVED.glob(f"{name}*"):
+            (tmp_path / "figures" / CLAIMED).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "figures" / CLAIMED)
     about = computed(tmp_path / "figures", tmp_path / "out")
     names = {row["name"] for row in about["rows"]}
-    assert "tiny.find.chance" in names and "tiny.recovery.held" not in names
-    assert about["skipped"]["tiny: 28_recovery"] == (
-        "no committed data: tiny/table3_recovery.json")
+    assert "tofu-20.find.chance" in names and "tofu-20.recovery.held" not in names
+    assert about["skipped"]["tofu-20: 28_recovery"] == (
+        "no committed data: tofu-20/table3_recovery.json")
     assert "study/tuning.json" in about["skipped"]["study: 32_tuning"]
 
 def said(page):
@@ -304,12 +297,12 @@ def test_a_text_that_the_data_no_longer_support_is_named():
     text = said(PAGES["21"])
     other = dict(found)
     for name, value, printed in (
-        ("tiny.area.llama.rmu", .051, "+0.051"),
-        ("tiny.area.held are", False, "fails")):
+        ("tofu-20.area.llama.rmu", .051, "+0.051"),
+        ("tofu-20.area.held are", False, "fails")):
         other[name] = type(found[name])(**vars(found[name]) | {"value": value, "printed": printed})
     problems = unsupported(text, other, decimals=True)
     names = [problem.split(":")[0] for problem in problems]
-    assert names == ["tiny.area.llama.rmu", "tiny.area.held are", "0.047"]
+    assert names == ["tofu-20.area.llama.rmu", "tofu-20.area.held are", "0.074"]
 
 # --- the manuscript
 
@@ -349,13 +342,14 @@ def test_the_paper_does_not_compile_with_a_claim_that_fails(tmp_path):
     for image in (ROOT / one["image"].lstrip("/") for one in about["figures"].values()):
         (tmp_path / image.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / image.relative_to(ROOT))
-    row = next(row for row in about["rows"] if row["name"] == "tiny.area.held are")
+    row = next(row for row in about["rows"] if row["name"] == "tofu-20.area.held are")
     (tmp_path / "figures/findings").mkdir(exist_ok=True)
     for printed in ("holds", "fails"):
         row["printed"] = printed
         (tmp_path / "figures/findings/findings.json").write_text(json.dumps(about), "utf-8")
         if printed == "holds": assert compiled(tmp_path).startswith(b"%PDF")
-    with pytest.raises(Exception, match="no longer holds: tiny.area.held are"): compiled(tmp_path)
+    says = "no longer holds: tofu-20.area.held are"
+    with pytest.raises(Exception, match=says): compiled(tmp_path)
 
 def test_every_number_in_the_manuscript_is_read():
     text = re.sub(r"^\s*//.*|```.*?```", "", PAPER.read_text("utf-8"), flags=re.M | re.S)
@@ -369,11 +363,11 @@ def test_nothing_in_the_manuscript_is_set_below_the_smallest_size():
     sizes = [float(size) for size in re.findall(r"size: ([\d.]+)pt", text)]
     assert len(sizes) > 5 and min(sizes) >= SMALLEST
     figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
-    drawn = re.findall(r'#drawn\("([^"]+)"', text)
+    drawn = dict(re.findall(r'#drawn\("([^"]+)"(?:[^)]*share: (\d+)%)?', text))
     assert len(drawn) > 8 and "width: 100%" in text
-    for name in drawn:
+    for name, share in drawn.items():
         svg = (ROOT / figures[name]["image"].lstrip("/")).read_text("utf-8")
-        assert smallest_font(svg, PRINTED) >= SMALLEST, name
+        assert smallest_font(svg, PRINTED * int(share or 100) / 100) >= SMALLEST, name
 
 def test_the_manuscript_can_be_read_aloud():
     figures = json.loads(FINDINGS.read_text("utf-8"))["figures"]
@@ -384,17 +378,15 @@ def test_the_main_table_is_short_and_repeats_what_was_published():
     table = json.loads(FINDINGS.read_text("utf-8"))["tables"]["main"]
     assert len(table["rows"]) <= 12
     published = json.loads((ROOT / "paper" / "published.json").read_text("utf-8"))["AUES"]
-    rows = [row for row in table["rows"] if "−" not in row[1]]
-    assert [row[3] for row in rows] == [row["p"] for row in published]
-    for row, theirs in zip(rows, published):
+    rows_of_main = [row for row in table["rows"] if "−" not in row[1]]
+    assert [row[3] for row in rows_of_main] == [row["p"] for row in published]
+    for row, theirs in zip(rows_of_main, published):
         gap = float(theirs["Oracle"].split(" ")[0]) - float(theirs["Random"].split(" ")[0])
         assert row[2] == print_of(f"{gap:+.3f}")
-    areas = rows_of_tiny()
-    assert [row[4].split(" ")[0] for row in rows] == areas
-
-def rows_of_tiny():
     areas = rows("table2_oracle_random").query("metric == 'AUES'")
-    return [signed(row) for _, row in areas.iterrows()]
+    ours = [row[4].split(" ")[0] for row in rows_of_main]
+    assert ours[:len(areas)] == [signed(row) for _, row in areas.iterrows()]
+    assert {*ours[len(areas):]} == {"–"}, "OLMo 2 is run in the demonstration alone"
 
 def test_the_sign_by_objective_is_the_paired_contrast():
     runs = data("table2_oracle_random_data").query("arch == 'llama'")
@@ -402,6 +394,6 @@ def test_the_sign_by_objective_is_the_paired_contrast():
     gap = {o: wide[o].Oracle - wide[o].Random for o in ("npo", "rmu")}
     test = ttest_1samp(gap["rmu"] - gap["npo"], 0)
     ends = [print_of(f"{end:+.3f}") for end in test.confidence_interval(.95)]
-    assert found["sign.tiny.llama"].value == pytest.approx((gap["rmu"] - gap["npo"]).mean())
-    assert found["sign.tiny.llama.interval"].printed == f"[{', '.join(ends)}]"
-    assert test.pvalue < HELD / 4 and found["sign.all held"].value
+    assert found["sign.tofu-20.llama"].value == pytest.approx((gap["rmu"] - gap["npo"]).mean())
+    assert found["sign.tofu-20.llama.interval"].printed == f"[{', '.join(ends)}]"
+    assert test.pvalue < HELD / 2 and found["sign.all held"].value

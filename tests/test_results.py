@@ -30,15 +30,16 @@ def project(tmp_path):
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copy(ROOT / "nbs/25_localizers.ipynb", tmp_path / "nbs")
-    for name in ("table1_localizers", "table1_own_units"):
-        (tmp_path / "figures/tiny").mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / f"figures/tiny/{name}.json", tmp_path / "figures/tiny")
+    for name in ("tofu-20/table1_localizers", "tiny/table1_localizers", "tiny/table1_own_units"):
+        file = tmp_path / "figures" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "figures" / f"{name}.json", file)
     return tmp_path
 
 def test_new_numbers_are_stored_and_a_second_time_changes_nothing(project):
     page = project / "nbs/25_localizers.ipynb"
     before = page.read_text("utf-8")
-    file = project / "figures/tiny/table1_localizers.json"
+    file = project / "figures/tofu-20/table1_localizers.json"
     about = json.loads(file.read_text("utf-8"))
     assert [store_results(project), page.read_text("utf-8")] == [[], before]
     about["rows"][0] |= {about["columns"][-1]: "0.123456"}
@@ -47,8 +48,19 @@ def test_new_numbers_are_stored_and_a_second_time_changes_nothing(project):
     assert "0.123456" in page.read_text("utf-8") and "0.123456" not in before
     assert store_results(project) == []
 
+def test_a_demonstration_is_shown_without_verdicts_and_only_where_nothing_else_is(project):
+    page = project / "nbs/25_localizers.ipynb"
+    def shown(): return json.dumps(json.loads(page.read_text("utf-8"))["cells"])
+    first = shown()
+    assert "Profile tofu-20" in first and "detectable</th>" in first and "verdict</th>" in first
+    for file in project.glob("figures/tofu-20/*"): file.unlink()
+    assert store_results(project) == [page]
+    assert "Profile tofu-20" not in shown() and "Profile tiny" in shown()
+    assert "verdict</th>" not in shown() and "detectable</th>" in shown()
+    assert "no verdicts and no claims" in shown()
+
 def test_what_no_profile_saved_leaves_its_cell_empty(project):
-    for file in project.glob("figures/tiny/*"): file.unlink()
+    for file in project.glob("figures/*/*"): file.unlink()
     [page] = store_results(project)
     assert not any(c.get("outputs") for c in json.loads(page.read_text("utf-8"))["cells"])
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import api
 from unloc.cli import artefacts
+from unloc.results import shown_from
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / "nbs"
-FIRST = "tiny" # the profile whose figures a page shows, where it has them
+FIRST = "tiny" # the profile of a page that shows nothing and names none
 TEXTS = {"README.md": "guide", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
 KINDS = {
     "localizer": "Localizers", "objective": "Objectives", "retain_term": "Retain terms",
@@ -62,9 +63,7 @@ class Page:
             return f".venv/bin/unloc reproduce --profile {self.profile} --only {self.path.stem}"
         return f".venv/bin/nbdev-test nbs/{self.name}.ipynb"
 
-def folder_of(artefact):
-    places = sorted(ROOT.glob("figures/*"), key=lambda p: (p.name != FIRST, p.name))
-    return next((p for p in places if (p / f"{artefact}.json").is_file()), None)
+def folder_of(artefact): return shown_from(ROOT, artefact)
 
 # --- links
 
