@@ -158,6 +158,7 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     "Bring a run to a level of forgetting, and try to recover the facts"
     how = description['attack']
     scene, level, retention = _set_scene(description, parent)
+    likelihood = float(score(scene.attacked, scene.forget).nll.mean())
     found = run_attacks(scene, wanted(how), description['seed'], progress)
     rows = pandas.DataFrame(found.rows, columns=None if found.rows else ['attack', 'support'])
     rows.to_csv(folder / 'attacks.csv', index=False, lineterminator='\n')
@@ -166,7 +167,7 @@ def compute(description:dict, parent:Run, folder:Path, progress:Callable[[float]
     change = compared(scene.attacked, scene.original, scene.retained)
     inside = {f'{name}{when}': x for when, own in found.inside.items() for name, x in own.items()}
     save_json(folder, {'level': how.get('level', 0), **level._asdict(),
-        'FS': 1 - float(scene.left.mean()), 'RS': retention, **change, **inside})
+        'FS': 1 - float(scene.left.mean()), 'NLL': likelihood, 'RS': retention, **change, **inside})
 
 # %% ../../nbs/steps/attack.ipynb #8d33f83b
 def _relearned(m:Models, how:dict, k:int)->Cost: # k: value vectors per layer of the target region
