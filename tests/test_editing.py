@@ -10,6 +10,7 @@ from unloc.editing import (
     ridge, second_moments)
 from unloc.heads import Neurons
 from unloc.invented import author_world
+from unloc.loading import recompute
 from unloc.models import output_projections, region_shape, tiny_model
 from unloc.regions import Region
 from unloc.register import METHODS, find
@@ -292,6 +293,13 @@ def test_an_editor_stays_in_its_region_and_is_the_same_twice(name):
     assert same(second, bits(first))
     for layer, (index, _) in places[0].items():
         assert index.tolist() == region.columns[layer].tolist()
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_editor_makes_the_same_change_where_blocks_are_computed_once_more(name):
+    plain, again = llama(), llama()
+    recompute(again)
+    for model in (plain, again): changed(name, model)
+    assert same(again, bits(plain))
 
 def test_a_seed_draws_other_surroundings():
     models = [llama() for _ in range(3)]

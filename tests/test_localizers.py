@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from unloc import streaming as S
+from unloc.loading import recompute
 from unloc.methods.activations import mean_coefficient
 from unloc.methods.fisher_ratio import fisher_ratio_score
 from unloc.methods.memflex import memflex_score
@@ -495,6 +496,12 @@ def test_it_takes_the_passes_that_it_says(
     scored(name, model, facts, RETAIN[:2], **options)
     assert about["unit"] in S.UNITS and bool(about["gradients"]) == bool(backward)
     if not about["per_layer"]: assert sum(passes) == about["passes"] * len(facts)
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_block_that_is_computed_once_more_gives_the_same_scores(name):
+    again = small()
+    recompute(again)
+    assert alike(scored(name, again), scored(name, small()))
 
 # --- what a score is good for
 

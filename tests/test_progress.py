@@ -77,6 +77,16 @@ def test_lines_come_every_half_a_minute(monkeypatch, capsys):
         "page attack 1.0 of 4 runs, 31 s so far, 93 s left",
         "page attack 2.0 of 4 runs, 62 s so far, 62 s left"]
 
+def test_an_event_that_is_written_in_parts_is_read_whole(capsys):
+    import time
+    from unloc.progress import Lines, Watch
+    with Watch(shown=Lines()) as watch:
+        for part in ('{"note": "half', ' a line"}\n{"note": ', '"another"}\n'):
+            with open(watch.path, "a", encoding="utf-8") as file: file.write(part)
+            time.sleep(.5)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "note: half a line", "note: another"]
+
 # --- a sweep by itself
 
 SWEPT = """

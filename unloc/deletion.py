@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
-from .answers import choices, choose, options
+from .answers import choices, choose
 from .masked import columns_at, columns_of, put_columns
 from .models import region_shape
+from .offered import offered
 from .regions import Region
 from .register import find
 from .relations import as_related
@@ -224,8 +225,8 @@ def judged(
     return found
 
 def _accuracy(model, scene, facts)->float: # percent
-    offered = options(scene.tokenizer, facts, scene.template)
-    return 100 * choose(model, offered, 'token').correct.mean().item()
+    asked = offered(scene.tokenizer, facts, scene.template)
+    return 100 * choose(model, asked, 'token').correct.mean().item()
 
 def _evenly(items:Sequence, most:int)->list:
     "Take some items at even distances"

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from .answers import choose, options
+from .answers import choose
 from .facts import Benchmark, Fact
+from .offered import offered
 from .relations import as_related
 from .statistics import number
 from .tokens import Template
@@ -200,7 +201,7 @@ def answers_of(
     "Score all questions with a model, with three answers each"
     lists = question_lists(facts)
     asked = list(dict.fromkeys(f for rows in lists.values() for _, f in rows))
-    chosen = choose(model, options(tokenizer, asked, template), 'token', max_tokens).correct
+    chosen = choose(model, offered(tokenizer, asked, template), 'token', max_tokens).correct
     place = {fact: i for i, fact in enumerate(asked)}
     def answered(rows):
         return Answers(chosen[[place[f] for _, f in rows]], tuple(i for i, _ in rows))

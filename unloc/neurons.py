@@ -9,7 +9,8 @@ The registered localizer `integrated_gradients` averages over all facts and posi
 __all__ = ['GRIDS', 'grid_points', 'Attribution', 'attribution', 'above_share', 'in_common']
 
 # %% ../nbs/13_neurons.ipynb #72b7932c
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from typing import NamedTuple
 
@@ -43,7 +44,10 @@ class Attribution(NamedTuple):
     scores:Tensor # [d_ff] float64, probability; signed
     whole:float # probability with all coefficients minus that with none, at the position
 
-def _grown(model, layer:int, ids:list[int], target:int, points:Tensor)->tuple: # p, copies, h
+@contextmanager
+def _grown(
+    model, layer:int, ids:list[int], target:int, points:Tensor
+)->Iterator[tuple[Tensor, Tensor, Tensor]]: # p, copies, h
     "Predict a token with a layer's coefficients scaled at the last position"
     projection, seen = output_projections(model)[layer], []
     rows = torch.tensor([ids] * len(points), device=model.device)
@@ -57,7 +61,8 @@ def _grown(model, layer:int, ids:list[int], target:int, points:Tensor)->tuple: #
         return new.view_as(y)
     with watched(model, see):
         hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1]
-    return logits_of(model, hidden).softmax(-1)[:, target], *seen
+        # the hook stays for the gradient, which may compute a block once more
+        yield logits_of(model, hidden).softmax(-1)[:, target], *seen
 
 # %% ../nbs/13_neurons.ipynb #b1b6268d
 @measuring('on')
@@ -75,10 +80,11 @@ def attribution(
     scores, whole, places = 0., 0., range(example.start, len(example.ids) - 1)
     for place in places:
         ids, target = example.ids[:place], example.ids[place]
-        p, copies, own = _grown(model, layer, ids, target, points)
-        gradient, = torch.autograd.grad(p.sum(), copies)
+        with _grown(model, layer, ids, target, points) as (p, copies, own):
+            gradient, = torch.autograd.grad(p.sum(), copies)
         scores = scores + (widened(gradient).double() * own.double()).mean(0) / len(places)
-        with torch.no_grad(): none, every = _grown(model, layer, ids, target, ends)[0].tolist()
+        with torch.no_grad(), _grown(model, layer, ids, target, ends) as (p, *_):
+            none, every = p.tolist()
         whole += (every - none) / len(places)
     return Attribution(scores.cpu(), whole)
 

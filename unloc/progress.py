@@ -206,9 +206,12 @@ def _follow(self):
     "Read events until the watch is closed"
     quiet = contextlib.suppress(BrokenPipeError) # nobody reads the output any more
     with open(self.path, encoding='utf-8') as file, quiet:
+        line = ''
         while True:
             last = self.ended.is_set()
-            while (line := file.readline()).endswith('\n'): self._event(json.loads(line))
+            while (line := line + file.readline()).endswith('\n'): # else its rest is to come
+                self._event(json.loads(line))
+                line = ''
             self.shown.draw()
             if last: return
             time.sleep(.2)

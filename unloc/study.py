@@ -138,6 +138,11 @@ class Placed(Settings):
         return self.replace(
             data=data, inject=inject, archs=self.attacked_archs, unlearn=self.attacked_unlearn)
 
+    def amended(self, groups:Mapping[str, Mapping])->'Settings': # group: entries that differ
+        "Return the same study with some entries of its groups of settings changed"
+        for name in groups: known_name('group of settings', name, [*self.values])
+        return self.replace(**{name: self.values[name] | own for name, own in groups.items()})
+
     def varied(self, name:str, value)->'Settings': # name: of injection, data or model
         "Return the study with one property changed; a wider model keeps its share of MLP"
         for group in ('inject', 'data'):

@@ -84,7 +84,8 @@ class _Rows:
                 return new.view_as(y)
             with watched(self.model, see):
                 logits = logits_of(self.model, answer_hidden(self.model, batch))
-            yield numbers, batch, logits.log_softmax(-1)
+                # the hooks stay for the gradient, which may compute a block once more
+                yield numbers, batch, logits.log_softmax(-1)
 
 # %% ../nbs/13_values.ipynb #38c492c3
 def _losses(self:_Rows, delta:Tensor, before:dict): # yields nll [n] and drift [n] of each batch

@@ -18,10 +18,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..answers import options
 from ..clusters import with_known_answers
 from ..conformal import Calibration, Report, Sets, calibrate, parts, sets_of, summarised
 from ..facts import Fact
+from ..offered import offered
 from ..register import measurement
 from ..relations import Cluster, RelatedBenchmark
 from ..scene import Scene
@@ -44,7 +44,7 @@ def _asked(scene:Scene)->dict[str, list[Fact]]: # 'kept' and 'forget'
 
 def _logprobs(model:nn.Module, scene:Scene, facts:Sequence[Fact])->dict[str, list[Tensor]]:
     "Measure the log-probabilities of each fact's answers, the right one first, by unit"
-    rows = options(scene.tokenizer, facts, scene.template).answers
+    rows = offered(scene.tokenizer, facts, scene.template).answers
     flat = [*chain(*rows)]
     mean = -score(model, flat).nll.double()
     total = mean * torch.tensor([len(e.ids) - e.start for e in flat])

@@ -8,6 +8,7 @@ The facts are made on the spot and depend on the options alone. A benchmark of t
 __all__ = ['related_world']
 
 # %% ../../nbs/methods/related_world.ipynb #029b8ab7
+from functools import lru_cache
 from typing import Annotated
 
 from ..register import dataset
@@ -15,6 +16,8 @@ from ..relations import RelatedBenchmark, make_related_world
 from ..settings import Count, CountOrZero, Share, ZeroToOne, about
 
 # %% ../../nbs/methods/related_world.ipynb #4b8b25e0
+_made = lru_cache(maxsize=4)(make_related_world)
+
 @dataset(label='Related world', origin='the related world, made on the spot', place=4)
 def related_world(
     n_people:Annotated[Count, about("known people, an even number; 5.5 clusters each")]=128,
@@ -29,5 +32,5 @@ def related_world(
     seed:Annotated[CountOrZero, about("of the world")]=0,
 )->RelatedBenchmark:
     "Make related facts about invented people"
-    return make_related_world(n_people, n_cities, n_countries, n_employers, n_new, forget, composed,
-        aliased, changed, seed)
+    return _made(n_people, n_cities, n_countries, n_employers, n_new, forget, composed, aliased,
+        changed, seed)
