@@ -234,8 +234,8 @@ def test_words_are_those_of_the_registers_and_the_steps():
             lambda: data_description({"name": "world", "forget": "forget10"}),
             "world has no setting 'forget'"),
         (
-            lambda: data_description({"name": "tofu", "n_forget": 1}),
-            "tofu has no setting 'n_forget'"),
+            lambda: data_description({"name": "tofu", "n_pages": 1}),
+            "tofu has no setting 'n_pages'"),
         (
             lambda: data_description(WORLD | {"n_forget": 3}),
             "n_forget=3: expected a whole number from 1 to 2"),

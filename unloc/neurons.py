@@ -62,7 +62,7 @@ def _grown(
     with watched(model, see):
         hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1]
         # the hook stays for the gradient, which may compute a block once more
-        yield logits_of(model, hidden).softmax(-1)[:, target], *seen
+        if seen: yield logits_of(model, hidden).softmax(-1)[:, target], *seen
 
 # %% ../nbs/13_neurons.ipynb #b1b6268d
 @measuring('on')

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from .. import facts, tofu_files
 from ..register import dataset
-from ..settings import Count, about
+from ..settings import Count, CountOrZero, about
 
 # %% ../../nbs/methods/tofu.ipynb #9617deca
 HUB = 'locuslab/TOFU'
@@ -24,8 +24,8 @@ def tofu(
     forget:Annotated[str, about("forget01, forget05 or forget10")]='forget10',
     n_authors:Annotated[Count, about("the last authors of the data set, the forgotten ones among "
         "them")]=200,
-    n_forget:Annotated[Count, about("authors to forget, the last of the forget set; left out: "
-        "all of it")]=None,
+    n_forget:Annotated[CountOrZero, about("authors to forget, the last of the forget set; 0: all "
+        "of it")]=0,
 )->facts.Benchmark: # twenty facts an author
     "Load TOFU, checked"
-    return tofu_files.tofu(source, forget, n_authors, n_forget)
+    return tofu_files.tofu(source, forget, n_authors, n_forget or None)
