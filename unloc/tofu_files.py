@@ -172,20 +172,20 @@ def tofu(
     source:str|os.PathLike = "locuslab/TOFU", # folder or hub data set; UNLOC_TOFU overrides it
     forget:str = "forget10", # forget01, forget05 or forget10
     n_authors:int = 200, # the last ones, forget and retain together; those before are background
-    n_forget:int|None = None, # authors to forget, the last ones; None: all of the forget set
+    n_forget:int = 0, # authors to forget, the last ones; 0: all of the forget set
 )->Benchmark: # twenty facts an author
     "Load TOFU (Maini et al. 2024), checked"
     if forget not in ("forget01", "forget05", "forget10"):
         raise ValueError(f"forget={forget!r}: expected forget01, forget05 or forget10")
     percent = int(forget[-2:])
-    count = 2 * percent if n_forget is None else n_forget
-    check_whole("n_forget", count, 1, 2 * percent)
+    check_whole("n_forget", n_forget, 0, 2 * percent)
+    count = n_forget or 2 * percent
     check_whole("n_authors", n_authors, count + 1, 200)
     find = _finder(source)
     rows = _tofu_rows(find, forget, f"retain{100 - percent}")
     whole = rows["retain_perturbed"] + rows["full"][400:-400] + rows["forget10_perturbed"]
     authors = _tofu_facts(whole, "author")
-    fewer = "" if n_forget is None else f", {n_forget} forgotten"
+    fewer = f", {n_forget} forgotten" if n_forget else ""
     return Benchmark(
         f"TOFU {forget}, {n_authors} authors{fewer}",
         forget=authors[-20 * count:],

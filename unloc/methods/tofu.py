@@ -28,4 +28,4 @@ def tofu(
         "of it")]=0,
 )->facts.Benchmark: # twenty facts an author
     "Load TOFU, checked"
-    return tofu_files.tofu(source, forget, n_authors, n_forget or None)
+    return tofu_files.tofu(source, forget, n_authors, n_forget)
