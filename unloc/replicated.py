@@ -227,7 +227,7 @@ def way_claims(
 
 # %% ../nbs/19_replicated.ipynb #3eb00042
 MEASURED = { # column: its head, and the measure whose margin it has
-    'NLL': ('NLL [nats]', 'logit_lens'), 'lens': ('logit lens [nats]', 'logit_lens'),
+    'NLL': ('NLL [nats a token]', 'logit_lens'), 'lens': ('logit lens [nats]', 'logit_lens'),
     'depth': ('depth', 'depth')}
 
 def level_table(
