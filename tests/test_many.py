@@ -1,6 +1,7 @@
 """Many runs in one pass give what each gives alone, whatever the objective, the architecture or the
 dtype; one that diverges ends alone, and nothing else moves."""
 import copy
+import time
 import pytest, torch
 from unloc import evaluation, many, many_descents, training
 from unloc.answers import choices
@@ -464,7 +465,12 @@ def test_leaving_by_an_error_leaves_the_model_whole():
     with unlock_many(model, regions(model)), pytest.raises(ValueError, match="unlocked already"):
         with unlock(model, regions(model)[0]): pass
 
-def test_a_moved_weight_is_noticed():
+def test_a_moved_weight_is_noticed(monkeypatch):
+    digest = many_descents._digest
+    def late(*what): # another thread may begin at any time
+        time.sleep(.05)
+        return digest(*what)
+    monkeypatch.setattr(many_descents, "_digest", late)
     model = small()
     with pytest.raises(RuntimeError, match="the shared weights changed"), many_descents._held_many(
         model, regions(model), [{}] * 3):

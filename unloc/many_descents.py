@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -226,7 +226,7 @@ class _Weight(NamedTuple):
     vectors:Tensor|None # [d_model, d_ff], its value vectors
 
 def _state(model)->list[_Weight]:
-    "Copy a model's weights to the CPU"
+    "Hold a model's weights on the CPU: copies of a GPU's, and otherwise the weights themselves"
     views = {(v := value_vectors(p).detach()).data_ptr(): (layer, v.cpu())
         for layer, p in enumerate(output_projections(model))}
     return [_Weight(name, x.detach().cpu(), *views.get(x.data_ptr(), (None, None)))
@@ -259,6 +259,7 @@ def _held_many(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         before = pool.submit(_digest, state)
         own = [pool.submit(_digest, state, *x) for x in zip(regions, originals)]
+        if next(model.parameters()).device.type == 'cpu': wait([before, *own])
         with unlock_many(model, regions, originals) as columns: yield columns, own
         if _digest(_state(model)) != before.result(): raise RuntimeError(
             "the shared weights changed while many regions were trained")
