@@ -275,6 +275,20 @@ def test_tofu_forgets_fewer_authors():
     assert tofu(TOFU, "forget05", 6, 5).retain == whole.forget[80:100]
 
 @needs_shared
+def test_tofu_keeps_the_shortest_answers_of_each_author():
+    whole, few = tofu(TOFU, "forget01", 4), tofu(TOFU, "forget01", 4, each=5)
+    for name in ("forget", "retain", "holdout", "background"):
+        rows, kept = getattr(whole, name), getattr(few, name)
+        assert [f for f in rows if f in kept] == [*kept]
+        for i in range(0, len(rows), 20):
+            own = [f for f in kept if f.author == rows[i].author]
+            lengths = sorted(len(f.answer) for f in rows[i:i + 20])
+            assert sorted(len(f.answer) for f in own) == lengths[:5]
+    assert len(few.forget) == 10 and few.world_facts == whole.world_facts
+    assert few.name == "TOFU forget01, 4 authors, the 5 shortest answers of each"
+    assert tofu(TOFU, "forget01", 4, each=20).forget == whole.forget
+
+@needs_shared
 def test_tofu_carries_the_columns_that_exist():
     b = tofu(TOFU, "forget01", 200)
     every = b.retain + b.forget
@@ -466,6 +480,8 @@ def test_tofu_reads_windows_line_ends(folder):
         (dict(n_forget=-1), "n_forget=-1: expected a whole number from 0 to 20"),
         (dict(n_forget=11, forget="forget05"), "from 0 to 10"),
         (dict(n_forget=5, n_authors=5), "n_authors=5: expected a whole number from 6 to 200"),
+        (dict(each=-1), "each=-1: expected a whole number from 0 to 20"),
+        (dict(each=2.5), "each=2.5"),
         (dict(source=""), "source=''"),
         (dict(source=None), "source='None'"),
         (dict(source="./tofu"), "source='./tofu': no such folder"),

@@ -15,6 +15,7 @@ from itertools import combinations, groupby
 
 from .facts import Benchmark, Fact
 from .relations import Cluster, RelatedBenchmark, as_related, with_closed_answers
+from .tofu_files import shortest
 
 # %% ../nbs/01_clusters.ipynb #41453c79
 _WORD = r"[A-Z][\w'’-]*"
@@ -40,15 +41,6 @@ def by_name(facts:Sequence[Fact])->tuple[Fact, ...]:
     return tuple(replace(f, author=names[f.author]) for f in facts)
 
 # %% ../nbs/01_clusters.ipynb #7eb0e72e
-def _shortest(facts:Sequence[Fact], each:int)->tuple[Fact, ...]: # in their order
-    "Keep some facts of each author, those with the shortest answers"
-    if not each: return tuple(facts)
-    kept, asked = set(), {}
-    for f in facts: asked.setdefault(f.author, []).append(f)
-    for own in asked.values():
-        kept |= {f.question for f in sorted(own, key=lambda f: len(f.answer))[:each]}
-    return tuple(f for f in facts if f.question in kept)
-
 def _clusters(facts:Sequence[Fact])->list[Cluster]:
     "Make a cluster of each fact with wrong answers, and tell those of one author apart"
     if not facts: return []
@@ -78,14 +70,15 @@ def in_clusters(
     "Give facts about authors clusters, authors who are new, and refusals"
     if not 0 <= changed <= 1: raise ValueError(
         f"changed={changed!r:.40}: expected a share of the test split, from 0 to 1")
-    others = _shortest(by_name([f for f in facts.background if f.perturbed_answer]), each)
+    def kept(facts): return shortest(by_name(facts), each) if each else by_name(facts)
+    others = kept([f for f in facts.background if f.perturbed_answer])
     others = [list(own) for _, own in groupby(others, lambda f: f.author)]
     if not 0 <= n_new <= n_new + strangers <= len(others): raise ValueError(
         f"{n_new} new authors and {strangers} strangers: the background of {facts.name} has "
         f"{len(others)} authors with wrong answers; ask for fewer, or keep fewer of the facts")
     own = {f.name: getattr(facts, f.name) for f in fields(Benchmark)} | {'background': ()}
     parts = 'forget', 'retain', 'holdout'
-    own |= {name: _shortest(by_name(own[name]), each) for name in parts}
+    own |= {name: kept(own[name]) for name in parts}
     lost, kept = _clusters(own['forget']), _clusters(own['retain'])
     numbers = range(len(lost), len(lost) + len(kept))
     test = [i for i in numbers if (i - len(lost)) % 8]

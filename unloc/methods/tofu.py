@@ -26,6 +26,8 @@ def tofu(
         "them")]=200,
     n_forget:Annotated[CountOrZero, about("authors to forget, the last of the forget set; 0: all "
         "of it")]=0,
-)->facts.Benchmark: # twenty facts an author
+    each:Annotated[CountOrZero, about("facts of an author, those with the shortest answers; 0: "
+        "all twenty")]=0,
+)->facts.Benchmark:
     "Load TOFU, checked"
-    return tofu_files.tofu(source, forget, n_authors, n_forget)
+    return tofu_files.tofu(source, forget, n_authors, n_forget, each)
