@@ -83,8 +83,8 @@ _RUNS_AT_ONCE = 'jobs' # the only count that may be -1: as many as there is room
 _MAY_BE_EMPTY = {
     'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
     'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates', 'region_rates',
-    'margins', 'relearned', 'summarised', 'attacked_by', 'ways', 'way_rates', 'contrasts',
-    'matched', 'ratio_archs'}
+    'margins', 'relearned', 'summarised', 'tried', 'attacked_by', 'ways', 'way_rates',
+    'contrasts', 'matched', 'ratio_archs'}
 
 # %% ../nbs/15_pages.ipynb #d775d721
 def _names_for(page:dict)->dict: # parameter: its possible names
