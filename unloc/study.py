@@ -425,7 +425,7 @@ _ENDS = { # column of attacks.csv: its name on a page
 def _attacked(run, only:str): # pandas.DataFrame
     "Read the share that each attack on a run recovered"
     table, result = run.table('attacks.csv'), run.json()
-    support = table.support.fillna('').radd(', ').where(table.support.notna(), '')
+    support = [f', {x}' if isinstance(x, str) else '' for x in table.support]
     found = table.reindex(columns=list(_ENDS)).rename(columns=_ENDS)
     found.insert(0, 'attack', table.attack + support)
     if only: found = found[found.attack == only].iloc[:1]
