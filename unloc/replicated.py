@@ -197,6 +197,7 @@ def attack_claims(
     names:Mapping[str, str]={}, # as for named
 )->tuple[dict[str, Effect], list[Excluded]]: # claims; attacks that are unfit
     "Turn attacks into claims, and leave out what is no evidence"
+    found = found[found.attack.notna()] # other runs only measured something
     weak = {key[0]: share for key, share in unfit(found, ['attack'], least).items()}
     rule = f'at least {least:g} of what {RESTORE} hides comes back'
     out = [Excluded(f'attack {name}', rule, number(x, '.3f')) for name, x in weak.items()]

@@ -423,11 +423,13 @@ _ENDS = { # column of attacks.csv: its name on a page
     'end at first': 'original'}
 
 def _attacked(run, only:str): # pandas.DataFrame
-    "Read the share that each attack on a run recovered"
+    "Read the share that each attack on a run recovered; a row without an attack if there is none"
     table, result = run.table('attacks.csv'), run.json()
-    support = [f', {x}' if isinstance(x, str) else '' for x in table.support]
+    if not len(table): table = table.reindex([0]) # nothing was attacked, but things were measured
+    names = [f'{attack}, {support}' if isinstance(support, str) else attack
+        for attack, support in zip(table.attack, table.support)]
     found = table.reindex(columns=list(_ENDS)).rename(columns=_ENDS)
-    found.insert(0, 'attack', table.attack + support)
+    found.insert(0, 'attack', names)
     if only: found = found[found.attack == only].iloc[:1]
     return found.assign(**{name: x for name, x in result.items() if name not in found})
 
