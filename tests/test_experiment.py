@@ -921,11 +921,14 @@ def test_attacks_tell_how_far_and_what_came_back(armed):
     assert torch.equal(
         facts["relearn held-out facts, all weights"][0], facts["left"][facts["measured"]])
 
-def test_an_attack_that_brings_nothing_back_has_a_table_without_rows(armed):
+def test_an_attack_that_only_measures_has_a_row_without_an_attack(armed):
     store, injected, *_ = armed
     run, = sweep(store, [attacking(injected, {"usual": False, "attacks": {"depth": {}}})], 1)
     runs = Runs(("seed",), {(0,): run})
-    assert len(runs.attacks()) == 0 and 0 <= run.json()["depth"] <= 1
+    found = runs.attacks()
+    assert len(found) == 1 and found.attack.isna().all() and found.recovered.isna().all()
+    assert found.depth[0] == run.json()["depth"] and 0 <= found.depth[0] <= 1
+    assert len(runs.attacks("relearn forgotten facts, all weights")) == 0
 
 def test_both_ends_are_told_once_beside_what_is_asked_and_seen(
     armed

@@ -419,3 +419,17 @@ def test_a_forest_draws_what_the_table_says(found):
     assert [text.get_color() for text in axis.texts] == ["black", "black", ".55"]
     assert [text.get_text() for text in axis.get_yticklabels()][0] == "Llama, WGA"
     plt.close("all")
+
+def test_runs_that_only_measure_something_are_no_attack():
+    import pandas
+    from unloc.replicated import attack_claims
+    shares = {"Oracle": .3, "Random": .5, "Restore": .7}
+    rows = [{"objective": "npo", "arm": arm, "base": base, "injection": i, "met": True,
+            "attack": attack, "recovered": share + .01 * base if attack == "again" else None}
+        for arm, share in shares.items() for base in range(3) for i in range(2)
+        for attack in ("again", None)]
+    claims, out = attack_claims(pandas.DataFrame(rows), ["objective"], .05, .5, "again")
+    assert out == [] and list(claims) == ["share recovered, npo"]
+    assert claims["share recovered, npo"].test.difference == pytest.approx(-.2)
+    claims, out = attack_claims(pandas.DataFrame(rows), ["objective"], .05, .8, "again")
+    assert claims == {} and [one.what for one in out] == ["attack again"]
