@@ -188,12 +188,15 @@ def test_few_seeds_on_the_other_pages(place):
             {key: found[key] for key in ("rows", "slopes", "caption") if key in found}
         ), (name, found)
 
-@pytest.mark.parametrize("tried", [{}, {"lora": {"taught": 4, "epochs": 1, "lr": .001}, "benign": {"taught": 8}}])
+LORA = {"lora": {"taught": 4, "epochs": 1, "lr": .001}}
+
+@pytest.mark.parametrize("tried", [{}, LORA | {"benign": {"taught": 8}}])
 def test_further_attacks_are_rows_of_the_tuning_table(place, tried):
     _, out = page(place, "32", f"tried{len(tried)}", tried=tried, rate_factors=[1.])
     rows = table(out, "tuning_attack")["rows"]
-    assert [row["attack"].partition(" (")[0] for row in rows] == [
-        "relearn forgotten facts, all weights", *(["relearn by low rank", "relearn benign text"] if tried else [])]
+    names = [row["attack"].partition(" (")[0] for row in rows]
+    more = ["relearn by low rank", "relearn benign text"] if tried else []
+    assert names == ["relearn forgotten facts, all weights", *more]
     assert [row["learning rate"] for row in rows] == ["0.0002", *(["0.001", "–"] if tried else [])]
 
 def test_without_utility_mu95_is_a_dash_and_aues_stays(place):

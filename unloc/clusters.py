@@ -70,15 +70,14 @@ def in_clusters(
     "Give facts about authors clusters, authors who are new, and refusals"
     if not 0 <= changed <= 1: raise ValueError(
         f"changed={changed!r:.40}: expected a share of the test split, from 0 to 1")
-    def kept(facts): return shortest(by_name(facts), each) if each else by_name(facts)
-    others = kept([f for f in facts.background if f.perturbed_answer])
+    others = shortest(by_name([f for f in facts.background if f.perturbed_answer]), each)
     others = [list(own) for _, own in groupby(others, lambda f: f.author)]
     if not 0 <= n_new <= n_new + strangers <= len(others): raise ValueError(
         f"{n_new} new authors and {strangers} strangers: the background of {facts.name} has "
         f"{len(others)} authors with wrong answers; ask for fewer, or keep fewer of the facts")
     own = {f.name: getattr(facts, f.name) for f in fields(Benchmark)} | {'background': ()}
     parts = 'forget', 'retain', 'holdout'
-    own |= {name: kept(own[name]) for name in parts}
+    own |= {name: shortest(by_name(own[name]), each) for name in parts}
     lost, kept = _clusters(own['forget']), _clusters(own['retain'])
     numbers = range(len(lost), len(lost) + len(kept))
     test = [i for i in numbers if (i - len(lost)) % 8]

@@ -6,8 +6,8 @@ A study with several bases needs three facts about each run. They are how much i
 
 # %% auto #0
 __all__ = ['USUAL', 'RESTORE', 'FURTHER', 'REPORTED', 'MEASURED', 'planned_runs', 'measured', 'named', 'contrast', 'admitted',
-           'arm_means', 'quality_told', 'of_attacks', 'of_localizers', 'attack_claims', 'way_claims', 'level_table',
-           'Answers', 'answers']
+           'arm_means', 'quality_told', 'of_attacks', 'of_localizers', 'named_attacks', 'attack_means', 'attack_claims',
+           'way_claims', 'level_table', 'Answers', 'answers']
 
 # %% ../nbs/19_replicated.ipynb #3eb00004
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .comparison import unfit
 from .data import benchmark
 from .fronts import AT_LEVEL, RETAINED, at_level
-from .levels import PAIR, Effect, Excluded, Rule, admit, effect_table, effects
+from .levels import DASH, PAIR, Effect, Excluded, Rule, admit, effect_table, effects
 from .quality import clustered_floor, quality_floor
 from .register import label
 from .statistics import number
@@ -186,6 +186,29 @@ def of_localizers(
         found[name] = effects(own, AT_LEVEL, [*by], 'arm', arms, rule=Rule(repeats=1),
             margin=margin)
     return found
+
+# %% ../nbs/19_replicated.ipynb #3eb00051
+def named_attacks(
+    found, # pandas.DataFrame, whose axis attack holds names of methods
+    tried:Mapping[str, dict], # attack: its options
+): # pandas.DataFrame: attack with its label and options, and its learning rate
+    "Name attacks by their options"
+    def told(name):
+        options = {key: value for key, value in tried[name].items() if key != 'lr'}
+        return f"{label('attack', name)} ({', '.join(f'{k} {v}' for k, v in options.items())})"
+    rates = [tried[name].get('lr', float('nan')) for name in found.attack]
+    return found.assign(rate=rates, attack=[told(name).replace('_', ' ') for name in found.attack])
+
+def attack_means(
+    found, # pandas.DataFrame: attack, rate, reached, recovered and area
+): # pandas.DataFrame of strings, a row an attack and rate
+    "Print the means of what attacks bring back"
+    names = {'reached': 'FS before', 'recovered': 'recovered at the end', 'area': 'over all epochs'}
+    means = found.groupby(['attack', 'rate'], sort=False, dropna=False)[[*names]].mean()
+    shown = means.rename(columns=names).map(lambda x: number(x, '.3f')).reset_index()
+    rates = [f'{rate:g}' if rate == rate else DASH for rate in shown.pop('rate')]
+    shown.insert(1, 'learning rate', rates)
+    return shown
 
 # %% ../nbs/19_replicated.ipynb #3eb00033
 def attack_claims(

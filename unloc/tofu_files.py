@@ -168,11 +168,13 @@ def _tofu_facts(
         return Fact(**row | dict(perturbed_answer=wrong, author=about))
     return tuple(fact(i, row) for i, row in enumerate(rows))
 
+# %% ../nbs/00_tofu_files.ipynb #0b8fd26e
 def shortest(
     facts:Sequence[Fact],
-    each:int, # facts of an author
+    each:int, # facts of an author; 0: all
 )->tuple[Fact, ...]: # in their order
     "Keep those facts of each author that have the shortest answers"
+    if not each: return tuple(facts)
     kept, asked = set(), {}
     for f in facts: asked.setdefault(f.author, []).append(f)
     for own in asked.values(): kept |= {*sorted(own, key=lambda f: len(f.answer))[:each]}
@@ -198,7 +200,7 @@ def tofu(
     rows = _tofu_rows(find, forget, f"retain{100 - percent}")
     whole = rows["retain_perturbed"] + rows["full"][400:-400] + rows["forget10_perturbed"]
     authors = _tofu_facts(whole, "author")
-    def kept(facts): return shortest(facts, each or 20)
+    def kept(facts): return shortest(facts, each)
     fewer = f", {n_forget} forgotten" if n_forget else ""
     short = f", the {each} shortest answers of each" if each else ""
     return Benchmark(
