@@ -1143,6 +1143,16 @@ def test_a_bad_way_of_injecting_is_one_line(more, says):
     with pytest.raises(ValueError) as error: injection(JUDGED, 0, INJECT | more)
     assert says in str(error.value) and "\n" not in str(error.value)
 
+def test_retain_facts_are_mixed_in_with_any_unit(tmp_path):
+    store, base = Store(tmp_path), parent()
+    judged = standard(base, JUDGE)
+    alone = injection(judged, 0, INJECT | {"unit": "neuron"})
+    mixed = injection(judged, 0, INJECT | {"style": "mixed", "unit": "neuron"})
+    assert (mixed["style"], mixed["unit"]) == ("mixed", "neuron")
+    both, one = sweep(store, [base, judged, mixed, alone], 1)[-2:]
+    assert both.json()["locked_bit_equal"] and both.json()["region"] == one.json()["region"]
+    assert both.json()["original"] != one.json()["original"]
+
 def test_the_usual_way_needs_no_word():
     assert run_id(
         injection(JUDGED, 0, INJECT | {"style": "fine-tuned", "unit": "value vector"})

@@ -57,7 +57,9 @@ def injection(judged:dict, seed:int, inject:dict)->dict: # inject: settings of t
     "Describe the injection of the forget set through a random target region"
     built_on(judged, 'judge')
     how = {k: v for k, v in checked(Inject, inject).items() if v not in _USUAL}
-    if len(odd := how.keys() & {'others', 'unit', 'style'}) > 1: raise ValueError(
+    odd = how.keys() & {'others', 'unit', 'style'}
+    if how.get('style') == 'mixed': odd -= {'unit'} # retain facts go with any unit
+    if len(odd) > 1: raise ValueError(
         f"inject: {' and '.join(sorted(odd))} are studied one at a time; leave all but one out")
     if how.get('style') == 'with room' and not ('room' in how and judged['parent']['retain']):
         raise ValueError("inject: style 'with room' takes room, its epochs on the retain set, and "
