@@ -91,8 +91,10 @@ def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
     assert len(numbers) > 0
     assert [x for x in numbers if x not in text] == []
 
-def test_the_rates_of_the_study_are_those_that_the_rule_chose():
-    chosen, labels = {}, {"NPO": "npo", "RMU": "rmu", "WGA": "wga", "DPO": "dpo"}
-    for row in json.loads((ROOT / "figures" / "study" / "tuning.json").read_text("utf-8"))["rows"]:
+@pytest.mark.parametrize("profile", ["study-small", "study-small-controls", "study"])
+def test_the_rates_of_the_study_are_those_that_the_rule_chose(profile):
+    chosen, labels = {}, {
+        "NPO": "npo", "RMU": "rmu", "WGA": "wga", "DPO": "dpo", "GradDiff": "grad_diff"}
+    for row in json.loads((ROOT / "figures" / profile / "tuning.json").read_text("utf-8"))["rows"]:
         chosen.setdefault(labels[row["objective"]], {})[row["arm"]] = float(row["rate"])
-    assert profiles(ROOT)["study"]["region_rates"] == chosen
+    assert profiles(ROOT)[profile]["region_rates"] == chosen
