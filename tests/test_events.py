@@ -80,11 +80,16 @@ def test_runs_that_are_there_already_are_shown_once(board, tmp_path, monkeypatch
     assert write_events(tmp_path, board) is None and points(tmp_path) == []
 
 def test_the_command_takes_a_folder_from_where_the_person_stands(board, tmp_path, monkeypatch):
-    from unloc.cli import main
-    monkeypatch.setenv("UNLOC_PROJECT", str(ROOT))
+    from unloc import cli
+    monkeypatch.delenv("UNLOC_PROJECT", raising=False)
     monkeypatch.setenv("UNLOC_TENSORBOARD", "board")
     monkeypatch.chdir(tmp_path)
-    assert main(["list"]) == 0 and os.environ["UNLOC_TENSORBOARD"] == str(board)
+    seen, before = [], dict(os.environ)
+    monkeypatch.setattr(cli, "show", lambda root: seen.append(dict(os.environ)))
+    assert cli.main(["list"]) == 0
+    own = {"UNLOC_PROJECT": str(ROOT), "UNLOC_TENSORBOARD": str(board)}
+    assert seen == [before | own]
+    assert dict(os.environ) == before, "a call leaves the environment as it was"
 
 def test_a_place_that_cannot_be_is_one_line_before_anything_runs(board, tmp_path, monkeypatch):
     board.write_text("", "utf-8")

@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'unloc.choosing.chosen': ('choosing.html#chosen', 'unloc/choosing.py'),
                                 'unloc.choosing.known_facts': ('choosing.html#known_facts', 'unloc/choosing.py')},
             'unloc.cli': { 'unloc.cli.Order': ('cli.html#order', 'unloc/cli.py'),
+                           'unloc.cli._act': ('cli.html#_act', 'unloc/cli.py'),
                            'unloc.cli._answering': ('cli.html#_answering', 'unloc/cli.py'),
                            'unloc.cli._answers': ('cli.html#_answers', 'unloc/cli.py'),
                            'unloc.cli._apart': ('cli.html#_apart', 'unloc/cli.py'),

@@ -860,15 +860,22 @@ def _version()->str:
     return __version__
 
 # %% ../nbs/18_cli.ipynb #171b3a0c
-def _do(command:str, asked:dict)->int: # exit status
-    "Execute a command line"
-    if command == 'init': return _init(**asked)
-    root = project_root()
-    os.environ['UNLOC_PROJECT'] = str(root) # for kernels and workers
+def _places(root:Path)->dict[str, str]: # by environment variable
+    "Name the places that the kernels and workers of a command find, as absolute paths"
+    found = {'UNLOC_PROJECT': str(root)}
     for name in ('UNLOC_TOFU', 'UNLOC_TENSORBOARD'): # notebooks run elsewhere
         place = os.environ.get(name)
         if place and (Path(place).exists() or name != 'UNLOC_TOFU'):
-            os.environ[name] = str(Path(place).resolve())
+            found[name] = str(Path(place).resolve())
+    return found
+
+def _do(command:str, asked:dict)->int: # exit status
+    "Execute a command line; the environment is afterwards what it was"
+    if command == 'init': return _init(**asked)
+    root = project_root()
+    with _set(**_places(root)): return _act(command, root, asked)
+
+def _act(command:str, root:Path, asked:dict)->int: # exit status
     acts = {'list': show, 'pages': _store_results, 'pack': _to_file, 'unpack': _from_file,
         'export': _to_folder, 'table': _print_table,
         'compare-figures': _compare_figures}
