@@ -1734,6 +1734,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.replicated.of_localizers': ('replicated.html#of_localizers', 'unloc/replicated.py'),
                                   'unloc.replicated.planned_runs': ('replicated.html#planned_runs', 'unloc/replicated.py'),
                                   'unloc.replicated.quality_told': ('replicated.html#quality_told', 'unloc/replicated.py'),
+                                  'unloc.replicated.tuning_runs': ('replicated.html#tuning_runs', 'unloc/replicated.py'),
                                   'unloc.replicated.way_claims': ('replicated.html#way_claims', 'unloc/replicated.py')},
             'unloc.restoring': { 'unloc.restoring.Curves': ('restoring.html#curves', 'unloc/restoring.py'),
                                  'unloc.restoring.Curves.krs': ('restoring.html#curves.krs', 'unloc/restoring.py'),
