@@ -17,6 +17,20 @@ def one_thread(): # never imports torch: a file that does not need it stays fast
     if torch := sys.modules.get("torch"): torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+# what a test leaves behind would meet the tests that this process runs next, in an order that
+# changes from machine to machine
+def nothing_left_behind():
+    def found(): return {k: v for k, v in os.environ.items() if k.startswith("UNLOC_")}
+    before, folder = found(), os.getcwd()
+    yield
+    left, stands = found(), os.getcwd()
+    for name in left.keys() - before.keys(): del os.environ[name]
+    os.environ.update(before)
+    os.chdir(folder)
+    assert (left, stands) == (before, folder), "the test changed the environment of the next ones"
+
+
 @pytest.fixture(scope="session")
 # environment of a subprocess whose attempts to leave the machine land in the file
 # UNLOC_TEST_SOCKETS

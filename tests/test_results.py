@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unloc.figures import Shown
+from unloc.figures import Shown, label
 from unloc.profiles import profiles, project_root
 from unloc.project import pages_of
 from unloc.results import saved_by, store_results, with_results
@@ -91,10 +91,20 @@ def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
     assert len(numbers) > 0
     assert [x for x in numbers if x not in text] == []
 
-@pytest.mark.parametrize("profile", ["study-small", "study-small-controls", "study"])
+PLANNED = ["study-small", "study-small-controls", "study-small-neurons", "study"]
+
+@pytest.mark.parametrize("profile", PLANNED)
 def test_the_rates_of_the_study_are_those_that_the_rule_chose(profile):
-    chosen, labels = {}, {
-        "NPO": "npo", "RMU": "rmu", "WGA": "wga", "DPO": "dpo", "GradDiff": "grad_diff"}
+    own, chosen = profiles(ROOT)[profile], {}
+    given = {"usual way": own["region_rates"]} | own.get("way_rates", {})
+    arms = {label("arm", arm): arm for arm in own["region_rates"]["npo"]}
+    labels = {label("objective", name): name for name in own["unlearn"]}
     for row in json.loads((ROOT / "figures" / profile / "tuning.json").read_text("utf-8"))["rows"]:
-        chosen.setdefault(labels[row["objective"]], {})[row["arm"]] = float(row["rate"])
-    assert profiles(ROOT)[profile]["region_rates"] == chosen
+        arm = arms.get(row["arm"], row["arm"])
+        chosen[row.get("way", "usual way"), labels[row["objective"]], arm] = float(row["rate"])
+    tuned = {arm for _, _, arm in chosen}
+    assert {way for way, _, _ in chosen} == {*given}
+    assert {*own.get("localizers", [])} <= tuned
+    assert chosen == {
+        (way, objective, arm): rate for way, rates in given.items()
+        for objective, arms in rates.items() for arm, rate in arms.items() if arm in tuned}

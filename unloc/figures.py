@@ -246,13 +246,17 @@ def label(
     kind:str, # 'arch', 'objective', 'localizer' or any other column of a table
     name:str,
 )->str:
-    "Return the printed name of a model, an objective or a localizer"
+    "Return the printed name of a model, an objective or a localizer, also as an arm"
+    if kind == 'arm': # a localizer may be one, and so may the control matched to it
+        own = name.removesuffix(', matched')
+        return register.label('localizer', own) + name[len(own):]
     kind = {'arch': 'architecture'}.get(kind, kind)
     return register.label(kind, name) if kind in register.METHODS else name
 
 def printed(table): # table: pandas.DataFrame of strings; returns the same type
     "Replace names of models, objectives, localizers and summaries by printed ones"
-    kinds = {name: name for name in ('arch', 'objective', 'localizer')} | {'metric': 'summary'}
+    kinds = {name: name for name in ('arch', 'objective', 'localizer', 'arm')}
+    kinds |= {'metric': 'summary'}
     found = {name: table[name].map(lambda x, kind=kind: label(kind, x))
              for name, kind in kinds.items() if name in table}
     return table.assign(**found).rename(columns={'arch': 'model', 'localizer': 'region'})
