@@ -640,13 +640,17 @@ INSIDE = { # measure of knowledge inside a model: its name in a table
 
 def panel_row(
     n:int, # panels
-    height:float, # inches
+    height:float, # inches, of a row
+    across:int|None=None, # panels in a row, at most; None: all of them
 )->tuple: # matplotlib.figure.Figure, and the axes of each panel
-    "Start a figure of panels in one row, as wide as a page"
+    "Start a figure of panels in rows as wide as a page"
     import matplotlib.pyplot as plt
     set_look()
-    figure, axes = plt.subplots(1, n, figsize=(PAGE, height), squeeze=False)
-    return figure, [*axes[0]]
+    across = min(n, across or n)
+    rows = -(-n // across)
+    figure, axes = plt.subplots(rows, across, figsize=(PAGE, height * rows), squeeze=False)
+    for empty in axes.flat[n:]: empty.remove()
+    return figure, [*axes.flat[:n]]
 
 def _name_axes(axis, x:str, y:str)->None: # names of columns; '' for none
     axis.set(xlabel=IN_PRINT.get(x, x), ylabel=IN_PRINT.get(y, y))

@@ -178,10 +178,10 @@ def grid_plot(
     colors = seaborn.color_palette('colorblind', len(arms))
     styles = {arm: {'color': colors[i], 'marker': 'osD^vPX*'[i % 8],
         'linestyle': ('-', '--', ':', '-.')[i % 4]} for i, arm in enumerate(arms)}
-    figure, axes = panel_row(len(panels), 2.1)
+    figure, axes = panel_row(len(panels), 2.1, 4)
     for axis, here in zip(axes, panels): _grid_panel(axis, here, by, rate, styles)
-    axes[0].set_ylabel(f'{AT_LEVEL} (fraction)')
-    legend_right(axes[-1])
+    for axis in axes[::4]: axis.set_ylabel(f'{AT_LEVEL} (fraction)')
+    legend_right(axes[min(4, len(axes)) - 1])
     return figure
 
 # %% ../nbs/16_fronts.ipynb #fb000026

@@ -278,7 +278,7 @@ def way_claims(
     for way, own in there.groupby('way', sort=False):
         both = pandas.concat([usual[usual.objective.isin(own.objective)], own])
         further = contrast(both, AT_LEVEL, by, (way, USUAL), column='way', **how)
-        claims |= named(effects(own, AT_LEVEL, [*by], **how), f'Oracle − Random, {way}', names)
+        claims |= named(effects(own, AT_LEVEL, ['way', *by], **how), 'Oracle − Random', names)
         claims |= named(further, f'the same, {way} − {USUAL}', names)
     return claims
 
@@ -317,6 +317,8 @@ class Answers(NamedTuple):
     unfit:list[Excluded] # attacks that are no evidence
     level:object # pandas.DataFrame, as from level_table; None without attacks
     lacking:str # what was planned and not done
+    runs:object # pandas.DataFrame of the runs that count, those of other ways among them
+    drawn:list[Effect] # Oracle − Random, in every way of injection
 
 # %% ../nbs/19_replicated.ipynb #3eb00037
 def answers(
@@ -327,6 +329,7 @@ def answers(
     attacked, # pandas.DataFrame, from Attacked.attacks
 )->Answers:
     "Turn the runs of a study into effects and claims"
+    import pandas
     by = ['objective'] if len(study.archs) == 1 else ['arch', 'objective']
     names = {name: label('objective', name) for name in study.unlearn}
     how = dict(margin=study.margins['rs_at_fs'])
@@ -341,8 +344,13 @@ def answers(
     among = drawn, study.localizers, counted, by
     matched, chance = of_localizers(*among, **how), of_localizers(*among, **how, control='Random')
     for name, own in matched.items(): claims |= named(own, f"{label('arm', name)} − matched", names)
-    if study.ways: claims |= way_claims(counted, others, by, names, **how)
+    runs = counted
+    if study.ways:
+        claims |= way_claims(counted, others, by, names, **how)
+        there = others[others.base.isin(counted.base)]
+        runs = pandas.concat([counted.assign(way=USUAL), there], ignore_index=True)
     lacking = {'attacks': study.relearned, 'localizers': study.localizers}
+    drawn = tested + [e for e in claims.values() if 'way' in e.by]
     both = [e for name in matched for e in (*matched[name], *chance[name])]
     return Answers(tested, signs, both, claims, unfit, level,
-        ', '.join(name for name, done in lacking.items() if not done) or 'nothing')
+        ', '.join(name for name, done in lacking.items() if not done) or 'nothing', runs, drawn)
