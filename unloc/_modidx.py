@@ -1726,6 +1726,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.replicated.attack_claims': ('replicated.html#attack_claims', 'unloc/replicated.py'),
                                   'unloc.replicated.attack_means': ('replicated.html#attack_means', 'unloc/replicated.py'),
                                   'unloc.replicated.contrast': ('replicated.html#contrast', 'unloc/replicated.py'),
+                                  'unloc.replicated.every_way': ('replicated.html#every_way', 'unloc/replicated.py'),
                                   'unloc.replicated.in_print': ('replicated.html#in_print', 'unloc/replicated.py'),
                                   'unloc.replicated.level_table': ('replicated.html#level_table', 'unloc/replicated.py'),
                                   'unloc.replicated.measured': ('replicated.html#measured', 'unloc/replicated.py'),

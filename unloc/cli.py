@@ -859,7 +859,7 @@ def _version()->str:
     from unloc import __version__
     return __version__
 
-# %% ../nbs/18_cli.ipynb #171b3a0c
+# %% ../nbs/18_cli.ipynb #171b3a0e
 def _places(root:Path)->dict[str, str]: # by environment variable
     "Name the places that the kernels and workers of a command find, as absolute paths"
     found = {'UNLOC_PROJECT': str(root)}
@@ -869,6 +869,7 @@ def _places(root:Path)->dict[str, str]: # by environment variable
             found[name] = str(Path(place).resolve())
     return found
 
+# %% ../nbs/18_cli.ipynb #171b3a0c
 def _do(command:str, asked:dict)->int: # exit status
     "Execute a command line; the environment is afterwards what it was"
     if command == 'init': return _init(**asked)

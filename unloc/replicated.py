@@ -7,7 +7,7 @@ A study with several bases needs three facts about each run. They are how much i
 # %% auto #0
 __all__ = ['USUAL', 'RESTORE', 'FURTHER', 'REPORTED', 'MEASURED', 'planned_runs', 'tuning_runs', 'measured', 'named', 'in_print',
            'contrast', 'admitted', 'arm_means', 'quality_told', 'of_attacks', 'of_localizers', 'named_attacks',
-           'attack_means', 'attack_claims', 'way_claims', 'level_table', 'Answers', 'answers']
+           'attack_means', 'attack_claims', 'every_way', 'way_claims', 'level_table', 'Answers', 'answers']
 
 # %% ../nbs/19_replicated.ipynb #3eb00004
 from collections.abc import Mapping, Sequence
@@ -264,6 +264,17 @@ def attack_claims(
         claims |= named(of_attacks(own, by, margin), f'share recovered{more}', names)
     return claims, out
 
+
+# %% ../nbs/19_replicated.ipynb #3eb00071
+def every_way(
+    counted, # pandas.DataFrame of the pairs whose bases count
+    others, # pandas.DataFrame, from measured, a column way
+): # pandas.DataFrame with a column way
+    "Join the pairs of every way of injection"
+    import pandas
+    there = others[others.base.isin(counted.base)]
+    return pandas.concat([counted.assign(way=USUAL), there], ignore_index=True)
+
 def way_claims(
     counted, # pandas.DataFrame of the pairs whose bases count
     others, # pandas.DataFrame, from measured, a column way
@@ -329,7 +340,6 @@ def answers(
     attacked, # pandas.DataFrame, from Attacked.attacks
 )->Answers:
     "Turn the runs of a study into effects and claims"
-    import pandas
     by = ['objective'] if len(study.archs) == 1 else ['arch', 'objective']
     names = {name: label('objective', name) for name in study.unlearn}
     how = dict(margin=study.margins['rs_at_fs'])
@@ -344,11 +354,8 @@ def answers(
     among = drawn, study.localizers, counted, by
     matched, chance = of_localizers(*among, **how), of_localizers(*among, **how, control='Random')
     for name, own in matched.items(): claims |= named(own, f"{label('arm', name)} − matched", names)
-    runs = counted
-    if study.ways:
-        claims |= way_claims(counted, others, by, names, **how)
-        there = others[others.base.isin(counted.base)]
-        runs = pandas.concat([counted.assign(way=USUAL), there], ignore_index=True)
+    if study.ways: claims |= way_claims(counted, others, by, names, **how)
+    runs = every_way(counted, others) if study.ways else counted
     lacking = {'attacks': study.relearned, 'localizers': study.localizers}
     drawn = tested + [e for e in claims.values() if 'way' in e.by]
     both = [e for name in matched for e in (*matched[name], *chance[name])]
