@@ -504,8 +504,10 @@ def test_folders_count_from_where_a_person_stands(tmp_path, monkeypatch):
         "original": "some/hub-id",
         "template": "mine"}
     monkeypatch.setenv("UNLOC_TOFU", "tofu")
+    seen = []
+    monkeypatch.setattr(cli, "show", lambda root: seen.append(os.environ["UNLOC_TOFU"]))
     cli.main(["list"])
-    assert os.environ["UNLOC_TOFU"] == str(tmp_path / "tofu")
+    assert seen == [str(tmp_path / "tofu")] and os.environ["UNLOC_TOFU"] == "tofu"
 
 # --- what a person has set up
 

@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'unloc.cli._elsewhere': ('cli.html#_elsewhere', 'unloc/cli.py'),
                            'unloc.cli._engine': ('cli.html#_engine', 'unloc/cli.py'),
                            'unloc.cli._entered': ('cli.html#_entered', 'unloc/cli.py'),
+                           'unloc.cli._environment': ('cli.html#_environment', 'unloc/cli.py'),
                            'unloc.cli._execute': ('cli.html#_execute', 'unloc/cli.py'),
                            'unloc.cli._exporting': ('cli.html#_exporting', 'unloc/cli.py'),
                            'unloc.cli._figures': ('cli.html#_figures', 'unloc/cli.py'),

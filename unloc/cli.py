@@ -860,8 +860,8 @@ def _version()->str:
     return __version__
 
 # %% ../nbs/18_cli.ipynb #171b3a0e
-def _places(root:Path)->dict[str, str]: # by environment variable
-    "Name the places that the kernels and workers of a command find, as absolute paths"
+def _environment(root:Path)->dict[str, str]: # variable: an absolute path
+    "List the variables that the kernels and workers of a command find"
     found = {'UNLOC_PROJECT': str(root)}
     for name in ('UNLOC_TOFU', 'UNLOC_TENSORBOARD'): # notebooks run elsewhere
         place = os.environ.get(name)
@@ -874,7 +874,7 @@ def _do(command:str, asked:dict)->int: # exit status
     "Execute a command line; the environment is afterwards what it was"
     if command == 'init': return _init(**asked)
     root = project_root()
-    with _set(**_places(root)): return _act(command, root, asked)
+    with _set(**_environment(root)): return _act(command, root, asked)
 
 def _act(command:str, root:Path, asked:dict)->int: # exit status
     acts = {'list': show, 'pages': _store_results, 'pack': _to_file, 'unpack': _from_file,
