@@ -264,7 +264,6 @@ def attack_claims(
         claims |= named(of_attacks(own, by, margin), f'share recovered{more}', names)
     return claims, out
 
-
 # %% ../nbs/19_replicated.ipynb #3eb00071
 def every_way(
     counted, # pandas.DataFrame of the pairs whose bases count
