@@ -1720,6 +1720,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'unloc.relearn.recovery': ('relearn.html#recovery', 'unloc/relearn.py'),
                                'unloc.relearn.relearn': ('relearn.html#relearn', 'unloc/relearn.py')},
             'unloc.replicated': { 'unloc.replicated.Answers': ('replicated.html#answers', 'unloc/replicated.py'),
+                                  'unloc.replicated._demand_rate': ('replicated.html#_demand_rate', 'unloc/replicated.py'),
+                                  'unloc.replicated._demand_rates': ('replicated.html#_demand_rates', 'unloc/replicated.py'),
                                   'unloc.replicated._rate': ('replicated.html#_rate', 'unloc/replicated.py'),
                                   'unloc.replicated.admitted': ('replicated.html#admitted', 'unloc/replicated.py'),
                                   'unloc.replicated.answers': ('replicated.html#answers', 'unloc/replicated.py'),

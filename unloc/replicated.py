@@ -20,9 +20,10 @@ from .fronts import AT_LEVEL, RETAINED, at_level
 from .levels import DASH, PAIR, Effect, Excluded, Rule, admit, effect_table, effects
 from .quality import clustered_floor, quality_floor
 from .figures import label
+from .register import find
 from .statistics import number
 
-# %% ../nbs/19_replicated.ipynb #3eb00016
+# %% ../nbs/19_replicated.ipynb #3eb00080
 USUAL = 'usual way' # of injection, next to those that a study names
 RESTORE, FURTHER = 'Restore', 'further attacks' # the positive control; all but the strongest
 
@@ -31,10 +32,25 @@ def _rate(study, objective:str, arm:str, way:str)->float:
     usual, own = study.region_rates.get(objective, {}).get(arm, 1), study.way_rates.get(way, 1)
     return own.get(objective, {}).get(arm, 1) if isinstance(own, Mapping) else usual * own
 
+def _demand_rate(whose:str, rate)->None:
+    if type(rate) in (int, float) and rate > 0: return
+    raise ValueError(f"{whose}: a rate is a multiple above 0 of the objective's, got {rate!r}")
+
+def _demand_rates(whose:str, rates)->None: # rates: objective: {arm: rate}, or one rate
+    "Refuse the rate of an arm that there is not, or that is no number"
+    if not isinstance(rates, Mapping): return _demand_rate(whose, rates)
+    for objective, arms in rates.items():
+        for arm, rate in arms.items():
+            if arm not in PAIR: find('localizer', arm.removesuffix(', matched'))
+            _demand_rate(f'{whose}, {objective}, {arm}', rate)
+
+# %% ../nbs/19_replicated.ipynb #3eb00016
 def planned_runs(
     study, # unloc.study.Study of a page with the parameters of 33_study
 )->tuple: # of unloc.study.Grid: injections, pairs, localizers, attacks; and the first two of ways
     "Describe the runs of a study with several bases"
+    _demand_rates('region_rates', study.region_rates)
+    for way, rates in study.way_rates.items(): _demand_rates(f'way_rates of {way}', rates)
     def injected(arch, base, injection, way=USUAL):
         return study.injection(arch, injection, base=base, **study.ways.get(way, {}))
     def unlearned(arch, objective, arm, base, injection, repeat=0, way=USUAL):
