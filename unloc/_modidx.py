@@ -1736,6 +1736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.replicated.named': ('replicated.html#named', 'unloc/replicated.py'),
                                   'unloc.replicated.named_attacks': ('replicated.html#named_attacks', 'unloc/replicated.py'),
                                   'unloc.replicated.of_attacks': ('replicated.html#of_attacks', 'unloc/replicated.py'),
+                                  'unloc.replicated.of_counted': ('replicated.html#of_counted', 'unloc/replicated.py'),
                                   'unloc.replicated.of_localizers': ('replicated.html#of_localizers', 'unloc/replicated.py'),
                                   'unloc.replicated.planned_runs': ('replicated.html#planned_runs', 'unloc/replicated.py'),
                                   'unloc.replicated.quality_told': ('replicated.html#quality_told', 'unloc/replicated.py'),

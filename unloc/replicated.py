@@ -7,7 +7,8 @@ A study with several bases needs three facts about each run. They are how much i
 # %% auto #0
 __all__ = ['USUAL', 'RESTORE', 'FURTHER', 'REPORTED', 'MEASURED', 'planned_runs', 'tuning_runs', 'measured', 'named', 'in_print',
            'contrast', 'admitted', 'arm_means', 'quality_told', 'of_attacks', 'of_localizers', 'named_attacks',
-           'attack_means', 'attack_claims', 'every_way', 'way_claims', 'level_table', 'Answers', 'answers']
+           'attack_means', 'attack_claims', 'of_counted', 'every_way', 'way_claims', 'level_table', 'Answers',
+           'answers']
 
 # %% ../nbs/19_replicated.ipynb #3eb00004
 from collections.abc import Mapping, Sequence
@@ -281,28 +282,37 @@ def attack_claims(
     return claims, out
 
 # %% ../nbs/19_replicated.ipynb #3eb00071
+def of_counted(
+    rows, # pandas.DataFrame of localizers or attacks
+    counted, # pandas.DataFrame of the pairs that count
+): # pandas.DataFrame, in the order of rows
+    "Keep the runs on bases and injections that count"
+    place = [name for name in ('arch', 'base', 'injection') if name in rows and name in counted]
+    return rows.merge(counted[place].drop_duplicates(), on=place)
+
 def every_way(
-    counted, # pandas.DataFrame of the pairs whose bases count
+    counted, # pandas.DataFrame of the pairs that count
     others, # pandas.DataFrame, from measured, a column way
-): # pandas.DataFrame with a column way
+    exploratory:bool=False, # whether an injection that did not take counts all the same
+)->tuple: # pandas.DataFrame with a column way; list of Excluded
     "Join the pairs of every way of injection"
     import pandas
     there = others[others.base.isin(counted.base)]
-    return pandas.concat([counted.assign(way=USUAL), there], ignore_index=True)
+    kept, broken = admit(there, fs='original_FS', within=['way', 'arch'])
+    pairs = [counted.assign(way=USUAL), there if exploratory else kept]
+    return pandas.concat(pairs, ignore_index=True), broken
 
+# %% ../nbs/19_replicated.ipynb #3eb00072
 def way_claims(
-    counted, # pandas.DataFrame of the pairs whose bases count
-    others, # pandas.DataFrame, from measured, a column way
+    pairs, # pandas.DataFrame, from every_way
     by:Sequence[str], # columns that name a group
     names:Mapping[str, str]={}, # as for named
     **how, # margin and rule, as for effects
 )->dict[str, Effect]:
     "Ask of each other way of injection whether Oracle is ahead, and whether it is further ahead"
-    import pandas
-    claims, there = {}, others[others.base.isin(counted.base)]
-    usual = counted.assign(way=USUAL)
-    for way, own in there.groupby('way', sort=False):
-        both = pandas.concat([usual[usual.objective.isin(own.objective)], own])
+    claims = {}
+    for way, own in pairs[pairs.way != USUAL].groupby('way', sort=False):
+        both = pairs[pairs.way.isin((USUAL, way)) & pairs.objective.isin(own.objective)]
         further = contrast(both, AT_LEVEL, by, (way, USUAL), column='way', **how)
         claims |= named(effects(own, AT_LEVEL, ['way', *by], **how), 'Oracle − Random', names)
         claims |= named(further, f'the same, {way} − {USUAL}', names)
@@ -340,7 +350,7 @@ class Answers(NamedTuple):
     signs:list[Effect] # the contrast of RMU and NPO
     localizers:list[Effect] # each next to its matched region, then next to Random
     claims:dict[str, Effect] # all that count as one family
-    unfit:list[Excluded] # attacks that are no evidence
+    unfit:list[Excluded] # attacks that are no evidence, injections of other ways that did not take
     level:object # pandas.DataFrame, as from level_table; None without attacks
     lacking:str # what was planned and not done
     runs:object # pandas.DataFrame of the runs that count, those of other ways among them
@@ -359,6 +369,9 @@ def answers(
     names = {name: label('objective', name) for name in study.unlearn}
     how = dict(margin=study.margins['rs_at_fs'])
     tested, unfit = effects(counted, AT_LEVEL, by, **how), []
+    runs, broken = every_way(counted, others, study.exploratory) if study.ways else (counted, [])
+    drawn = of_counted(drawn, counted)
+    if study.relearned: attacked = of_counted(attacked, counted)
     signs = contrast(counted, AT_LEVEL, by[:-1], **how)
     level = level_table(attacked, by, study.margins) if study.relearned else None
     claims = named(tested, 'Oracle − Random', names) | named(signs, 'the same, RMU − NPO')
@@ -369,10 +382,9 @@ def answers(
     among = drawn, study.localizers, counted, by
     matched, chance = of_localizers(*among, **how), of_localizers(*among, **how, control='Random')
     for name, own in matched.items(): claims |= named(own, f"{label('arm', name)} − matched", names)
-    if study.ways: claims |= way_claims(counted, others, by, names, **how)
-    runs = every_way(counted, others) if study.ways else counted
+    if study.ways: claims |= way_claims(runs, by, names, **how)
     lacking = {'attacks': study.relearned, 'localizers': study.localizers}
     drawn = tested + [e for e in claims.values() if 'way' in e.by]
     both = [e for name in matched for e in (*matched[name], *chance[name])]
-    return Answers(tested, signs, both, claims, unfit, level,
+    return Answers(tested, signs, both, claims, unfit + broken, level,
         ', '.join(name for name, done in lacking.items() if not done) or 'nothing', runs, drawn)
