@@ -1731,6 +1731,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.replicated.contrast': ('replicated.html#contrast', 'unloc/replicated.py'),
                                   'unloc.replicated.every_way': ('replicated.html#every_way', 'unloc/replicated.py'),
                                   'unloc.replicated.in_print': ('replicated.html#in_print', 'unloc/replicated.py'),
+                                  'unloc.replicated.known_injections': ('replicated.html#known_injections', 'unloc/replicated.py'),
                                   'unloc.replicated.level_table': ('replicated.html#level_table', 'unloc/replicated.py'),
                                   'unloc.replicated.measured': ('replicated.html#measured', 'unloc/replicated.py'),
                                   'unloc.replicated.named': ('replicated.html#named', 'unloc/replicated.py'),

@@ -84,7 +84,7 @@ _MAY_BE_EMPTY = {
     'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
     'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates', 'region_rates',
     'margins', 'relearned', 'summarised', 'tried', 'attacked_by', 'ways', 'way_rates',
-    'contrasts', 'matched', 'ratio_archs'}
+    'contrasts', 'matched', 'ratio_archs', 'skipped'}
 
 # %% ../nbs/15_pages.ipynb #d775d721
 def _names_for(page:dict)->dict: # parameter: its possible names

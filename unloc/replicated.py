@@ -6,9 +6,9 @@ A study with several bases needs three facts about each run. They are how much i
 
 # %% auto #0
 __all__ = ['USUAL', 'RESTORE', 'FURTHER', 'REPORTED', 'MEASURED', 'planned_runs', 'tuning_runs', 'measured', 'named', 'in_print',
-           'contrast', 'admitted', 'arm_means', 'quality_told', 'of_attacks', 'of_localizers', 'named_attacks',
-           'attack_means', 'attack_claims', 'of_counted', 'every_way', 'way_claims', 'level_table', 'Answers',
-           'answers']
+           'contrast', 'known_injections', 'of_counted', 'admitted', 'arm_means', 'quality_told', 'of_attacks',
+           'of_localizers', 'named_attacks', 'attack_means', 'attack_claims', 'every_way', 'way_claims', 'level_table',
+           'Answers', 'answers']
 
 # %% ../nbs/19_replicated.ipynb #3eb00004
 from collections.abc import Mapping, Sequence
@@ -52,12 +52,15 @@ def planned_runs(
     "Describe the runs of a study with several bases"
     _demand_rates('region_rates', study.region_rates)
     for way, rates in study.way_rates.items(): _demand_rates(f'way_rates of {way}', rates)
+    gone = {tuple(place) for place in study.skipped}
     def injected(arch, base, injection, way=USUAL):
         return study.injection(arch, injection, base=base, **study.ways.get(way, {}))
     def unlearned(arch, objective, arm, base, injection, repeat=0, way=USUAL):
+        if way == USUAL and (base, injection) in gone: return None
         origin, rate = injected(arch, base, injection, way), _rate(study, objective, arm, way)
         return study.through(origin, arm, objective, injection, rate, repeat)
     def attacked(arm, injection, tried, arch, base, objective):
+        if (base, injection) in gone: return None
         run = injected(arch, base, injection)
         if arm != RESTORE: run = unlearned(arch, objective, arm, base, injection)
         if tried != FURTHER: return study.attacking(run, injection, only=tried)
@@ -161,21 +164,46 @@ def contrast(
     return in_print(effects(gained, 'gain', list(by), column, of, **how), column)
 
 # %% ../nbs/19_replicated.ipynb #3eb00019
+def known_injections(
+    origins, # unloc.study.Grid, axes arch, base and injection
+    judged:Mapping[tuple, dict], # as for measured
+    known:Mapping[tuple, dict], # as origins of measured
+): # pandas.DataFrame, a row an injection: RS of its retained, FS of its original model
+    "List what the models of each injection know"
+    import pandas
+    rows = [dict(zip(origins.names, key)) | {'retained_RS': judged[key[:2]]['retained']['RS'],
+        'original_FS': known[key]['original']['FS']} for key in origins.points]
+    return pandas.DataFrame(rows)
+
+def of_counted(
+    rows, # pandas.DataFrame of localizers or attacks
+    counted, # pandas.DataFrame of the pairs that count
+): # pandas.DataFrame, in the order of rows
+    "Keep the runs on bases and injections that count"
+    place = [name for name in ('arch', 'base', 'injection') if name in rows and name in counted]
+    return rows.merge(counted[place].drop_duplicates(), on=place)
+
+
+# %% ../nbs/19_replicated.ipynb #3eb00074
 def admitted(
+    study, # unloc.study.Study of a page with the parameters of 33_study
     pairs, # pandas.DataFrame, from measured
-    tuning:int, # the base that chose the rates
-    exploratory:bool=False, # whether what breaks a rule counts all the same
-)->tuple: # pandas.DataFrame of the runs that count, list of Excluded, what a caption says of it
+    injections, # pandas.DataFrame, from known_injections
+)->tuple: # pandas.DataFrame of the pairs that count, list of Excluded, what a caption says of it
     "Leave out what breaks a rule"
-    rules = dict(tuning=[tuning], within=['arch'])
-    counted, left_out = admit(pairs, rs='retained_RS', fs='original_FS', **rules)
+    rules = dict(tuning=[study.tuning_base], within=['arch'])
+    kept, left_out = admit(injections, rs='retained_RS', fs='original_FS', **rules)
     told = 'All that breaks a rule is left out.'
-    if exploratory:
-        counted, told = admit(pairs, **rules)[0], ('Exploratory: what breaks a rule is counted all '
-            'the same, so no row confirms or refutes what was planned.')
-    if len(counted): return counted, left_out, told
+    if study.exploratory:
+        kept, told = admit(injections, **rules)[0], ('Exploratory: what breaks a rule is counted '
+            'all the same, so no row confirms or refutes what was planned.')
+    for base, injection in study.skipped:
+        if ((kept.base == base) & (kept.injection == injection)).any(): raise ValueError(
+            f"skipped: injection {injection} of base {base} counts; take it off the list")
+    if len(kept): return of_counted(pairs, kept), left_out, told
     raise ValueError(f"no run counts: {left_out[0].what} has {left_out[0].value}, "
         f"expected {left_out[0].rule}; train longer, or set exploratory = true to see them all")
+
 
 # %% ../nbs/19_replicated.ipynb #3eb00010
 REPORTED = { # column: its head
@@ -282,14 +310,6 @@ def attack_claims(
     return claims, out
 
 # %% ../nbs/19_replicated.ipynb #3eb00071
-def of_counted(
-    rows, # pandas.DataFrame of localizers or attacks
-    counted, # pandas.DataFrame of the pairs that count
-): # pandas.DataFrame, in the order of rows
-    "Keep the runs on bases and injections that count"
-    place = [name for name in ('arch', 'base', 'injection') if name in rows and name in counted]
-    return rows.merge(counted[place].drop_duplicates(), on=place)
-
 def every_way(
     counted, # pandas.DataFrame of the pairs that count
     others, # pandas.DataFrame, from measured, a column way
