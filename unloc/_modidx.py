@@ -1723,6 +1723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unloc.replicated._demand_rate': ('replicated.html#_demand_rate', 'unloc/replicated.py'),
                                   'unloc.replicated._demand_rates': ('replicated.html#_demand_rates', 'unloc/replicated.py'),
                                   'unloc.replicated._rate': ('replicated.html#_rate', 'unloc/replicated.py'),
+                                  'unloc.replicated._without': ('replicated.html#_without', 'unloc/replicated.py'),
                                   'unloc.replicated.admitted': ('replicated.html#admitted', 'unloc/replicated.py'),
                                   'unloc.replicated.answers': ('replicated.html#answers', 'unloc/replicated.py'),
                                   'unloc.replicated.arm_means': ('replicated.html#arm_means', 'unloc/replicated.py'),

@@ -45,6 +45,13 @@ def _demand_rates(whose:str, rates)->None: # rates: objective: {arm: rate}, or o
             if arm not in PAIR: find('localizer', arm.removesuffix(', matched'))
             _demand_rate(f'{whose}, {objective}, {arm}', rate)
 
+def _without(grid, skipped:Sequence): # unloc.study.Grid; skipped: (base, injection)
+    "Leave out the runs of some injections"
+    gone, places = {tuple(one) for one in skipped}, [*map(grid.names.index, ('base', 'injection'))]
+    points = {key: run for key, run in grid.points.items()
+        if tuple(key[place] for place in places) not in gone}
+    return replace(grid, points=points)
+
 # %% ../nbs/19_replicated.ipynb #3eb00016
 def planned_runs(
     study, # unloc.study.Study of a page with the parameters of 33_study
@@ -52,15 +59,12 @@ def planned_runs(
     "Describe the runs of a study with several bases"
     _demand_rates('region_rates', study.region_rates)
     for way, rates in study.way_rates.items(): _demand_rates(f'way_rates of {way}', rates)
-    gone = {tuple(place) for place in study.skipped}
     def injected(arch, base, injection, way=USUAL):
         return study.injection(arch, injection, base=base, **study.ways.get(way, {}))
     def unlearned(arch, objective, arm, base, injection, repeat=0, way=USUAL):
-        if way == USUAL and (base, injection) in gone: return None
         origin, rate = injected(arch, base, injection, way), _rate(study, objective, arm, way)
         return study.through(origin, arm, objective, injection, rate, repeat)
     def attacked(arm, injection, tried, arch, base, objective):
-        if (base, injection) in gone: return None
         run = injected(arch, base, injection)
         if arm != RESTORE: run = unlearned(arch, objective, arm, base, injection)
         if tried != FURTHER: return study.attacking(run, injection, only=tried)
@@ -71,11 +75,11 @@ def planned_runs(
     some = bases | {'injection': range(study.localized_injections)}
     pairs, again = dict(objective=study.unlearn, arm=PAIR), range(study.repeats)
     attacks = [study.strongest, *([FURTHER] if study.attacked_by else [])]
-    return (study.grid(injected, **whole),
-        study.grid(unlearned, **pairs, **whole, repeat=again),
+    grids = (study.grid(unlearned, **pairs, **whole, repeat=again),
         study.grid(unlearned, objective=study.unlearn, arm=chosen, **some, repeat=[0]),
         study.grid(attacked, objective=study.relearned, arm=[*PAIR, RESTORE], **whole,
-            tried=attacks),
+            tried=attacks))
+    return (study.grid(injected, **whole), *(_without(one, study.skipped) for one in grids),
         study.grid(injected, way=study.ways, **whole),
         study.grid(unlearned, way=study.ways, **pairs, **whole, repeat=again))
 
@@ -180,6 +184,7 @@ def of_counted(
     counted, # pandas.DataFrame of the pairs that count
 ): # pandas.DataFrame, in the order of rows
     "Keep the runs on bases and injections that count"
+    if not len(rows): return rows
     place = [name for name in ('arch', 'base', 'injection') if name in rows and name in counted]
     return rows.merge(counted[place].drop_duplicates(), on=place)
 
@@ -390,8 +395,7 @@ def answers(
     how = dict(margin=study.margins['rs_at_fs'])
     tested, unfit = effects(counted, AT_LEVEL, by, **how), []
     runs, broken = every_way(counted, others, study.exploratory) if study.ways else (counted, [])
-    drawn = of_counted(drawn, counted)
-    if study.relearned: attacked = of_counted(attacked, counted)
+    drawn, attacked = (of_counted(rows, counted) for rows in (drawn, attacked))
     signs = contrast(counted, AT_LEVEL, by[:-1], **how)
     level = level_table(attacked, by, study.margins) if study.relearned else None
     claims = named(tested, 'Oracle − Random', names) | named(signs, 'the same, RMU − NPO')
@@ -403,8 +407,8 @@ def answers(
     matched, chance = of_localizers(*among, **how), of_localizers(*among, **how, control='Random')
     for name, own in matched.items(): claims |= named(own, f"{label('arm', name)} − matched", names)
     if study.ways: claims |= way_claims(runs, by, names, **how)
-    lacking = {'attacks': study.relearned, 'localizers': study.localizers}
+    asked = {'attacks': study.relearned, 'localizers': study.localizers}
+    lacking = ', '.join(name for name in asked if not asked[name]) or 'nothing'
     drawn = tested + [e for e in claims.values() if 'way' in e.by]
     both = [e for name in matched for e in (*matched[name], *chance[name])]
-    return Answers(tested, signs, both, claims, unfit + broken, level,
-        ', '.join(name for name, done in lacking.items() if not done) or 'nothing', runs, drawn)
+    return Answers(tested, signs, both, claims, unfit + broken, level, lacking, runs, drawn)
