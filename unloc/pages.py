@@ -84,7 +84,8 @@ _MAY_BE_EMPTY = {
     'pretrain', 'retain', 'localizers', 'scored', 'share_localizers', 'own_units', 'own_archs',
     'arm_rates', 'retention', 'graded', 'graded_localizers', 'injected_rates', 'region_rates',
     'margins', 'relearned', 'summarised', 'tried', 'attacked_by', 'ways', 'way_rates',
-    'contrasts', 'matched', 'ratio_archs', 'skipped'}
+    'contrasts', 'matched', 'ratio_archs', 'skipped',
+    'localized_objectives'}
 
 # %% ../nbs/15_pages.ipynb #d775d721
 def _names_for(page:dict)->dict: # parameter: its possible names
@@ -101,6 +102,7 @@ def _names_for(page:dict)->dict: # parameter: its possible names
         'share_archs': 'archs',
         'share_objectives': 'localized_unlearn',
         'relearned': 'unlearn',
+        'localized_objectives': 'unlearn',
         'retention': 'attacked_unlearn',
         'injected_rates': 'injected',
         'way_rates': 'ways',

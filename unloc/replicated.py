@@ -52,6 +52,10 @@ def _without(grid, skipped:Sequence): # unloc.study.Grid; skipped: (base, inject
         if tuple(key[place] for place in places) not in gone}
     return replace(grid, points=points)
 
+def _localized(study)->list[str]: # objectives
+    "Say with which objectives localizers run: all that none are named"
+    return study.localized_objectives or [*study.unlearn]
+
 # %% ../nbs/19_replicated.ipynb #3eb00016
 def planned_runs(
     study, # unloc.study.Study of a page with the parameters of 33_study
@@ -76,7 +80,7 @@ def planned_runs(
     pairs, again = dict(objective=study.unlearn, arm=PAIR), range(study.repeats)
     attacks = [study.strongest, *([FURTHER] if study.attacked_by else [])]
     grids = (study.grid(unlearned, **pairs, **whole, repeat=again),
-        study.grid(unlearned, objective=study.unlearn, arm=chosen, **some, repeat=[0]),
+        study.grid(unlearned, objective=_localized(study), arm=chosen, **some, repeat=[0]),
         study.grid(attacked, objective=study.relearned, arm=[*PAIR, RESTORE], **whole,
             tried=attacks))
     return (study.grid(injected, **whole), *(_without(one, study.skipped) for one in grids),
@@ -91,7 +95,7 @@ def tuning_runs(
     def injected(arch, seed, way=USUAL):
         return study.injection(arch, seed, base=study.tuning_base, **study.ways.get(way, {}))
     def unlearned(arch, objective, arm, rate, seed, way=USUAL):
-        if way != USUAL and arm not in PAIR: return None
+        if arm not in PAIR and (way != USUAL or objective not in _localized(study)): return None
         return study.through(injected(arch, seed, way), arm, objective, seed, rate)
     def restored(arch, rate, seed):
         return study.attacking(injected(arch, seed), seed, lr=rate, only=study.strongest)
