@@ -91,7 +91,8 @@ def test_every_number_of_a_finding_stands_in_a_table_of_its_page(page):
     assert len(numbers) > 0
     assert [x for x in numbers if x not in text] == []
 
-PLANNED = ["study-small", "study-small-controls", "study-small-neurons", "study"]
+PLANNED = [
+    "study-small", "study-small-controls", "study-small-neurons", "study-tofu", "study"]
 
 @pytest.mark.parametrize("profile", PLANNED)
 def test_the_rates_of_the_study_are_those_that_the_rule_chose(profile):
