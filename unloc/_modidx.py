@@ -1722,6 +1722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'unloc.replicated': { 'unloc.replicated.Answers': ('replicated.html#answers', 'unloc/replicated.py'),
                                   'unloc.replicated._demand_rate': ('replicated.html#_demand_rate', 'unloc/replicated.py'),
                                   'unloc.replicated._demand_rates': ('replicated.html#_demand_rates', 'unloc/replicated.py'),
+                                  'unloc.replicated._lacking': ('replicated.html#_lacking', 'unloc/replicated.py'),
                                   'unloc.replicated._localized': ('replicated.html#_localized', 'unloc/replicated.py'),
                                   'unloc.replicated._rate': ('replicated.html#_rate', 'unloc/replicated.py'),
                                   'unloc.replicated._without': ('replicated.html#_without', 'unloc/replicated.py'),

@@ -385,6 +385,15 @@ class Answers(NamedTuple):
     runs:object # pandas.DataFrame of the runs that count, those of other ways among them
     drawn:list[Effect] # Oracle − Random, in every way of injection
 
+def _lacking(study, names)->str: # names: of objectives
+    "Say which attacks and localizers of a plan did not run, and with which objectives"
+    ran = {'attacks': study.relearned, 'localizers': _localized(study) if study.localizers else []}
+    parts = []
+    for part, done in ran.items():
+        left = [names[o] for o in study.unlearn if o not in done]
+        if left: parts.append(f"{part} with {', '.join(left)}" if done else part)
+    return ', '.join(parts) or 'nothing'
+
 # %% ../nbs/19_replicated.ipynb #3eb00037
 def answers(
     study, # unloc.study.Study of a page with the parameters of 33_study
@@ -411,8 +420,7 @@ def answers(
     matched, chance = of_localizers(*among, **how), of_localizers(*among, **how, control='Random')
     for name, own in matched.items(): claims |= named(own, f"{label('arm', name)} − matched", names)
     if study.ways: claims |= way_claims(runs, by, names, **how)
-    asked = {'attacks': study.relearned, 'localizers': study.localizers}
-    lacking = ', '.join(name for name in asked if not asked[name]) or 'nothing'
+    lacking = _lacking(study, names)
     drawn = tested + [e for e in claims.values() if 'way' in e.by]
     both = [e for name in matched for e in (*matched[name], *chance[name])]
     return Answers(tested, signs, both, claims, unfit + broken, level, lacking, runs, drawn)
