@@ -53,7 +53,7 @@ def _without(grid, skipped:Sequence): # unloc.study.Grid; skipped: (base, inject
     return replace(grid, points=points)
 
 def _localized(study)->list[str]: # objectives
-    "Say with which objectives localizers run: all that none are named"
+    "Say with which objectives localizers run: all where none is named"
     return study.localized_objectives or [*study.unlearn]
 
 # %% ../nbs/19_replicated.ipynb #3eb00016
@@ -192,7 +192,6 @@ def of_counted(
     place = [name for name in ('arch', 'base', 'injection') if name in rows and name in counted]
     return rows.merge(counted[place].drop_duplicates(), on=place)
 
-
 # %% ../nbs/19_replicated.ipynb #3eb00074
 def admitted(
     study, # unloc.study.Study of a page with the parameters of 33_study
@@ -206,13 +205,15 @@ def admitted(
     if study.exploratory:
         kept, told = admit(injections, **rules)[0], ('Exploratory: what breaks a rule is counted '
             'all the same, so no row confirms or refutes what was planned.')
+    known = {*zip(injections.base, injections.injection)}
     for base, injection in study.skipped:
+        if (base, injection) not in known: raise ValueError(
+            f"skipped: there is no injection {injection} of base {base}; take it off the list")
         if ((kept.base == base) & (kept.injection == injection)).any(): raise ValueError(
             f"skipped: injection {injection} of base {base} counts; take it off the list")
     if len(kept): return of_counted(pairs, kept), left_out, told
     raise ValueError(f"no run counts: {left_out[0].what} has {left_out[0].value}, "
         f"expected {left_out[0].rule}; train longer, or set exploratory = true to see them all")
-
 
 # %% ../nbs/19_replicated.ipynb #3eb00010
 REPORTED = { # column: its head
